@@ -1,0 +1,161 @@
+"""What Chainer 7.8.1 needs on today's Python and NumPy, before and after its import.
+
+Importing this module is enough, before or after Chainer, and imports neither Chainer nor NumPy nor MPI:
+it leaves an :class:`ImportHook` that acts when Chainer is imported. It knows nothing of the package around
+it, because ``chainer_dist.pth`` loads it by its location (see ``_startup.py``).
+"""
+
+from __future__ import annotations
+
+import sys
+from copy import copy
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+    from importlib.machinery import ModuleSpec
+
+_MULTI_NODE_ITERATOR = "chainermn.iterators.multi_node_iterator"
+_STARTUP = "chainer_dist._startup"
+
+
+class ImportHook:
+    """A meta-path finder that acts around the first successful import of one module, then leaves.
+
+    Args:
+        name: Full name of the module.
+        before: Called with no argument just before the module's code runs.
+        after: Called with the module when its code has run.
+    """
+
+    def __init__(
+        self, name: str, before: Callable[[], None], after: Callable[[ModuleType], None]
+    ) -> None:
+        self.name = name
+        self.before = before
+        self.after = after
+
+    def find_spec(
+        self, name: str, path: Sequence[str] | None = None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
+        """Return what the other finders return, with its loader's ``exec_module`` wrapped."""
+        if name != self.name:
+            return None
+        for finder in [other for other in sys.meta_path if other is not self]:
+            find = getattr(finder, "find_spec", None)
+            spec: ModuleSpec | None = find(name, path, target) if find else None
+            if spec is not None:
+                spec.loader = self._wrapped(spec.loader)
+                return spec
+        return None
+
+    def _wrapped(self, loader: Any) -> Any:
+        # A copy with one attribute replaced stays what it was to inspect and importlib.resources, and
+        # a loader that serves other modules too (of a zip file) is left alone.
+        loader = copy(loader)
+        execute = loader.exec_module
+
+        def exec_module(module: ModuleType) -> None:
+            if self not in sys.meta_path:  # done already: somebody executes an old spec once more
+                execute(module)
+                return
+            self._run(self.before)
+            execute(module)
+            self._run(self.after, module)
+            sys.meta_path[:] = [it for it in sys.meta_path if it is not self]
+
+        loader.exec_module = exec_module
+        return loader
+
+    def _run(self, step: Callable[..., None], *args: ModuleType) -> None:
+        try:
+            step(*args)
+        except Exception as error:
+            raise ImportError(
+                f"chainer_dist could not adapt {self.name} to this Python and NumPy: {error!r}",
+                name=self.name,
+            ) from error
+
+
+def prepare_chainer() -> None:
+    """Put in place what Chainer's import needs; called while ``chainer`` itself is still empty."""
+    _forget_failed_import()
+    # The real one wants pkg_resources and numpy.distutils, both gone, to warn about cupy and old macOS.
+    stub = ModuleType("chainer._environment_check", "Replaced by chainer_dist: nothing is checked.")
+    stub.check = lambda: None  # type: ignore[attr-defined]
+    sys.modules[stub.__name__] = stub
+    restore_numpy_names()
+
+
+def _forget_failed_import() -> None:
+    """Drop the submodules that an earlier, failed import of Chainer left: they hang on a lost parent."""
+    for name in [name for name in sys.modules if name.startswith("chainer.")]:
+        del sys.modules[name]
+
+
+def restore_numpy_names() -> None:
+    """Give NumPy the two removed names that Chainer's running code uses, where they are missing."""
+    import numpy as np
+
+    if _numpy_version() >= (1, 24):  # until then numpy.float exists, and asking for it warns
+        vars(np).setdefault("float", float)  # F.resize_images
+    vars(np).setdefault(
+        "sctypes",  # F.as_strided
+        {
+            "int": [np.int8, np.int16, np.int32, np.int64],
+            "uint": [np.uint8, np.uint16, np.uint32, np.uint64],
+            "float": [np.float16, np.float32, np.float64, np.longdouble],
+            "complex": [np.complex64, np.complex128, np.clongdouble],
+            "others": [bool, object, bytes, str, np.void],
+        },
+    )
+
+
+def patch_chainer(chainer: Any) -> None:
+    """Replace what imports but does not run: ``Categorical.log_prob`` on NumPy 2."""
+    if _numpy_version() >= (2, 0):
+        chainer.distributions.Categorical.log_prob = _categorical_log_prob
+
+
+def _categorical_log_prob(self: Any, x: Any) -> Any:
+    """Chainer's method, with the tuple that ``meshgrid`` returns since NumPy 2 where it was a list."""
+    import chainer
+    import numpy as np
+
+    array = x.data if isinstance(x, chainer.Variable) else x
+    batch = np.meshgrid(*(range(size) for size in self.batch_shape), indexing="ij")
+    index = (*batch, array.astype(np.int32))
+    return self.log_p[index]
+
+
+def patch_multi_node_iterator(module: ModuleType) -> None:
+    """Let ChainerMN's iterator take ``int()`` of a one-element array, which NumPy 2.4 refuses."""
+    vars(module)["int"] = lambda value: int(value.item() if hasattr(value, "item") else value)
+
+
+def _numpy_version() -> tuple[int, int]:
+    import numpy as np
+
+    major, minor = np.__version__.split(".")[:2]
+    return int(major), int(minor)
+
+
+def install() -> None:
+    """Act on what is imported already, and wait for what is not. Idempotent."""
+    # The finder of chainer_dist.pth, if it is there, has nothing left to wait for.
+    sys.meta_path[:] = [it for it in sys.meta_path if getattr(it, "__module__", "") != _STARTUP]
+    waiting = {it.name for it in sys.meta_path if isinstance(it, ImportHook)}
+    if "chainer" in sys.modules:
+        restore_numpy_names()
+        patch_chainer(sys.modules["chainer"])
+    elif "chainer" not in waiting:
+        sys.meta_path.insert(0, ImportHook("chainer", prepare_chainer, patch_chainer))
+    if _MULTI_NODE_ITERATOR in sys.modules:
+        patch_multi_node_iterator(sys.modules[_MULTI_NODE_ITERATOR])
+    elif _MULTI_NODE_ITERATOR not in waiting:
+        hook = ImportHook(_MULTI_NODE_ITERATOR, lambda: None, patch_multi_node_iterator)
+        sys.meta_path.insert(0, hook)
+
+
+install()
