@@ -1,7 +1,60 @@
-"""Distributed training for Chainer: MPI-based data parallelism on CPU cores and cluster nodes."""
+"""Distributed training for Chainer: MPI-based data parallelism on CPU cores and cluster nodes.
+
+Two lines make an ordinary Chainer script distributed::
+
+    comm = chainer_dist.create_communicator()
+    optimizer = chainer_dist.create_multi_node_optimizer(optimizer, comm)
+
+One training step is four files, in the order in which it runs through them:
+:mod:`~chainer_dist.optimizers` (backward, then the mean, then the update),
+:mod:`~chainer_dist.exchange` (which gradients there are, and whether the ranks agree on that),
+:mod:`~chainer_dist.communicators.agreement` (how they find out), and a communicator such as
+:mod:`~chainer_dist.communicators.flat` (how the mean is computed).
+
+``import chainer_dist as chainermn`` serves scripts written for ChainerMN.
+"""
 
 from chainer_dist import _compat  # isort: skip  # noqa: F401 - repairs Chainer before its first import
 
+from chainer_dist import (
+    communicators,
+    datasets,
+    errors,
+    exchange,
+    extensions,
+    global_except_hook,
+    optimizers,
+)
 from chainer_dist._version import __version__
+from chainer_dist.communicators import CommunicatorBase, create_communicator
+from chainer_dist.datasets import (
+    DataSizeError,
+    create_empty_dataset,
+    scatter_dataset,
+    scatter_index,
+)
+from chainer_dist.errors import RankMismatchError
+from chainer_dist.extensions import create_multi_node_evaluator
+from chainer_dist.optimizers import create_multi_node_optimizer
 
-__all__ = ["__version__"]
+__all__ = [
+    "CommunicatorBase",
+    "DataSizeError",
+    "RankMismatchError",
+    "__version__",
+    "communicators",
+    "create_communicator",
+    "create_empty_dataset",
+    "create_multi_node_evaluator",
+    "create_multi_node_optimizer",
+    "datasets",
+    "errors",
+    "exchange",
+    "extensions",
+    "global_except_hook",
+    "optimizers",
+    "scatter_dataset",
+    "scatter_index",
+]
+
+global_except_hook._add_hook_if_enabled()

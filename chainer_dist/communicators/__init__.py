@@ -1,0 +1,87 @@
+"""Communicators: how ranks exchange arrays, objects, gradients and parameters.
+
+Read :mod:`~chainer_dist.communicators.communicator_base` for what all of them can do; each kind
+is one small file. Nothing here starts MPI before :func:`create_communicator` is called, so that
+data-loader workers may import it.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from chainer_dist import _threads
+from chainer_dist.communicators.communicator_base import CommunicatorBase
+
+if TYPE_CHECKING:
+    from mpi4py import MPI
+
+__all__ = ["CommunicatorBase", "create_communicator", "names"]
+
+# name: where its class is. A new kind is a new file and a new line here.
+_KINDS = {
+    "naive": "chainer_dist.communicators.naive:NaiveCommunicator",
+    "flat": "chainer_dist.communicators.flat:FlatCommunicator",
+    "dummy": "chainer_dist.communicators.dummy:DummyCommunicator",
+}
+
+_AUTO = "naive"
+
+_GPU_KINDS = ("pure_nccl", "non_cuda_aware")
+
+
+def names() -> tuple[str, ...]:
+    """Return the names that :func:`create_communicator` takes, besides ``auto``."""
+    return tuple(_KINDS)
+
+
+def create_communicator(
+    communicator_name: str = "auto",
+    mpi_comm: MPI.Intracomm | None = None,
+    allreduce_grad_dtype: Any = None,
+    batched_copy: bool = True,
+) -> CommunicatorBase:
+    """Create a communicator. Collective over ``mpi_comm``.
+
+    Args:
+        communicator_name: ``auto`` takes the one that is fastest in general, at present ``naive``.
+            ``naive`` makes one MPI call for each parameter, ``flat`` packs all gradients of a
+            dtype into one buffer, ``dummy`` exchanges nothing (for measurements).
+        mpi_comm: mpi4py intracommunicator, by default ``MPI.COMM_WORLD``. It is duplicated.
+        allreduce_grad_dtype: None. ChainerMN took a dtype with ``pure_nccl`` only.
+        batched_copy: Accepted for ChainerMN scripts; packing is always batched.
+
+    Returns:
+        A communicator over the ranks of ``mpi_comm``. As a context manager it is finalized at the
+        end of the block.
+
+    Raises:
+        ValueError: If the name is not known, or ``allreduce_grad_dtype`` is given.
+        ImportError: If mpi4py finds no MPI library.
+    """
+    name = _AUTO if communicator_name == "auto" else communicator_name
+    if name in _GPU_KINDS:
+        raise ValueError(
+            f"communicator {name!r} needs GPUs; chainer_dist trains on CPU cores: use 'auto'"
+        )
+    if name not in _KINDS:
+        raise ValueError(
+            f"unknown communicator {communicator_name!r}; known: auto, {', '.join(_KINDS)}"
+        )
+    if allreduce_grad_dtype is not None:
+        raise ValueError("allreduce_grad_dtype is only available with ChainerMN's pure_nccl")
+    if mpi_comm is None:
+        try:
+            from mpi4py import MPI
+        except (ImportError, RuntimeError) as error:
+            raise ImportError(
+                f"{error}: no MPI library could be loaded; "
+                "`pip install chainer_dist[mpich]` brings one"
+            ) from error
+        mpi_comm = MPI.COMM_WORLD
+    module, _, cls = _KINDS[name].partition(":")
+    kind: type[CommunicatorBase] = getattr(importlib.import_module(module), cls)
+    communicator = kind(mpi_comm)
+    communicator.set_config("batched_copy", batched_copy)
+    _threads.limit_threads(communicator.node_comm)
+    return communicator

@@ -1,0 +1,107 @@
+"""Element-wise reductions over ranks: which dtype is computed, in which pieces, by which MPI op."""
+
+from __future__ import annotations
+
+import functools
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from mpi4py import MPI
+
+    from chainer_dist.communicators.arrays import Array
+
+OPS = ("sum", "mean", "max", "min", "prod")
+
+# MPI counts are 32-bit before MPI 4; a piece stays below that.
+MAX_COUNT = 1 << 30
+
+
+def check_op(op: str, dtype: np.dtype[Any]) -> None:
+    """Raise ValueError for an unknown reduction, TypeError for one that ``dtype`` has not."""
+    if op not in OPS:
+        raise ValueError(f"op is one of {', '.join(OPS)}, got {op!r}")
+    if op in ("max", "min") and dtype.kind == "c":
+        raise TypeError(f"complex numbers have no order, so no {op}: got {dtype}")
+
+
+def wire_dtype(dtype: np.dtype[Any]) -> np.dtype[Any]:
+    """Return the dtype a reduction is computed in: float32 for float16, native byte order."""
+    if dtype.char == "e":
+        return np.dtype(np.float32)
+    return dtype if dtype.isnative else dtype.newbyteorder("=")
+
+
+def allreduce(mpi_comm: MPI.Intracomm, x: Array, op: str) -> Array:
+    """Return the reduction of a C-contiguous array over the ranks, as a new array. Collective.
+
+    See :meth:`~chainer_dist.communicators.arrays.ArrayCommunicator.allreduce`.
+    """
+    dtype = wire_dtype(x.dtype)
+    if op == "mean" and x.dtype.kind in "biu":
+        dtype = np.dtype(np.float64)
+    result = x.astype(dtype, order="C")
+    sum_in_place(mpi_comm, result) if op in ("sum", "mean") else _in_place(
+        mpi_comm, result, _mpi_op(op, dtype)
+    )
+    if op == "mean":
+        return np.asarray(np.true_divide(result, mpi_comm.size, out=result)).astype(
+            x.dtype if x.dtype == np.float16 else dtype, copy=False
+        )
+    return result.astype(x.dtype, copy=False)
+
+
+def sum_in_place(mpi_comm: MPI.Intracomm, x: Array) -> None:
+    """Replace a C-contiguous array of a wire dtype by its sum over the ranks. Collective."""
+    _in_place(mpi_comm, x, _mpi_op("sum", x.dtype))
+
+
+def mean_in_place(mpi_comm: MPI.Intracomm, x: Array) -> None:
+    """Replace a float array of any layout by its mean over the ranks. Collective."""
+    dtype = wire_dtype(x.dtype)
+    # Ranks may hold one gradient in different layouts, so raw memory is used in C order only.
+    work = x if x.flags.c_contiguous and x.dtype == dtype else x.astype(dtype, order="C")
+    sum_in_place(mpi_comm, work)
+    np.multiply(work, 1.0 / mpi_comm.size, out=x, casting="same_kind")
+
+
+def _in_place(mpi_comm: MPI.Intracomm, x: Array, op: MPI.Op) -> None:
+    from mpi4py import MPI
+
+    flat = x.reshape(-1)
+    for start in range(0, flat.size, MAX_COUNT):
+        mpi_comm.Allreduce(MPI.IN_PLACE, flat[start : start + MAX_COUNT], op)
+
+
+def _mpi_op(op: str, dtype: np.dtype[Any]) -> MPI.Op:
+    from mpi4py import MPI
+
+    if dtype.kind == "b":
+        return MPI.LOR if op in ("sum", "max") else MPI.LAND
+    if dtype.kind == "f" and op in ("max", "min"):
+        return _nan_aware_op(op, dtype.char)
+    ops: dict[str, MPI.Op] = {
+        "sum": MPI.SUM,
+        "max": MPI.MAX,
+        "min": MPI.MIN,
+        "prod": MPI.PROD,
+    }
+    return ops[op]
+
+
+@functools.cache
+def _nan_aware_op(op: str, char: str) -> MPI.Op:
+    """Return an MPI op in which NaN wins; MPI's own max and min leave that open."""
+    from mpi4py import MPI
+
+    combine: Callable[..., Any] = np.maximum if op == "max" else np.minimum
+
+    def function(source: Any, target: Any, datatype: MPI.Datatype) -> None:
+        del datatype
+        out = np.frombuffer(target, dtype=char)
+        combine(np.frombuffer(source, dtype=char), out, out=out)
+
+    return MPI.Op.Create(function, commute=True)

@@ -1,0 +1,114 @@
+"""Ranks finding out together whether they agree.
+
+A rank that raises alone leaves its peers waiting in the next collective. The two functions here
+are how an operation avoids that: both are collective, and what they raise they raise everywhere.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from typing import TYPE_CHECKING, NoReturn
+
+import numpy as np
+
+from chainer_dist.errors import RankMismatchError
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from chainer_dist.communicators.objects import ObjectCommunicator
+
+_MASK = (1 << 62) - 1  # a digest and its negative both fit int64
+
+
+def digest(description: object) -> int:
+    """Return a number in [0, 2**62) that is the same on every rank for an equal ``repr``.
+
+    Python's own ``hash`` differs between processes. Local.
+    """
+    hashed = hashlib.blake2b(repr(description).encode(), digest_size=8).digest()
+    return int.from_bytes(hashed, "little") & _MASK
+
+
+def agree(comm: ObjectCommunicator, *digests: int) -> tuple[bool, ...]:
+    """Tell for each digest whether all ranks passed the same. Collective: one small allreduce.
+
+    Args:
+        comm: The communicator whose ranks compare.
+        digests: Numbers as :func:`digest` makes them, the same count on every rank.
+
+    Returns:
+        One bool a digest, the same on every rank.
+    """
+    from mpi4py import MPI
+
+    count = len(digests)
+    extremes = np.empty(2 * count, dtype=np.int64)
+    extremes[:count] = digests
+    np.negative(extremes[:count], out=extremes[count:])
+    comm.mpi_comm.Allreduce(MPI.IN_PLACE, extremes, MPI.MAX)
+    return tuple((extremes[:count] == -extremes[count:]).tolist())
+
+
+def raise_mismatch(comm: ObjectCommunicator, lines: Sequence[tuple[str, str]]) -> NoReturn:
+    """Raise the same :class:`RankMismatchError` on every rank. Collective.
+
+    Args:
+        comm: The communicator whose ranks disagree.
+        lines: This rank's ``(subject, description)`` pairs, for example
+            ``("/l1/W", "(3, 4) float32")``. Subjects are unique within a rank.
+
+    Raises:
+        RankMismatchError: Names the lowest rank that differs from rank 0, and the first subject.
+    """
+    everyone = [dict(rows) for rows in comm.allgather_obj(list(lines))]
+    expected = everyone[0]
+    for rank, got in enumerate(everyone[1:], start=1):
+        for subject in [*expected, *(name for name in got if name not in expected)]:
+            if got.get(subject) == expected.get(subject):
+                continue
+            if subject not in got:
+                text = f"rank {rank}: {subject} is missing, it is {expected[subject]} on rank 0"
+            elif subject not in expected:
+                text = f"rank {rank}: {subject} is {got[subject]}, rank 0 has no {subject}"
+            else:
+                text = (
+                    f"rank {rank}: {subject} is {got[subject]}, "
+                    f"expected {expected[subject]} as on rank 0"
+                )
+            raise RankMismatchError(text)
+    raise RankMismatchError(
+        f"ranks disagree, but describe what they have in the same words: {everyone[0]}"
+    )
+
+
+def raise_together(comm: ObjectCommunicator, error: BaseException | None) -> None:
+    """Raise on every rank if any rank has an error. Collective.
+
+    Args:
+        comm: The communicator whose ranks ask.
+        error: What went wrong on this rank, or None.
+
+    Raises:
+        BaseException: The error of the lowest rank that has one, of the same class where that
+            class takes a message (RuntimeError otherwise), its text preceded by that rank.
+            On a rank that had an error of its own, that one is its cause.
+    """
+    if comm.size == 1:
+        if error is not None:
+            raise error
+        return
+    mine = None if error is None else (type(error), str(error) or repr(error))
+    for rank, failure in enumerate(comm.allgather_obj(mine)):
+        if failure is not None:
+            kind, text = failure
+            raise rebuild_error(kind, f"rank {rank}: {text}") from error
+
+
+def rebuild_error(kind: type[BaseException], text: str) -> BaseException:
+    """Return an exception of class ``kind`` with message ``text``, or a RuntimeError naming it."""
+    try:
+        error = kind(text)
+    except Exception:  # noqa: BLE001 - a class may want any arguments, or refuse in any way
+        return RuntimeError(f"{kind.__name__}: {text}")
+    return error

@@ -1,0 +1,206 @@
+"""A group of ranks: who they are, on which nodes, how the group is split and given back."""
+
+from __future__ import annotations
+
+import contextlib
+from typing import TYPE_CHECKING, Any, ClassVar, cast
+
+from chainer_dist.errors import FinalizedCommunicatorError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from types import TracebackType
+
+    from mpi4py import MPI
+    from typing_extensions import Self
+
+
+class Group:
+    """Ranks, nodes, configuration and lifetime of a communicator.
+
+    Creating one is collective over ``mpi_comm``, which is duplicated: messages of this
+    communicator never meet those of user code, and errors are raised rather than fatal.
+
+    Args:
+        mpi_comm: mpi4py intracommunicator.
+    """
+
+    name: ClassVar[str] = "group"
+    _own_settings: ClassVar[frozenset[str]] = frozenset({"batched_copy"})
+
+    def __init__(self, mpi_comm: MPI.Intracomm) -> None:
+        self._adopt(mpi_comm.Dup())
+
+    def _adopt(self, mpi_comm: MPI.Intracomm) -> None:
+        """Take over a communicator that nobody else uses, and find its nodes. Collective."""
+        from mpi4py import MPI
+
+        self._configs: dict[str, Any] = {"batched_copy": True}
+        self._within_config_scope = False
+        self._mpi_comm: MPI.Intracomm | None = mpi_comm
+        mpi_comm.Set_errhandler(MPI.ERRORS_RETURN)
+        # Host names lie in containers; what counts is who can share memory.
+        self._node_comm = cast(
+            "MPI.Intracomm", mpi_comm.Split_type(MPI.COMM_TYPE_SHARED, key=mpi_comm.rank)
+        )
+        # A node is numbered by its lowest rank, so that node 0 is the one rank 0 is on.
+        leader = self._node_comm.bcast(mpi_comm.rank)
+        leaders = sorted(set(mpi_comm.allgather(leader)))
+        self._inter_rank = leaders.index(leader)
+        self._inter_size = len(leaders)
+
+    @property
+    def mpi_comm(self) -> MPI.Intracomm:
+        """The private mpi4py communicator of this group."""
+        if self._mpi_comm is None:
+            raise FinalizedCommunicatorError(
+                f"this {self.name} communicator was finalized; create a new one"
+            )
+        return self._mpi_comm
+
+    @property
+    def node_comm(self) -> MPI.Intracomm:
+        """The private mpi4py communicator of the ranks on this node, in the order of rank."""
+        self.mpi_comm  # noqa: B018 - raises after finalize
+        return self._node_comm
+
+    @property
+    def rank(self) -> int:
+        """This process's number in the group, from 0."""
+        return self.mpi_comm.rank
+
+    @property
+    def size(self) -> int:
+        """How many ranks the group has."""
+        return self.mpi_comm.size
+
+    @property
+    def intra_rank(self) -> int:
+        """This process's number among the ranks of its node, from 0."""
+        return self.node_comm.rank
+
+    @property
+    def intra_size(self) -> int:
+        """How many ranks of the group are on this node."""
+        return self.node_comm.size
+
+    @property
+    def inter_rank(self) -> int:
+        """This node's number, from 0, in the order of the nodes' lowest ranks."""
+        return self._inter_rank
+
+    @property
+    def inter_size(self) -> int:
+        """How many nodes the group spans."""
+        return self._inter_size
+
+    def split(self, color: int, key: int) -> Self | None:
+        """Split the group into one communicator for each color. Collective.
+
+        Args:
+            color: Ranks of equal color end up together. ``MPI.UNDEFINED`` leaves this rank out.
+            key: Ranks are ordered by key in the new group, ties by their rank here.
+
+        Returns:
+            A new communicator of the same kind and configuration, or None where left out.
+        """
+        from mpi4py import MPI
+
+        part = self.mpi_comm.Split(color, key)
+        if part == MPI.COMM_NULL:
+            return None
+        child = type(self).__new__(type(self))
+        child._adopt(cast("MPI.Intracomm", part))
+        child._configs.update(self._configs)
+        return child
+
+    def set_config(self, name: str, value: Any = True, **kwargs: Any) -> None:
+        """Set a configuration value on this rank. Local.
+
+        Args:
+            name: ``batched_copy`` (accepted for ChainerMN scripts; packing is always batched), or
+                a name that was set before within :meth:`config_scope`.
+            value: Any object.
+            kwargs: None are known.
+
+        Raises:
+            ValueError: If the name is not known.
+        """
+        if name not in self._configs or kwargs:
+            unknown = name if name not in self._configs else ", ".join(kwargs)
+            raise ValueError(f"unknown config {unknown!r}; known: {', '.join(self._configs)}")
+        self._configs[name] = value
+        if name not in self._own_settings:
+            setattr(self, name, value)
+
+    def get_config(self, name: str | None = None) -> Any:
+        """Return a configuration value, or all of them as a dict if no name is given. Local.
+
+        Raises:
+            KeyError: If the name is not known.
+        """
+        return dict(self._configs) if name is None else self._configs[name]
+
+    @property
+    def within_config_scope(self) -> bool:
+        """Whether attributes that are set now become configuration values."""
+        return self._within_config_scope
+
+    @contextlib.contextmanager
+    def config_scope(self) -> Iterator[None]:
+        """Attributes set on the communicator inside this scope become configuration values."""
+        outer = self._within_config_scope
+        before = dict(vars(self))
+        self._within_config_scope = True
+        try:
+            yield
+        finally:
+            self._within_config_scope = outer
+            for key, value in vars(self).items():
+                if not key.startswith("_") and (key not in before or before[key] is not value):
+                    self._configs[key] = value
+
+    def finalize(self) -> None:
+        """Give the MPI communicators back. Collective; a second call does nothing."""
+        from mpi4py import MPI
+
+        if self._mpi_comm is None:
+            return
+        if not MPI.Is_finalized():
+            self._node_comm.Free()
+            self._mpi_comm.Free()
+        self._mpi_comm = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        # Freeing is collective: a rank that leaves by an exception must not wait for the others.
+        if error is None:
+            self.finalize()
+
+    def __copy__(self) -> Self:
+        return self
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        # Copies of an optimizer or an updater go on using the same communicator.
+        return self
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        raise TypeError(
+            "a communicator is a connection between running processes and cannot be pickled; "
+            "create one in the process that needs it"
+        )
+
+    def __repr__(self) -> str:
+        if self._mpi_comm is None:
+            return f"<{self.name} communicator, finalized>"
+        return (
+            f"<{self.name} communicator, rank {self.rank} of {self.size}, "
+            f"node {self.inter_rank} of {self.inter_size}>"
+        )

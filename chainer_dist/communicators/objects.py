@@ -1,0 +1,235 @@
+"""Python objects between ranks.
+
+mpi4py's pkl5 does the transport: pickle protocol 5, with large buffers sent as they lie in
+memory, and any size beyond 2 GiB. What is added here is that an object which cannot be pickled
+raises on the ranks that would have received it as well, instead of leaving them waiting.
+"""
+
+from __future__ import annotations
+
+import functools
+import operator
+import pickle
+from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn, cast
+
+from chainer_dist.communicators.agreement import rebuild_error
+from chainer_dist.communicators.group import Group
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from mpi4py import MPI
+    from mpi4py.util import pkl5
+
+
+class _Pickled(NamedTuple):
+    """An object on its way: its pickle, and the large buffers that were left out of it."""
+
+    data: pickle.PickleBuffer
+    buffers: list[pickle.PickleBuffer]
+
+
+class _Failed(NamedTuple):
+    """What travels instead of an object that its rank could not send."""
+
+    rank: int
+    kind: type[BaseException]
+    text: str
+
+
+class ObjectCommunicator(Group):
+    """Sends, broadcasts, gathers, scatters and reduces Python objects."""
+
+    def send_obj(self, obj: Any, dest: int, tag: int = 0) -> None:
+        """Send an object to rank ``dest``, which must call :meth:`recv_obj`.
+
+        Args:
+            obj: Any picklable object, of any size.
+            dest: Receiving rank.
+            tag: Message tag, not negative.
+
+        Raises:
+            Exception: If the object cannot be pickled; the receiver then raises as well.
+        """
+        message, error = self._attempt(lambda: obj)
+        self._pkl5.send(message, dest=dest, tag=tag)
+        self._raise_if_failed(message, error)
+
+    def recv_obj(
+        self, source: int, status: MPI.Status | None = None, tag: int | None = None
+    ) -> Any:
+        """Receive an object that rank ``source`` sent with :meth:`send_obj`.
+
+        Args:
+            source: Sending rank, or ``MPI.ANY_SOURCE``.
+            status: Filled with source and tag where given.
+            tag: Message tag; None or ``MPI.ANY_TAG`` takes any.
+
+        Raises:
+            Exception: If the sender could not pickle its object, with its error.
+        """
+        from mpi4py import MPI
+
+        tag = MPI.ANY_TAG if tag is None else tag
+        return self._opened(self._pkl5.recv(source=source, tag=tag, status=status))
+
+    def bcast_obj(self, obj: Any, max_buf_len: int = 256 * 1024 * 1024, root: int = 0) -> Any:
+        """Broadcast an object from rank ``root``. Collective.
+
+        Args:
+            obj: Any picklable object on root; ignored elsewhere.
+            max_buf_len: Accepted for ChainerMN scripts. No limit has to be set: objects of any
+                size travel.
+            root: Sending rank, the same on every rank.
+
+        Returns:
+            The object itself on root, a copy elsewhere.
+
+        Raises:
+            Exception: On every rank, if root's object cannot be pickled.
+        """
+        del max_buf_len
+        if self.rank != root:
+            return self._opened(self._pkl5.bcast(None, root=root))
+        message, error = self._attempt(lambda: obj)
+        self._pkl5.bcast(message, root=root)
+        self._raise_if_failed(message, error)
+        return obj
+
+    def gather_obj(self, obj: Any, root: int = 0) -> list[Any] | None:
+        """Gather one object from every rank on rank ``root``. Collective.
+
+        Returns:
+            A list in the order of rank on root, None elsewhere.
+
+        Raises:
+            Exception: If a rank's object cannot be pickled: there, and on root.
+        """
+        return self._gather(lambda: obj, root)
+
+    def allgather_obj(self, obj: Any) -> list[Any]:
+        """Gather one object from every rank on every rank. Collective.
+
+        Returns:
+            A list in the order of rank, on every rank.
+
+        Raises:
+            Exception: On every rank, if any rank's object cannot be pickled.
+        """
+        return self._allgather(lambda: obj)
+
+    def scatter_obj(self, objs: Sequence[Any] | None, root: int = 0) -> Any:
+        """Give each rank one object of a sequence that rank ``root`` has. Collective.
+
+        Args:
+            objs: On root a sequence of ``size`` picklable objects; ignored elsewhere.
+            root: Sending rank, the same on every rank.
+
+        Returns:
+            A copy of ``objs[rank]``.
+
+        Raises:
+            ValueError: On every rank, if root's sequence is not of length ``size``.
+            Exception: On every rank, if one of the objects cannot be pickled.
+        """
+
+        def checked() -> Sequence[Any]:
+            if objs is None or len(objs) != self.size:
+                got = "None" if objs is None else f"{len(objs)} objects"
+                raise ValueError(f"scatter_obj needs {self.size} objects, one a rank, got {got}")
+            return objs
+
+        return self._scatter(checked, root)
+
+    def allreduce_obj(self, obj: Any) -> Any:
+        """Sum one object from every rank with ``+``, in the order of rank. Collective.
+
+        Args:
+            obj: Any picklable object with ``+``: numbers, arrays, lists, strings.
+
+        Returns:
+            ``((x0 + x1) + x2) + ...``, the same on every rank.
+
+        Raises:
+            Exception: On every rank, if an object cannot be pickled or added.
+        """
+        message, error = self._attempt(lambda: obj)
+        messages = self._pkl5.gather(message, root=0)
+        if messages is not None:
+            failed = [each for each in messages if isinstance(each, _Failed)]
+            # `add`, not `+=`: the objects are the caller's
+            message, error = (
+                (failed[0], error)
+                if failed
+                else self._attempt(
+                    lambda: functools.reduce(operator.add, map(self._opened, messages))
+                )
+            )
+        return self._opened(self._pkl5.bcast(message, root=0), cause=error)
+
+    @property
+    def _pkl5(self) -> pkl5.Intracomm:
+        from mpi4py.util import pkl5
+
+        return pkl5.Intracomm(self.mpi_comm)
+
+    # The four below are shared with arrays: `make` returns the object, or raises what is wrong
+    # with it, and the ranks that wait for the object are told.
+
+    def _gather(self, make: Callable[[], Any], root: int) -> list[Any] | None:
+        message, error = self._attempt(make)
+        messages = self._pkl5.gather(message, root=root)
+        self._raise_if_failed(message, error)
+        return None if messages is None else [self._opened(each) for each in messages]
+
+    def _allgather(self, make: Callable[[], Any]) -> list[Any]:
+        message, error = self._attempt(make)
+        return [self._opened(each, cause=error) for each in self._pkl5.allgather(message)]
+
+    def _scatter(self, make: Callable[[], Sequence[Any]], root: int) -> Any:
+        messages, error = None, None
+        if self.rank == root:
+            messages, error = self._attempt_each(make)
+        return self._opened(self._pkl5.scatter(messages, root=root), cause=error)
+
+    def _alltoall(self, make: Callable[[], Sequence[Any]]) -> list[Any]:
+        messages, error = self._attempt_each(make)
+        return [self._opened(each, cause=error) for each in self._pkl5.alltoall(messages)]
+
+    def _attempt(self, make: Callable[[], Any]) -> tuple[_Pickled | _Failed, Exception | None]:
+        from mpi4py.util import pkl5
+
+        try:
+            data, buffers = pkl5.pickle.dumps_oob(make())
+        except Exception as error:  # noqa: BLE001 - reduce methods may raise anything
+            return _Failed(self.rank, type(error), str(error)), error
+        wrapped = [pickle.PickleBuffer(cast("bytes", each)) for each in (data, *buffers)]
+        return _Pickled(wrapped[0], wrapped[1:]), None
+
+    def _attempt_each(
+        self, make: Callable[[], Sequence[Any]]
+    ) -> tuple[list[_Pickled | _Failed], Exception | None]:
+        """Pickle one object for each rank; if one fails, every rank is told of the failure."""
+        try:
+            attempts = [self._attempt(lambda each=each: each) for each in make()]  # type: ignore[misc]
+        except Exception as error:  # noqa: BLE001 - `make` raises what is wrong with its input
+            return [_Failed(self.rank, type(error), str(error))] * self.size, error
+        for message, failure in attempts:
+            if failure is not None:
+                return [message] * self.size, failure
+        return [message for message, _ in attempts], None
+
+    def _opened(self, message: _Pickled | _Failed, cause: Exception | None = None) -> Any:
+        from mpi4py.util import pkl5
+
+        if isinstance(message, _Failed):
+            self._raise_failed(message, cause)
+        return pkl5.pickle.loads_oob(message.data, message.buffers)
+
+    def _raise_if_failed(self, message: _Pickled | _Failed, cause: Exception | None) -> None:
+        if isinstance(message, _Failed):
+            self._raise_failed(message, cause)
+
+    def _raise_failed(self, message: _Failed, cause: Exception | None) -> NoReturn:
+        where = f"rank {message.rank}: " if self.size > 1 else ""
+        raise rebuild_error(message.kind, where + message.text) from cause

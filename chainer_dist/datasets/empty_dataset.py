@@ -1,0 +1,24 @@
+"""Datasets for ranks whose model takes no input from data."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from collections.abc import Sized
+
+
+def create_empty_dataset(dataset: Sized) -> list[tuple[Any, ...]]:
+    """Return a dataset of the same length whose samples are all ``()``. Local.
+
+    For models that are split over ranks: those that get their input from another rank by
+    ``recv`` still need an iterator that counts iterations and epochs. The same as ChainerMN's
+    ``create_empty_dataset``.
+
+    Args:
+        dataset: Anything with a length.
+
+    Returns:
+        A list of empty tuples.
+    """
+    return [()] * len(dataset)

@@ -1,0 +1,223 @@
+"""Giving each rank its part of a dataset."""
+
+from __future__ import annotations
+
+import operator
+import warnings
+from typing import TYPE_CHECKING, Any, SupportsIndex
+
+import numpy as np
+
+from chainer_dist.communicators.agreement import raise_together
+from chainer_dist.datasets.intervals import Part, split_evenly
+from chainer_dist.datasets.node_shared import scatter_parts
+from chainer_dist.datasets.scattered import ScatteredDataset
+from chainer_dist.datasets.take import take
+from chainer_dist.errors import RankMismatchError
+
+if TYPE_CHECKING:
+    from collections.abc import Sized
+
+    from chainer_dist.communicators import CommunicatorBase
+
+
+class DataSizeError(RuntimeError):
+    """There is no dataset to scatter, or it has no samples."""
+
+
+def scatter_dataset(  # noqa: PLR0917 - ChainerMN's positional parameters
+    dataset: Any,
+    comm: CommunicatorBase,
+    root: int = 0,
+    shuffle: bool = False,
+    seed: int | None = None,
+    max_buf_len: int = 256 * 1024 * 1024,
+    *,
+    force_equal_length: bool = True,
+) -> ScatteredDataset:
+    """Give each rank its part of the dataset that rank ``root`` has. Collective.
+
+    Each rank is sent its own samples only, as :func:`~chainer_dist.datasets.take` cuts them out:
+    nothing is loaded, so a dataset of image files stays a dataset of file names. Arrays are sent
+    as they lie in memory, and the ranks of a node read one copy of them in shared memory. Each
+    rank may write to its part, which no other rank sees. The same samples in the same order as
+    with ChainerMN's ``scatter_dataset``.
+
+    Args:
+        dataset: On root an array, a list, or any other dataset with ``__getitem__`` and
+            ``__len__``; ignored elsewhere, where it may be None.
+        comm: Communicator.
+        root: Rank that has the dataset, the same on every rank. Of the options below root's count.
+        shuffle: Whether to shuffle the samples before they are cut into parts.
+        seed: Seed of that shuffle, for ``numpy.random.RandomState``. None takes another each time.
+        max_buf_len: Accepted for ChainerMN scripts. No limit has to be set.
+        force_equal_length: Whether all parts have the same length, by giving up to ``size - 1``
+            samples to two ranks; training wants that, as all ranks make the same number of steps.
+            Otherwise each sample is on exactly one rank. Both are right for
+            :func:`~chainer_dist.create_multi_node_evaluator`, which counts no sample twice.
+
+    Returns:
+        A :class:`chainer.datasets.SubDataset` of this rank's samples. With fewer samples than
+        ranks some ranks get duplicates, or without ``force_equal_length`` nothing. A single rank
+        gets the dataset itself in its SubDataset; nothing is copied.
+
+    Raises:
+        DataSizeError: On every rank, if root's dataset is None or empty.
+        ValueError: On every rank, if ``root`` is no rank or not the same on all ranks.
+        OSError: On every rank, if a node has no room for its ranks' parts.
+        Exception: On every rank, if the dataset cannot be pickled.
+    """
+    del max_buf_len
+    root = _agreed_root(comm, root)
+    error: Exception | None = None
+    order, parts = None, []
+    try:
+        if comm.rank == root:
+            n_samples = _n_samples(dataset)
+            if shuffle:
+                order = np.random.RandomState(seed).permutation(n_samples)
+            parts = split_evenly(n_samples, comm.size, force_equal_length=force_equal_length)
+    except Exception as caught:  # noqa: BLE001 - a dataset's length may raise anything
+        error = caught
+    raise_together(comm, error)
+    if comm.size == 1:
+        return ScatteredDataset(dataset, 0, len(dataset), order)
+
+    def make_part(rank: int) -> tuple[Any, int]:
+        return _cut(dataset, order, parts[rank]), parts[rank].n_own
+
+    own, n_own = scatter_parts(comm, root, make_part)
+    return ScatteredDataset(own, 0, len(own), n_own=n_own)
+
+
+def scatter_index(
+    n_total_samples: int, comm: CommunicatorBase, root: int = 0, *, force_equal_length: bool = True
+) -> tuple[int, int]:
+    """Give each rank the interval of samples that :func:`scatter_dataset` would. Collective.
+
+    For data that every rank can read by itself. The same as ChainerMN's ``scatter_index``.
+
+    Args:
+        n_total_samples: Samples in all; root's counts.
+        comm: Communicator.
+        root: Rank whose arguments count, the same on every rank.
+        force_equal_length: As with :func:`scatter_dataset`.
+
+    Returns:
+        First sample of this rank, and the one after its last.
+
+    Raises:
+        ValueError: On every rank, if root's ``n_total_samples`` is negative, or ``root`` is no
+            rank or not the same on all ranks.
+        TypeError: On every rank, if root's ``n_total_samples`` is not an integer.
+    """
+    root = _agreed_root(comm, root)
+    error: Exception | None = None
+    intervals = None
+    try:
+        if comm.rank == root:
+            n_samples = _count(n_total_samples)
+            parts = split_evenly(n_samples, comm.size, force_equal_length=force_equal_length)
+            intervals = [(part.begin, part.end) for part in parts]
+    except (TypeError, ValueError) as caught:
+        error = caught
+    raise_together(comm, error)
+    begin, end = comm.scatter_obj(intervals, root=root)
+    return begin, end
+
+
+def get_n_iterations_for_one_epoch(
+    dataset: Sized, local_batch_size: int, comm: CommunicatorBase
+) -> int:
+    """Return rank 0's number of iterations in an epoch. Collective. Deprecated as in ChainerMN.
+
+    Args:
+        dataset: This rank's part; rank 0's counts.
+        local_batch_size: Samples in a rank's batch.
+        comm: Communicator.
+
+    Returns:
+        The number of batches it takes to see each of rank 0's samples, on every rank.
+    """
+    warnings.warn(
+        "get_n_iterations_for_one_epoch is deprecated; use standard epoch triggers",
+        DeprecationWarning,
+        stacklevel=2,
+    )
+    return _n_iterations(dataset, local_batch_size, comm)
+
+
+def get_epoch_trigger(
+    n_epochs: int, dataset: Sized, local_batch_size: int, comm: CommunicatorBase
+) -> tuple[int, str]:
+    """Return a trigger for ``n_epochs`` epochs. Collective. Deprecated as in ChainerMN.
+
+    Args:
+        n_epochs: Number of epochs.
+        dataset: This rank's part; rank 0's counts.
+        local_batch_size: Samples in a rank's batch.
+        comm: Communicator.
+
+    Returns:
+        ``(iterations, "iteration")``, the same on every rank.
+    """
+    warnings.warn(
+        "get_epoch_trigger is deprecated; use standard epoch triggers",
+        DeprecationWarning,
+        stacklevel=2,
+    )
+    return n_epochs * _n_iterations(dataset, local_batch_size, comm), "iteration"
+
+
+def _n_iterations(dataset: Sized, local_batch_size: int, comm: CommunicatorBase) -> int:
+    n_iterations: int = comm.bcast_obj(-(-len(dataset) // local_batch_size))
+    return n_iterations
+
+
+def _agreed_root(comm: CommunicatorBase, root: SupportsIndex) -> int:
+    """Return ``root`` if it is the same valid rank on all ranks. Collective."""
+    try:
+        mine: int | str = operator.index(root)
+    except TypeError:
+        mine = repr(root)
+    roots = comm.allgather_obj(mine)
+    for rank, each in enumerate(roots):
+        if not isinstance(each, int) or not 0 <= each < comm.size:
+            raise ValueError(f"rank {rank}: root is {each}, expected a rank: 0 to {comm.size - 1}")
+        if each != roots[0]:
+            raise RankMismatchError(
+                f"rank {rank}: root is {each}, expected {roots[0]} as on rank 0"
+            )
+    agreed: int = roots[0]
+    return agreed
+
+
+def _count(n_total_samples: SupportsIndex) -> int:
+    n_samples = operator.index(n_total_samples)
+    if n_samples < 0:
+        raise ValueError(f"n_total_samples is {n_samples}, expected 0 or more")
+    return n_samples
+
+
+def _n_samples(dataset: Any) -> int:
+    if dataset is None:
+        raise DataSizeError("there is no dataset to scatter: it is None on the root")
+    n_samples = len(dataset)
+    if n_samples == 0:
+        raise DataSizeError("there is nothing to scatter: the dataset is empty")
+    return n_samples
+
+
+def _cut(dataset: Any, order: Any, part: Part) -> Any:
+    """Return the samples of one rank, as a dataset."""
+    if order is None:
+        indices = np.arange(part.begin, part.end, dtype=np.int64)
+    else:
+        indices = order[part.begin : part.end]
+    own = take(dataset, indices)
+    if len(own) != len(indices):
+        raise ValueError(
+            f"take() of {type(dataset).__qualname__} gave {len(own)} samples for "
+            f"{len(indices)} indices"
+        )
+    return own

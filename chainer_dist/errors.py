@@ -1,0 +1,15 @@
+"""Errors that every rank raises together."""
+
+from __future__ import annotations
+
+
+class RankMismatchError(ValueError):
+    """Ranks that must agree passed different things to one operation.
+
+    Raised on every rank of the communicator with the same text, which names the first rank that
+    differs from rank 0 and what differs (the parameter, its shape or dtype, the option).
+    """
+
+
+class FinalizedCommunicatorError(RuntimeError):
+    """A communicator was used after its :meth:`finalize`."""

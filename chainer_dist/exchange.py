@@ -1,0 +1,250 @@
+"""Parameters and gradients of a model, made equal or averaged over the ranks.
+
+A communicator knows arrays; what is particular to a model is here, once for every kind of
+communicator: which parameters there are and in which order, which are initialized, which have a
+gradient, and what happens when ranks differ in that. All of it is decided by all ranks together.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import TYPE_CHECKING, Any, Optional
+
+import numpy as np
+
+from chainer_dist.communicators.agreement import agree, digest, raise_mismatch
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    import chainer
+
+    from chainer_dist.communicators import CommunicatorBase
+    from chainer_dist.communicators.arrays import Array
+
+__all__ = ["ParameterSet", "bcast_data", "mean_agreed_grad", "mean_grad"]
+
+# One entry a parameter: its name, and shape and dtype, or None while it is uninitialized.
+Structure = tuple[tuple[str, Optional[tuple[tuple[int, ...], Any]]], ...]
+
+_BCAST_BYTES = 1 << 30  # MPI counts are 32-bit before MPI 4
+
+_cached_digest = functools.lru_cache(maxsize=256)(digest)
+
+
+class ParameterSet:
+    """The parameters of a model as they are now, in the order in which ranks exchange them.
+
+    That order is by name. A parameter registered at two places counts once, under its first name.
+    Local.
+
+    Attributes:
+        structure: Names, shapes and dtypes, comparable between calls and between ranks.
+        params: The initialized parameters, those that can have a gradient.
+        names: Their names.
+    """
+
+    def __init__(self, model: chainer.Link) -> None:
+        self.all: dict[str, chainer.Parameter] = {}
+        seen: set[int] = set()
+        for name, param in sorted(model.namedparams(), key=lambda item: str(item[0])):
+            if id(param) not in seen:
+                seen.add(id(param))
+                self.all[name] = param
+        structure: list[tuple[str, Any]] = []
+        self.names: list[str] = []
+        self.params: list[chainer.Parameter] = []
+        for name, param in self.all.items():
+            array = param.array
+            if array is None:
+                structure.append((name, None))
+            else:
+                kind = array.dtype if isinstance(array, np.ndarray) else _type_name(array)
+                structure.append((name, (array.shape, kind)))
+                self.names.append(name)
+                self.params.append(param)
+        self.structure: Structure = tuple(structure)
+        self.has_grad = tuple(param.grad is not None for param in self.params)
+
+    @property
+    def digests(self) -> tuple[int, int]:
+        """Digests of the structure, and of which parameters have a gradient."""
+        return _cached_digest(self.structure), _cached_digest(self.has_grad)
+
+    def describe(self) -> list[tuple[str, str]]:
+        """Return names and descriptions in words, for errors."""
+        return [
+            (name, "uninitialized" if spec is None else f"{spec[0]} {spec[1]}")
+            for name, spec in self.structure
+        ]
+
+    def describe_grads(self) -> list[tuple[str, str]]:
+        """Return which parameters have a gradient, in words, for errors."""
+        return [
+            (f"the gradient of {name}", "an array" if has else "None")
+            for name, has in zip(self.names, self.has_grad)
+        ]
+
+    def check_supported(self) -> None:
+        """Raise TypeError for parameters that are not NumPy arrays."""
+        for name, spec in self.structure:
+            if spec is not None and isinstance(spec[1], str):
+                raise TypeError(
+                    f"{name} is a {spec[1]}; chainer_dist exchanges NumPy arrays: "
+                    "call model.to_cpu() first"
+                )
+
+
+def mean_grad(comm: CommunicatorBase, model: chainer.Link, *, zero_fill: bool = False) -> None:
+    """Replace every gradient by its mean over the ranks, in place. Collective.
+
+    A parameter whose gradient is None on every rank is not exchanged. Uninitialized parameters
+    are skipped. float16 gradients are summed in float32 and rounded once.
+
+    Args:
+        comm: Over whose ranks the mean is taken.
+        model: Its gradients are replaced. Names, shapes and dtypes are the same on every rank.
+        zero_fill: What to do about a gradient that is None. If True it counts as zero where other
+            ranks have one, and becomes an array of zeros in any case; if False it stays None,
+            and must be None on every rank.
+
+    Raises:
+        RankMismatchError: On every rank, naming the rank and the parameter, if parameters differ
+            or (without ``zero_fill``) some ranks have a gradient that others do not have.
+        TypeError: If a parameter is not a NumPy array.
+    """
+    parameters = ParameterSet(model)
+    same_structure, same_grads = agree(comm, *parameters.digests)
+    if not same_structure:
+        raise_mismatch(comm, parameters.describe())
+    mean_agreed_grad(comm, parameters, same_grads=same_grads, zero_fill=zero_fill)
+
+
+def mean_agreed_grad(
+    comm: CommunicatorBase, parameters: ParameterSet, *, same_grads: bool, zero_fill: bool
+) -> list[chainer.Parameter]:
+    """Do what :func:`mean_grad` does, for parameters that the ranks agree on. Collective.
+
+    Args:
+        comm: Over whose ranks the mean is taken.
+        parameters: Of equal structure on every rank.
+        same_grads: Whether the same parameters have a gradient on every rank.
+        zero_fill: See :func:`mean_grad`.
+
+    Returns:
+        The parameters whose gradient this rank filled with zeros.
+    """
+    parameters.check_supported()
+    if not same_grads and not zero_fill:
+        raise_mismatch(comm, parameters.describe_grads())
+    filled = [p for p, has in zip(parameters.params, parameters.has_grad) if not has]
+    if not zero_fill:
+        filled = []
+    if not same_grads:
+        _fill_zeros(filled)
+    comm.mean_arrays(_private_grads(parameters.params))
+    if same_grads:
+        _fill_zeros(filled)
+    return filled
+
+
+def bcast_data(comm: CommunicatorBase, model: chainer.Link) -> None:
+    """Make the parameters of all ranks equal to rank 0's, in place. Collective.
+
+    A parameter that rank 0 has not initialized yet is taken from the lowest rank that has, and
+    is initialized with that shape where it is not. One that no rank has initialized is left so.
+
+    Args:
+        comm: Whose ranks become equal.
+        model: Its parameters change; names, and shapes and dtypes where initialized, are the
+            same on every rank. Persistent values are left alone.
+
+    Raises:
+        RankMismatchError: On every rank, naming the rank and the parameter, if they differ.
+        TypeError: If a parameter is not a NumPy array.
+    """
+    parameters = ParameterSet(model)
+    sources: dict[str, int] = dict.fromkeys(parameters.names, 0)
+    if not all(agree(comm, _cached_digest(parameters.structure))):
+        sources = _initialize_missing(comm, parameters)
+        parameters = ParameterSet(model)
+        if not all(agree(comm, _cached_digest(parameters.structure))):
+            raise_mismatch(comm, parameters.describe())
+    parameters.check_supported()
+    for name, param in zip(parameters.names, parameters.params):
+        _bcast_param(comm, param, sources[name])
+
+
+def _initialize_missing(comm: CommunicatorBase, parameters: ParameterSet) -> dict[str, int]:
+    """Initialize what other ranks have initialized; return each parameter's source rank."""
+    everyone = [dict(structure) for structure in comm.allgather_obj(parameters.structure)]
+    sources: dict[str, int] = {}
+    for name in parameters.all:
+        for rank, structure in enumerate(everyone):
+            spec = structure.get(name)
+            if spec is None:
+                continue
+            source = sources.setdefault(name, rank)
+            first = everyone[source][name]
+            if spec != first:
+                raise_mismatch(comm, parameters.describe())
+    if any(structure.keys() != everyone[0].keys() for structure in everyone):
+        raise_mismatch(comm, parameters.describe())
+    for name, source in sources.items():
+        param = parameters.all[name]
+        if param.array is None:
+            spec = everyone[source][name]
+            assert spec is not None  # noqa: S101 - sources hold initialized ones only
+            param.initialize(spec[0])
+    return sources
+
+
+def _bcast_param(comm: CommunicatorBase, param: chainer.Parameter, root: int) -> None:
+    array = param.array
+    work = array if array.flags.c_contiguous and array.flags.writeable else array.copy(order="C")
+    raw = work.reshape(-1).view(np.uint8)
+    before = work.copy() if _fp32_copy(param) is not None else None
+    for start in range(0, raw.size, _BCAST_BYTES):
+        comm.mpi_comm.Bcast(raw[start : start + _BCAST_BYTES], root=root)
+    if work is not array:
+        if array.flags.writeable:
+            np.copyto(array, work)
+        else:
+            param.array = work
+    if before is not None and not np.array_equal(before, work, equal_nan=True):
+        # The float32 master copy of `use_fp32_update` belongs to the old value.
+        param.update_rule._fp32_param = None
+
+
+def _fp32_copy(param: chainer.Parameter) -> Any:
+    return getattr(param.update_rule, "_fp32_param", None)
+
+
+def _private_grads(params: Sequence[chainer.Parameter]) -> list[Array]:
+    """Return the gradients, each in memory that may be changed without changing another.
+
+    Backward may hand one array to several parameters, or a read-only view; those are replaced by
+    copies, because a sum in place over shared memory would depend on which ranks share.
+    """
+    grads: list[Array] = []
+    owners: set[int] = set()
+    for param in params:
+        grad = param.grad
+        if grad is None:
+            continue
+        owner = id(grad if grad.base is None else grad.base)
+        if owner in owners or not grad.flags.writeable:
+            grad = grad.copy()
+            param.grad = grad
+        owners.add(owner)
+        grads.append(grad)
+    return grads
+
+
+def _fill_zeros(params: Sequence[chainer.Parameter]) -> None:
+    for param in params:
+        param.grad = np.zeros_like(param.array)
+
+
+def _type_name(array: object) -> str:
+    return f"{type(array).__module__}.{type(array).__name__}"

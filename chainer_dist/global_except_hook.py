@@ -1,0 +1,180 @@
+"""Ending the whole job when one rank fails.
+
+A rank that dies of an exception leaves the others waiting for it, for ever: mpi4py finalizes MPI on
+the way out, and that waits for the others in turn. So an uncaught exception, an interrupt, or an
+exit with a status other than zero on any rank calls ``MPI_Abort``. This is on from
+``import chainer_dist``; ``CHAINER_DIST_ABORT_ON_EXCEPTION=0`` in the environment, or
+:func:`remove_hook`, turns it off. ChainerMN's module of this name is off unless asked for.
+
+Nothing happens in processes that have not started MPI, in children of a rank, in threads beside the
+main one, at an interactive prompt, or in a job of one rank: there Python does what it always does.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import functools
+import gc
+import os
+import sys
+import threading
+import time
+import traceback
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from types import ModuleType, TracebackType
+
+__all__ = ["add_hook", "remove_hook"]
+
+VARIABLE = "CHAINER_DIST_ABORT_ON_EXCEPTION"
+
+# Ranks often fail together, and the first to leave must not silence the one that says why.
+SECONDS_TO_SPEAK = 0.2
+
+_pid: int | None = None  # of the process that added the hook
+_outer_hook: Any = None
+_python_exit = sys.exit
+_python_code: Any = SystemExit.__dict__["code"]
+
+
+def add_hook() -> None:
+    """End the job when this rank fails, from now on. Local; a second call does nothing.
+
+    The exception hook that was there before still prints the traceback. ChainerMN has a function
+    of this name.
+    """
+    global _pid, _outer_hook  # noqa: PLW0603 - hooks are global to a process
+    if _pid is not None:
+        return
+    _pid = os.getpid()
+    _outer_hook = sys.excepthook
+    sys.excepthook = _global_except_hook
+    _set_exit_code(property(_read_code, _python_code.__set__, _python_code.__delete__))
+    if sys.version_info < (3, 12):
+        _replace_exit(_python_exit, _exit)
+
+
+def remove_hook() -> None:
+    """Undo :func:`add_hook`. Local; without a hook it does nothing."""
+    global _pid  # noqa: PLW0603 - hooks are global to a process
+    if _pid is None:
+        return
+    _pid = None
+    if sys.excepthook is _global_except_hook:
+        sys.excepthook = _outer_hook
+    _set_exit_code(_python_code)
+    _replace_exit(_exit, _python_exit)
+
+
+def _add_hook_if_enabled() -> None:
+    if os.environ.get(VARIABLE, "1") not in ("0", ""):
+        add_hook()
+
+
+def _global_except_hook(
+    kind: type[BaseException], error: BaseException, trace: TracebackType | None
+) -> None:
+    try:
+        _outer_hook(kind, error, trace)
+    finally:
+        mpi = _running_job()
+        if mpi is not None:
+            status = 130 if issubclass(kind, KeyboardInterrupt) else 1
+            _abort(mpi, f"uncaught {kind.__name__}", status)
+
+
+# SystemExit does not pass sys.excepthook, and atexit does not tell why the process ends. But the
+# interpreter reads the exception's `code`, as the only reader with no Python code above it.
+
+
+def _read_code(error: SystemExit) -> Any:
+    code = _python_code.__get__(error, SystemExit)
+    try:
+        sys._getframe(1)
+    except ValueError:
+        _leave(error, code)
+    return code
+
+
+def _set_exit_code(descriptor: Any) -> None:
+    # Classes written in C refuse assignment to their attributes; their dict takes it.
+    (attributes,) = gc.get_referents(SystemExit.__dict__)
+    attributes["code"] = descriptor
+    ctypes.pythonapi.PyType_Modified(ctypes.py_object(SystemExit))
+
+
+@functools.wraps(_python_exit)
+def _exit(*args: Any) -> None:
+    # Before Python 3.12 sys.exit leaves no exception for the interpreter to read, only its code,
+    # unless somebody looks at it on the way.
+    try:
+        _python_exit(*args)
+    except SystemExit:  # noqa: TRY203 - looking at it is the purpose
+        raise
+
+
+def _replace_exit(old: Any, new: Any) -> None:
+    # In sys and wherever somebody wrote `from sys import exit`.
+    for module in list(sys.modules.values()):
+        names = getattr(module, "__dict__", {})
+        if names.get("exit") is old:
+            names["exit"] = new
+
+
+def _leave(error: SystemExit, code: Any) -> None:
+    mpi = _running_job()
+    if mpi is None or code is None or (isinstance(code, int) and code == 0):
+        return
+    status = code & 0xFF if isinstance(code, int) else 1
+    message = f"exit with status {status}"
+    with contextlib.suppress(Exception):
+        sys.stderr.write(_stack(error))
+        if not isinstance(code, int):
+            sys.stderr.write(f"{code}\n")
+    _abort(mpi, message, status)
+
+
+def _stack(error: SystemExit) -> str:
+    """Return where an exception was raised, as far as that is known."""
+    trace = error.__traceback__
+    if trace is None:
+        return ""
+    # Before Python 3.12 a traceback may begin in the innermost frame.
+    outer = trace.tb_frame.f_back
+    lines = [*(traceback.extract_stack(outer) if outer else []), *traceback.extract_tb(trace)]
+    listed = traceback.format_list([line for line in lines if line.filename != __file__])
+    return "".join(["Traceback (most recent call last):\n", *listed])
+
+
+def _abort(mpi: ModuleType, reason: str, status: int) -> None:
+    world = mpi.COMM_WORLD
+    status = status or 1  # of 256, say
+    with contextlib.suppress(Exception):
+        sys.stdout.flush()
+        sys.stderr.write(
+            f"chainer_dist: {reason} on rank {world.rank} of {world.size} "
+            f"({mpi.Get_processor_name()}); ending the job with status {status}.\n"
+        )
+        sys.stderr.flush()
+    time.sleep(SECONDS_TO_SPEAK)
+    try:
+        world.Abort(status)
+    finally:
+        os._exit(status)
+
+
+def _running_job() -> ModuleType | None:
+    """Return mpi4py.MPI if this is the main thread of a rank of a running job of several."""
+    mpi = sys.modules.get("mpi4py.MPI")
+    if mpi is None or os.getpid() != _pid or hasattr(sys, "ps1"):
+        return None
+    if threading.current_thread() is not threading.main_thread():
+        return None
+    processes = sys.modules.get("multiprocessing.process")
+    if processes is not None and processes.parent_process() is not None:
+        return None
+    if not mpi.Is_initialized() or mpi.Is_finalized() or mpi.COMM_WORLD.size == 1:
+        return None
+    return mpi

@@ -1,0 +1,156 @@
+"""What the package promises about itself: its layers, its public names, its docstrings."""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import inspect
+import pkgutil
+from pathlib import Path
+
+import pytest
+
+import chainer_dist
+
+ROOT = Path(chainer_dist.__file__).parent
+
+# Lowest first; a module imports from its own layer and those below.
+LAYERS = [
+    ["_version", "_compat", "_startup", "errors", "_threads", "global_except_hook"],
+    ["communicators"],
+    ["exchange"],
+    ["optimizers", "datasets", "extensions"],
+]
+# ChainerMN has these two as methods of the communicator; they call the exchange when called.
+DOORS = {("communicators/communicator_base.py", "exchange")}
+
+
+def layer_of(part):
+    """Return the number of a module's layer, given its name below the package."""
+    (found,) = [n for n, names in enumerate(LAYERS) if part in names]
+    return found
+
+
+def imported_parts(tree):
+    """Yield the first part, below the package, of every import outside of type checking."""
+    skipped = {
+        id(node)
+        for block in ast.walk(tree)
+        if isinstance(block, ast.If) and "TYPE_CHECKING" in ast.unparse(block.test)
+        for node in ast.walk(block)
+    }
+    for node in ast.walk(tree):
+        if id(node) in skipped:
+            continue
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("chainer_dist"):
+            below = (node.module or "").split(".")[1:]
+            yield from [below[0]] if below else [alias.name for alias in node.names]
+        elif isinstance(node, ast.Import):
+            for alias in node.names:
+                if alias.name.startswith("chainer_dist."):
+                    yield alias.name.split(".")[1]
+
+
+@pytest.mark.parametrize(
+    "path",
+    [p for p in sorted(ROOT.rglob("*.py")) if p != ROOT / "__init__.py"],
+    ids=lambda path: str(path.relative_to(ROOT)),
+)
+def test_layers_import_downward_only(path):
+    """A module knows nothing of the layers above it."""
+    relative = path.relative_to(ROOT)
+    own = layer_of(relative.parts[0].removesuffix(".py"))
+    for part in imported_parts(ast.parse(path.read_text(encoding="utf-8"))):
+        if (relative.as_posix(), part) not in DOORS:
+            assert layer_of(part) <= own, f"{relative} imports {part} from above"
+
+
+def test_public_names_are_sorted_and_there():
+    """``__all__`` is the whole public surface."""
+    public = chainer_dist.__all__
+    assert public == sorted(public)
+    for name in public:
+        assert hasattr(chainer_dist, name)
+    found = {
+        name
+        for name, value in vars(chainer_dist).items()
+        if not name.startswith("_") and (not inspect.ismodule(value) or name in public)
+    }
+    assert found | {"__version__"} == set(public)
+
+
+def test_everything_public_is_documented():
+    """Modules, classes, functions and methods all say what they do."""
+    silent = []
+    for info in pkgutil.walk_packages([str(ROOT)], "chainer_dist."):
+        module = importlib.import_module(info.name)
+        silent += [] if module.__doc__ else [info.name]
+        for name, value in vars(module).items():
+            if name.startswith("_") or getattr(value, "__module__", None) != info.name:
+                continue
+            if inspect.isfunction(value) or inspect.isclass(value):
+                silent += [] if value.__doc__ else [f"{info.name}.{name}"]
+            if inspect.isclass(value):
+                silent += [
+                    f"{info.name}.{name}.{attribute}"
+                    for attribute, member in vars(value).items()
+                    if not attribute.startswith("_")
+                    and (callable(member) or isinstance(member, property))
+                    and not member.__doc__
+                ]
+    assert not silent
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "CommunicatorBase",
+        "create_communicator",
+        "create_multi_node_optimizer",
+        "create_multi_node_evaluator",
+        "scatter_dataset",
+        "scatter_index",
+        "DataSizeError",
+        "datasets.create_empty_dataset",
+        "global_except_hook.add_hook",
+    ],
+)
+def test_chainermn_parameters_and_defaults(name):
+    """What exists so far takes ChainerMN's parameters, with its defaults."""
+    chainermn = importlib.import_module("chainermn")
+
+    def find(package):
+        value = package
+        for part in name.split("."):
+            value = getattr(value, part)
+        return value
+
+    ours, theirs = find(chainer_dist), find(chainermn)
+    if inspect.isclass(theirs):
+        missing = [n for n in vars(theirs) if not n.startswith("_") and not hasattr(ours, n)]
+        assert not missing
+        return
+    mine = inspect.signature(ours).parameters
+    for parameter in inspect.signature(theirs).parameters.values():
+        if parameter.kind is parameter.VAR_KEYWORD:
+            continue
+        assert parameter.name in mine
+        if parameter.name != "communicator_name":  # ChainerMN's default needs a GPU
+            assert mine[parameter.name].default == parameter.default
+
+
+def test_methods_of_communicators_take_chainermn_parameters():
+    """Positional calls written for ChainerMN's communicators mean the same here."""
+    base = importlib.import_module("chainermn.communicators.mpi_communicator_base")
+    theirs = base.MpiCommunicatorBase
+    for name, method in inspect.getmembers(theirs, inspect.isfunction):
+        if name.startswith("_"):
+            continue
+        want = list(inspect.signature(method).parameters.values())
+        got = list(
+            inspect.signature(getattr(chainer_dist.CommunicatorBase, name)).parameters.values()
+        )
+        for mine, parameter in zip(got, want):
+            if parameter.kind is not parameter.VAR_KEYWORD and name != "recv_obj":
+                assert mine.default == parameter.default, (name, parameter.name)
+        assert len([p for p in got if p.kind is not p.KEYWORD_ONLY]) >= len(want) - 1, name
