@@ -1,16 +1,21 @@
 #!/usr/bin/env python
-"""Measure what the fair share of threads saves.
+"""Measure what the fair share of threads saves: run it under ``mpiexec -n 2``.
 
-    mpiexec -n 2 python scripts/bench_threads.py
-
-Every rank trains a multi-layer perceptron of its own, in turn with NumPy's default number of BLAS
-threads and with this rank's fair share of the cores. A step counts as long as its slowest rank.
+Every rank trains a multi-layer perceptron of its own with plain Chainer, in turn with the default
+number of BLAS threads and with this rank's fair share of the cores. A step takes as long as its
+slowest rank.
 """
+
+# ruff: noqa: E402 - the default is what is measured, so nothing may be set before NumPy is loaded
 
 from __future__ import annotations
 
-import argparse
 import os
+
+for _name in [name for name in os.environ if name.endswith("_NUM_THREADS")]:
+    del os.environ[_name]
+
+import argparse
 import statistics
 import time
 
@@ -23,60 +28,63 @@ from mpi4py import MPI
 
 from chainer_dist import _threads
 
+WARM_UP = 2
+
 
 def parse_args() -> argparse.Namespace:
     """Read the command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--steps", type=int, default=100, help="of each kind (default: 100)")
+    parser.add_argument(
+        "--units",
+        type=int,
+        nargs="+",
+        default=[128, 256, 512, 1024],
+        help="of a layer, model after model (default: 128 256 512 1024)",
     )
-    parser.add_argument("--steps", type=int, default=12, help="of each kind (default: 12)")
-    parser.add_argument("--units", type=int, default=1024, help="a layer (default: 1024)")
-    parser.add_argument("--batch-size", type=int, default=64, help="a rank (default: 64)")
+    parser.add_argument("--batch-size", type=int, default=32, help="a rank (default: 32)")
     return parser.parse_args()
 
 
-def main() -> None:
-    """Take steps of both kinds in turn, and print medians and their ratio."""
-    args = parse_args()
-    world = MPI.COMM_WORLD
-    if any(name in os.environ for name in _threads.VARIABLES):
-        raise SystemExit(f"the default is measured, so unset {', '.join(_threads.VARIABLES)}")
-    default = max(p["num_threads"] for p in threadpoolctl.threadpool_info())
-    affinities = world.Split_type(MPI.COMM_TYPE_SHARED).allgather(_threads._cores())
-    share = _threads.fair_share(affinities, 0)
-
-    model = L.Classifier(
-        chainer.Sequential(
-            L.Linear(784, args.units),
-            F.relu,
-            L.Linear(args.units, args.units),
-            F.relu,
-            L.Linear(args.units, 10),
-        )
-    )
+def measure(
+    world: MPI.Intracomm, units: int, batch_size: int, threads: dict[str, int], steps: int
+) -> dict[str, float]:
+    """Take steps of all kinds in turn; return the median of each kind in milliseconds."""
+    hidden = L.Linear(784, units), F.relu, L.Linear(units, units), F.relu
+    model = L.Classifier(chainer.Sequential(*hidden, L.Linear(units, 10)))
     optimizer = chainer.optimizers.SGD().setup(model)
     rng = np.random.default_rng(world.rank)
-    x = rng.random((args.batch_size, 784), dtype=np.float32)
-    t = rng.integers(0, 10, args.batch_size).astype(np.int32)
+    x = rng.random((batch_size, 784), dtype=np.float32)
+    t = rng.integers(0, 10, batch_size).astype(np.int32)
 
-    seconds: dict[str, list[float]] = {"default": [], "share": []}
-    for step in range(args.steps + 2):
-        for kind, threads in (("default", default), ("share", share)):
-            with threadpoolctl.threadpool_limits(threads):
+    seconds: dict[str, list[float]] = {kind: [] for kind in threads}
+    for _ in range(WARM_UP + steps):
+        for kind, limit in threads.items():
+            with threadpoolctl.threadpool_limits(limit):
                 world.Barrier()
                 started = time.perf_counter()
                 optimizer.update(model, x, t)
-                slowest = world.allreduce(time.perf_counter() - started, MPI.MAX)
-            if step >= 2:  # the first ones warm up
-                seconds[kind].append(slowest)
+                seconds[kind].append(world.allreduce(time.perf_counter() - started, MPI.MAX))
+    return {kind: statistics.median(values[WARM_UP:]) * 1e3 for kind, values in seconds.items()}
+
+
+def main() -> None:
+    """Measure models of several sizes and print a table."""
+    args = parse_args()
+    world = MPI.COMM_WORLD
+    threads = {"default": max(p["num_threads"] for p in threadpoolctl.threadpool_info())}
+    node = world.Split_type(MPI.COMM_TYPE_SHARED)
+    cores = node.allgather(_threads._cores())
+    threads["share"] = _threads.fair_share(cores, node.rank, _threads._quota())
     if world.rank == 0:
-        medians = {kind: statistics.median(values) * 1e3 for kind, values in seconds.items()}
-        print(
-            f"{world.size} ranks on {len(set().union(*affinities))} cores, median of {args.steps}"
-        )
-        print(f"NumPy's default, {default} threads a rank: {medians['default']:8.1f} ms a step")
-        print(f"fair share,      {share} threads a rank: {medians['share']:8.1f} ms a step")
-        print(f"default / share: {medians['default'] / medians['share']:.2f}")
+        print(f"{world.size} ranks, {len(set().union(*cores))} cores; median of {args.steps} steps")
+        print(f"threads a rank: BLAS default {threads['default']}, fair share {threads['share']}")
+        print(f"{'units':>6} {'default ms':>11} {'share ms':>9} {'ratio':>6}")
+    for units in args.units:
+        ms = measure(world, units, args.batch_size, threads, args.steps)
+        if world.rank == 0:
+            ratio = ms["default"] / ms["share"]
+            print(f"{units:>6} {ms['default']:>11.2f} {ms['share']:>9.2f} {ratio:>6.2f}")
 
 
 if __name__ == "__main__":
