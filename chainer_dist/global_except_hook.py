@@ -30,8 +30,9 @@ __all__ = ["add_hook", "remove_hook"]
 
 VARIABLE = "CHAINER_DIST_ABORT_ON_EXCEPTION"
 
-# Ranks often fail together, and the first to leave must not silence the one that says why.
-SECONDS_TO_SPEAK = 0.2
+# Launchers may drop what they have not read when the job ends; and ranks often fail together, where
+# the first to leave should not silence the one that says why.
+SECONDS_TO_SPEAK = 0.5
 
 _pid: int | None = None  # of the process that added the hook
 _outer_hook: Any = None
