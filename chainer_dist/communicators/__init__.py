@@ -22,10 +22,11 @@ __all__ = ["CommunicatorBase", "create_communicator", "names"]
 _KINDS = {
     "naive": "chainer_dist.communicators.naive:NaiveCommunicator",
     "flat": "chainer_dist.communicators.flat:FlatCommunicator",
+    "shared_memory": "chainer_dist.communicators.shared_memory:SharedMemoryCommunicator",
     "dummy": "chainer_dist.communicators.dummy:DummyCommunicator",
 }
 
-_AUTO = "naive"
+_AUTO = "shared_memory"
 
 _GPU_KINDS = ("pure_nccl", "non_cuda_aware")
 
@@ -44,9 +45,10 @@ def create_communicator(
     """Create a communicator. Collective over ``mpi_comm``.
 
     Args:
-        communicator_name: ``auto`` takes the one that is fastest in general, at present ``naive``.
-            ``naive`` makes one MPI call for each parameter, ``flat`` packs all gradients of a
-            dtype into one buffer, ``dummy`` exchanges nothing (for measurements).
+        communicator_name: ``auto`` takes the one that is fastest in general, ``shared_memory``.
+            That one averages in memory which the ranks of a node share, ``naive`` makes one MPI
+            call for each parameter, ``flat`` packs all gradients of a dtype into one buffer, and
+            ``dummy`` exchanges nothing (for measurements).
         mpi_comm: mpi4py intracommunicator, by default ``MPI.COMM_WORLD``. It is duplicated.
         allreduce_grad_dtype: None. ChainerMN took a dtype with ``pure_nccl`` only.
         batched_copy: Accepted for ChainerMN scripts; packing is always batched.

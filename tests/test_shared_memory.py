@@ -1,0 +1,107 @@
+"""What is particular to the shared_memory communicator; the rest is tested with all of them."""
+
+from __future__ import annotations
+
+import types
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from chainer_dist import create_communicator
+from chainer_dist.communicators import shared_memory
+
+NODES = {
+    "one node": lambda _: 0,
+    "a node each": lambda rank: rank,
+    "odd and even": lambda rank: rank % 2,
+    "one and the rest": lambda rank: min(rank, 1),
+}
+
+
+@pytest.fixture(params=NODES)
+def grouped(request, monkeypatch):
+    """Return a communicator with small blocks, its real ranks taken to be on several nodes."""
+    monkeypatch.setattr(shared_memory, "BLOCK_BYTES", 512)
+    comm = create_communicator("shared_memory")
+    color = NODES[request.param]
+    comm._node_comm.Free()
+    comm._node_comm = comm.mpi_comm.Split(color(comm.rank), comm.rank)
+    comm._inter_rank = color(comm.rank)
+    comm._inter_size = len({color(rank) for rank in range(comm.size)})
+    yield comm
+    comm.finalize()
+
+
+def values(rank, sizes, dtype):
+    """Return arrays that differ between ranks."""
+    rng = np.random.RandomState([rank, *sizes])
+    return [rng.randn(size).astype(dtype) for size in sizes]
+
+
+@given(
+    sizes=st.lists(st.integers(0, 700), min_size=1, max_size=6),
+    dtype=st.sampled_from([np.float16, np.float32, np.float64, np.complex64]),
+)
+def test_any_sizes_on_any_nodes(grouped, sizes, dtype):
+    """Arrays that end anywhere in a block, over more blocks than there are slots."""
+    arrays = values(grouped.rank, sizes, dtype)
+    grouped.mean_arrays(arrays)
+    everyone = [values(rank, sizes, dtype) for rank in range(grouped.size)]
+    for got, same in zip(arrays, zip(*everyone)):
+        want = np.mean([x.astype(np.complex128) for x in same], axis=0)
+        np.testing.assert_allclose(got, want, rtol=1e-3 if dtype == np.float16 else 1e-5, atol=2e-3)
+    mine = [x.tobytes() for x in arrays]
+    assert grouped.allgather_obj(mine) == [mine] * grouped.size
+
+
+def test_ranks_that_are_late(grouped):
+    """A rank that comes late, or leaves early, finds what it needs, many times over."""
+    for turn in range(12):
+        if grouped.rank == turn % grouped.size:
+            sum(range(200_000))
+        x = np.full(1000, float(turn + grouped.rank))
+        grouped.mean_arrays([x])
+        assert (x == turn + (grouped.size - 1) / 2).all()
+
+
+def test_memory_is_given_back():
+    """Communicators that were used come and go; MPI has room for few windows at a time."""
+    for turn in range(50):
+        with create_communicator("shared_memory") as comm:
+            x = np.full(10, float(comm.rank))
+            comm.mean_arrays([x])
+            assert (x == (comm.size - 1) / 2).all(), turn
+
+
+def test_little_shared_memory(monkeypatch):
+    """Where there is little room blocks are smaller; where there is none every rank is told."""
+    with create_communicator("shared_memory") as comm:
+        if comm.size == 1:
+            return
+        for free, block in [
+            (1 << 30, 1 << 20),
+            (comm.size << 20, 1 << 16),
+            (comm.size << 14, 1 << 10),
+        ]:
+            usage = types.SimpleNamespace(free=free if comm.rank == 0 else 1 << 40)
+            monkeypatch.setattr(shared_memory.shutil, "disk_usage", lambda _, usage=usage: usage)
+            assert shared_memory._fitting_block(comm) == block
+        usage.free = 1000 if comm.rank == 0 else 1 << 40
+        with pytest.raises(MemoryError, match="'naive'"):
+            comm.mean_arrays([np.zeros(3)])
+        usage.free = comm.size << 14
+        x = np.full(1000, float(comm.rank))
+        comm.mean_arrays([x])
+        assert (x == (comm.size - 1) / 2).all()
+
+
+def test_two_at_a_time():
+    """Communicators have memory of their own."""
+    with create_communicator("shared_memory") as one, create_communicator("shared_memory") as two:
+        for turn in range(3):
+            for comm in (one, two, one):
+                x = np.full(300_000, float(comm.rank * turn))
+                comm.mean_arrays([x])
+                assert (x == turn * (comm.size - 1) / 2).all()
