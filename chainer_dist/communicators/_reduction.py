@@ -36,7 +36,7 @@ def wire_dtype(dtype: np.dtype[Any]) -> np.dtype[Any]:
 
 
 def allreduce(mpi_comm: MPI.Intracomm, x: Array, op: str) -> Array:
-    """Return the reduction of a C-contiguous array over the ranks, as a new array. Collective.
+    """Return the reduction of a C-contiguous native array over the ranks, as a new one. Collective.
 
     See :meth:`~chainer_dist.communicators.arrays.ArrayCommunicator.allreduce`.
     """

@@ -1,7 +1,7 @@
 """NumPy arrays between ranks.
 
-Moving an array keeps its dtype, shape and values to the bit, whatever its layout in memory. All
-ranks learn of one rank's bad input (see :mod:`chainer_dist.communicators.objects`).
+Moving an array keeps its dtype, shape and values to the bit, whatever its layout in memory; only a
+foreign byte order becomes the native one. All ranks learn of one rank's bad input (see :mod:`chainer_dist.communicators.objects`).
 """
 
 from __future__ import annotations
@@ -173,7 +173,7 @@ class ArrayCommunicator(ObjectCommunicator):
 
 
 def _checked_array(x: object, operation: str) -> Array:
-    """Return ``x`` as a plain array that is contiguous in C or Fortran order."""
+    """Return ``x`` as a plain array, contiguous in C or Fortran order, in native byte order."""
     if not isinstance(x, (np.ndarray, np.generic)):
         hint = "; pass its .array" if hasattr(x, "array") else ""
         raise TypeError(f"{operation} takes a NumPy array, got {type(x).__name__}{hint}")
@@ -183,9 +183,9 @@ def _checked_array(x: object, operation: str) -> Array:
             f"{operation} takes bool, integer, float or complex arrays, got {array.dtype}; "
             f"use {operation}_obj for anything else"
         )
-    if array.flags.forc:
-        return array
-    return np.ascontiguousarray(array)
+    # NumPy's pickle loses the byte order of long doubles.
+    array = array.astype(array.dtype.newbyteorder("="), copy=False)
+    return array if array.flags.forc else np.ascontiguousarray(array)
 
 
 def _checked_arrays(data: object, operation: str) -> ArrayOrTuple:
