@@ -40,18 +40,13 @@ def allreduce(mpi_comm: MPI.Intracomm, x: Array, op: str) -> Array:
 
     See :meth:`~chainer_dist.communicators.arrays.ArrayCommunicator.allreduce`.
     """
-    dtype = wire_dtype(x.dtype)
-    if op == "mean" and x.dtype.kind in "biu":
-        dtype = np.dtype(np.float64)
-    result = x.astype(dtype, order="C")
-    sum_in_place(mpi_comm, result) if op in ("sum", "mean") else _in_place(
-        mpi_comm, result, _mpi_op(op, dtype)
-    )
-    if op == "mean":
-        return np.asarray(np.true_divide(result, mpi_comm.size, out=result)).astype(
-            x.dtype if x.dtype == np.float16 else dtype, copy=False
-        )
-    return result.astype(x.dtype, copy=False)
+    is_mean = op == "mean"
+    dtype = np.dtype(np.float64) if is_mean and x.dtype.kind in "biu" else x.dtype
+    result = x.astype(wire_dtype(dtype), order="C")
+    _in_place(mpi_comm, result, _mpi_op("sum" if is_mean else op, result.dtype))
+    if is_mean:
+        np.true_divide(result, mpi_comm.size, out=result)
+    return result.astype(dtype, copy=False)
 
 
 def sum_in_place(mpi_comm: MPI.Intracomm, x: Array) -> None:

@@ -1,7 +1,8 @@
 """Ranks finding out together whether they agree.
 
-A rank that raises alone leaves its peers waiting in the next collective. The two functions here
-are how an operation avoids that: both are collective, and what they raise they raise everywhere.
+A rank that raises alone leaves its peers waiting in the next collective. An operation avoids that
+with :func:`agree`, :func:`raise_mismatch` and :func:`raise_together`: all three are collective, and
+what they raise they raise everywhere.
 """
 
 from __future__ import annotations
@@ -108,7 +109,6 @@ def raise_together(comm: ObjectCommunicator, error: BaseException | None) -> Non
 def rebuild_error(kind: type[BaseException], text: str) -> BaseException:
     """Return an exception of class ``kind`` with message ``text``, or a RuntimeError naming it."""
     try:
-        error = kind(text)
+        return kind(text)
     except Exception:  # noqa: BLE001 - a class may want any arguments, or refuse in any way
         return RuntimeError(f"{kind.__name__}: {text}")
-    return error

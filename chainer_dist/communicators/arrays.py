@@ -1,7 +1,8 @@
 """NumPy arrays between ranks.
 
 Moving an array keeps its dtype, shape and values to the bit, whatever its layout in memory; only a
-foreign byte order becomes the native one. All ranks learn of one rank's bad input (see :mod:`chainer_dist.communicators.objects`).
+foreign byte order becomes the native one. All ranks learn of one rank's bad input (see
+:mod:`chainer_dist.communicators.objects`).
 """
 
 from __future__ import annotations

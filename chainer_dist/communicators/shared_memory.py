@@ -126,9 +126,8 @@ class _Ring:
 
     def mean(self, dtype: np.dtype[Any], arrays: list[Array]) -> None:
         """Average arrays of one dtype, none of them empty, in place. Collective."""
-        flat = [
-            array.reshape(-1) for array in arrays
-        ]  # in C order; a copy if that is not the layout
+        # In C order, and a copy where that is not the layout.
+        flat = [array.reshape(-1) for array in arrays]
         blocks = _plan(
             tuple(array.size for array in flat), self._block_bytes // dtype.itemsize, self._reducers
         )
