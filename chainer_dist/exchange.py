@@ -8,6 +8,8 @@ gradient, and what happens when ranks differ in that. All of it is decided by al
 from __future__ import annotations
 
 import functools
+import operator
+import weakref
 from typing import TYPE_CHECKING, Any, Optional
 
 import numpy as np
@@ -22,7 +24,16 @@ if TYPE_CHECKING:
     from chainer_dist.communicators import CommunicatorBase
     from chainer_dist.communicators.arrays import Array
 
-__all__ = ["ParameterSet", "bcast_data", "mean_agreed_grad", "mean_grad"]
+__all__ = [
+    "ParameterSet",
+    "bcast_data",
+    "check_same_grads",
+    "fill_zeros",
+    "mean_agreed_grad",
+    "mean_grad",
+    "private_grads",
+    "same",
+]
 
 # One entry a parameter: its name, and shape and dtype, or None while it is uninitialized.
 Structure = tuple[tuple[str, Optional[tuple[tuple[int, ...], Any]]], ...]
@@ -30,6 +41,47 @@ Structure = tuple[tuple[str, Optional[tuple[tuple[int, ...], Any]]], ...]
 _BCAST_BYTES = 1 << 30  # MPI counts are 32-bit before MPI 4
 
 _cached_digest = functools.lru_cache(maxsize=256)(digest)
+
+
+class _Layout:
+    """What of a :class:`ParameterSet` stays as it is while no array is replaced."""
+
+    def __init__(
+        self, model: chainer.Link, walked: list[chainer.Parameter], found: list[Array | None]
+    ) -> None:
+        self.walked, self.found = walked, found
+        self.all: dict[str, chainer.Parameter] = {}
+        seen: set[int] = set()
+        for name, param in sorted(model.namedparams(), key=lambda item: str(item[0])):
+            if id(param) not in seen:
+                seen.add(id(param))
+                self.all[name] = param
+        structure: list[tuple[str, Any]] = []
+        self.names: list[str] = []
+        self.params: list[chainer.Parameter] = []
+        self.arrays: list[Array] = []
+        for name, param in self.all.items():
+            array = param.array
+            if array is None:
+                structure.append((name, None))
+            else:
+                kind = array.dtype if isinstance(array, np.ndarray) else _type_name(array)
+                structure.append((name, (array.shape, kind)))
+                self.names.append(name)
+                self.params.append(param)
+                self.arrays.append(array)
+        self.structure: Structure = tuple(structure)
+        self.digest = digest(self.structure)
+
+
+# Finding the layout anew takes as long as averaging many small gradients does.
+_layouts: weakref.WeakKeyDictionary[chainer.Link, _Layout] = weakref.WeakKeyDictionary()
+
+
+def same(ones: Sequence[Any], others: Sequence[Any]) -> bool:
+    """Tell whether two sequences hold the same objects."""
+    return len(ones) == len(others) and all(map(operator.is_, ones, others))
+
 
 
 class ParameterSet:
@@ -40,36 +92,37 @@ class ParameterSet:
 
     Attributes:
         structure: Names, shapes and dtypes, comparable between calls and between ranks.
+        digest: Of the structure.
+        all: All parameters, by name.
         params: The initialized parameters, those that can have a gradient.
         names: Their names.
+        arrays: Their arrays.
+        has_grad: Which of them have a gradient.
     """
 
     def __init__(self, model: chainer.Link) -> None:
-        self.all: dict[str, chainer.Parameter] = {}
-        seen: set[int] = set()
-        for name, param in sorted(model.namedparams(), key=lambda item: str(item[0])):
-            if id(param) not in seen:
-                seen.add(id(param))
-                self.all[name] = param
-        structure: list[tuple[str, Any]] = []
-        self.names: list[str] = []
-        self.params: list[chainer.Parameter] = []
-        for name, param in self.all.items():
-            array = param.array
-            if array is None:
-                structure.append((name, None))
-            else:
-                kind = array.dtype if isinstance(array, np.ndarray) else _type_name(array)
-                structure.append((name, (array.shape, kind)))
-                self.names.append(name)
-                self.params.append(param)
-        self.structure: Structure = tuple(structure)
-        self.has_grad = tuple(param.grad is not None for param in self.params)
+        walked = list(model.params())
+        arrays = [param.array for param in walked]
+        layout = _layouts.get(model)
+        if layout is None or not (same(layout.walked, walked) and same(layout.found, arrays)):
+            layout = _layouts[model] = _Layout(model, walked, arrays)
+        self.structure, self.digest, self.all = layout.structure, layout.digest, layout.all
+        self.names, self.params, self.arrays = layout.names, layout.params, layout.arrays
+        self.has_grad = tuple([param.grad is not None for param in self.params])
+
+    @property
+    def grads(self) -> list[Array | None]:
+        """The gradients of :attr:`params`, as they are now."""
+        return [param.grad for param in self.params]
 
     @property
     def digests(self) -> tuple[int, int]:
         """Digests of the structure, and of which parameters have a gradient."""
-        return _cached_digest(self.structure), _cached_digest(self.has_grad)
+        return self.digest, _cached_digest(self.has_grad)
+
+    def without_grad(self) -> list[chainer.Parameter]:
+        """Return the initialized parameters that have no gradient."""
+        return [param for param, has in zip(self.params, self.has_grad) if not has]
 
     def describe(self) -> list[tuple[str, str]]:
         """Return names and descriptions in words, for errors."""
@@ -135,17 +188,24 @@ def mean_agreed_grad(
         The parameters whose gradient this rank filled with zeros.
     """
     parameters.check_supported()
-    if not same_grads and not zero_fill:
-        raise_mismatch(comm, parameters.describe_grads())
-    filled = [p for p, has in zip(parameters.params, parameters.has_grad) if not has]
     if not zero_fill:
-        filled = []
+        check_same_grads(comm, parameters, same_grads=same_grads)
+    missing = parameters.without_grad()
+    filled = missing if zero_fill else []
     if not same_grads:
-        _fill_zeros(filled)
-    comm.mean_arrays(_private_grads(parameters.params))
+        fill_zeros(filled)
+    comm.mean_arrays(private_grads(parameters.params))
     if same_grads:
-        _fill_zeros(filled)
+        fill_zeros(filled)
     return filled
+
+
+def check_same_grads(
+    comm: CommunicatorBase, parameters: ParameterSet, *, same_grads: bool
+) -> None:
+    """Raise RankMismatchError on every rank if some have a gradient that others lack. Collective."""
+    if not same_grads:
+        raise_mismatch(comm, parameters.describe_grads())
 
 
 def bcast_data(comm: CommunicatorBase, model: chainer.Link) -> None:
@@ -165,10 +225,10 @@ def bcast_data(comm: CommunicatorBase, model: chainer.Link) -> None:
     """
     parameters = ParameterSet(model)
     sources: dict[str, int] = dict.fromkeys(parameters.names, 0)
-    if not all(agree(comm, _cached_digest(parameters.structure))):
+    if not all(agree(comm, parameters.digest)):
         sources = _initialize_missing(comm, parameters)
         parameters = ParameterSet(model)
-        if not all(agree(comm, _cached_digest(parameters.structure))):
+        if not all(agree(comm, parameters.digest)):
             raise_mismatch(comm, parameters.describe())
     parameters.check_supported()
     for name, param in zip(parameters.names, parameters.params):
@@ -220,7 +280,7 @@ def _fp32_copy(param: chainer.Parameter) -> Any:
     return getattr(param.update_rule, "_fp32_param", None)
 
 
-def _private_grads(params: Sequence[chainer.Parameter]) -> list[Array]:
+def private_grads(params: Sequence[chainer.Parameter]) -> list[Array]:
     """Return the gradients, each in memory that may be changed without changing another.
 
     Backward may hand one array to several parameters, or a read-only view; those are replaced by
@@ -241,7 +301,8 @@ def _private_grads(params: Sequence[chainer.Parameter]) -> list[Array]:
     return grads
 
 
-def _fill_zeros(params: Sequence[chainer.Parameter]) -> None:
+def fill_zeros(params: Sequence[chainer.Parameter]) -> None:
+    """Give parameters a gradient of zeros. Local."""
     for param in params:
         param.grad = np.zeros_like(param.array)
 

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from typing import TYPE_CHECKING, Any
+import logging
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 
 from chainer_dist import exchange
-from chainer_dist.communicators.agreement import agree, raise_mismatch
+from chainer_dist.communicators.agreement import agree, digest, raise_mismatch
+from chainer_dist.communicators.shared_memory import SharedMemoryCommunicator
+from chainer_dist.sharded_update import ShardedUpdate, Signature, obstacle
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -18,8 +21,13 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
     from chainer_dist.communicators import CommunicatorBase
+    from chainer_dist.communicators.arrays import Array
 
 __all__ = ["create_multi_node_optimizer"]
+
+_logger = logging.getLogger("chainer_dist")
+
+_UNSHARED: dict[str, Any] = {"_shards": None, "_signature": None}  # what copies start with
 
 
 class _MultiNodeOptimizer:
@@ -34,11 +42,19 @@ class _MultiNodeOptimizer:
             "_started",
             "_loaded",
             "_random_state",
+            "_sharded_update",
+            "_shards",
+            "_signature",
+            "_reported",
         }
     )
 
     def __init__(
-        self, actual_optimizer: chainer.Optimizer, communicator: CommunicatorBase, zero_fill: bool
+        self,
+        actual_optimizer: chainer.Optimizer,
+        communicator: CommunicatorBase,
+        zero_fill: bool,
+        sharded_update: bool | None,
     ) -> None:
         self.actual_optimizer = actual_optimizer
         self.communicator: CommunicatorBase | None = communicator
@@ -47,11 +63,21 @@ class _MultiNodeOptimizer:
         self._started = False  # whether the first update is over
         self._loaded = False  # whether a snapshot was loaded since the last update
         self._random_state: Any = None  # numpy.random's during updates, equal on all ranks
+        self._sharded_update = sharded_update
+        self._shards: ShardedUpdate | None = None  # None while every rank updates everything
+        self._signature: Signature | None = None  # what that was chosen for
+        self._reported: str | None = ""  # why the update was last said not to be sharded
         if actual_optimizer.target is not None:
             self._make_equal()
 
+    @property
+    def sharded(self) -> bool | None:
+        """Whether each rank updates a slice of the parameters only; None before the first update."""
+        return None if self._signature is None else self._shards is not None
+
     def setup(self, link: chainer.Link) -> Self:
         """Set the target link, and make its parameters equal to rank 0's. Collective."""
+        self._unshare()
         self.actual_optimizer.setup(link)
         self._started = False
         self._make_equal()
@@ -92,22 +118,43 @@ class _MultiNodeOptimizer:
                     _restore(persistents)
                 self._backward(lossfun, args, kwds)
             parameters, same_grads, _ = self._agree()
+        if self._shards is not None:
+            self._update_shards(parameters, same_grads=same_grads)
+            return
         filled = exchange.mean_agreed_grad(
             comm, parameters, same_grads=same_grads, zero_fill=self.zero_fill
         )
+        self._scale_filled(filled)
+        with self._equal_randomness():
+            self.actual_optimizer.update(None, *args, **kwds)
+
+    def _update_shards(self, parameters: exchange.ParameterSet, *, same_grads: bool) -> None:
+        """Update the parameters, each rank its slice."""
+        comm, shards = self._connected(), self._shards
+        assert shards is not None  # noqa: S101 - for the type checker: the caller has looked
+        missing = parameters.without_grad()
+        if self.zero_fill:
+            self._scale_filled(missing)
+        else:
+            exchange.check_same_grads(comm, parameters, same_grads=same_grads)
+        exchange.fill_zeros(missing)
+        if comm.size == 1:  # hooks change the gradients where they are
+            exchange.private_grads(parameters.params)
+        shards.update(cast("list[Array]", parameters.grads))
+
+    def _scale_filled(self, filled: list[chainer.Parameter]) -> None:
         # Gradients carry the loss scale; so must those that other ranks computed for this one.
         for param in filled:
             param._loss_scale = self.actual_optimizer._loss_scale
-        with self._equal_randomness():
-            self.actual_optimizer.update(None, *args, **kwds)
 
     def serialize(self, serializer: chainer.AbstractSerializer) -> None:
         """Save or load the optimizer as Chainer does. Local; to load, load on every rank."""
         import chainer
 
-        self.actual_optimizer.serialize(serializer)
         if isinstance(serializer, chainer.Deserializer):
+            self._unshare()
             self._loaded = True
+        self.actual_optimizer.serialize(serializer)
 
     def _backward(
         self, lossfun: Callable[..., Any], args: tuple[Any, ...], kwds: dict[str, Any]
@@ -117,6 +164,7 @@ class _MultiNodeOptimizer:
         if getattr(self, "_use_cleargrads", True):
             self.target.cleargrads()
         else:
+            self.target.cleargrads()  # zerograds would write to arrays that may be read-only
             self.target.zerograds()
         loss.backward(loss_scale=self.actual_optimizer._loss_scale)
 
@@ -127,18 +175,68 @@ class _MultiNodeOptimizer:
             The parameters, whether the same ones have a gradient on every rank, and whether any
             rank's parameters are not those that were last made equal.
         """
-        comm = self._connected()
+        comm, optimizer = self._connected(), self.actual_optimizer
         parameters = exchange.ParameterSet(self.target)
+        parameters.check_supported()
         changed = self._loaded or parameters.structure != self._structure
-        same_structure, same_grads, same_t, same_changed = agree(
-            comm, *parameters.digests, self.actual_optimizer.t, int(changed)
+        signature = Signature(optimizer, parameters)
+        settled = signature == self._signature and (
+            self._shards is None or self._shards.fits(parameters)
+        )
+        settings = _settings(optimizer, parameters)
+        same_structure, same_grads, same_t, same_changed, same_settled, same_settings = agree(
+            comm,
+            *parameters.digests,
+            optimizer.t,
+            int(changed),
+            int(settled),
+            digest(settings),
         )
         if not same_t:
             raise_mismatch(
                 comm,
-                [("optimizer.t (was a snapshot loaded on some ranks only?)", str(self.t))],
+                [("optimizer.t (was a snapshot loaded on some ranks only?)", str(optimizer.t))],
             )
-        return parameters, same_grads, changed or not (same_structure and same_changed)
+        if not same_settings:
+            raise_mismatch(comm, settings)
+        changed = changed or not (same_structure and same_changed)
+        if not (settled and same_settled):
+            self._unshare()
+            if not changed:
+                self._choose(parameters, signature)
+        return parameters, same_grads, changed
+
+    def _choose(self, parameters: exchange.ParameterSet, signature: Signature) -> None:
+        """Choose how parameters are updated, for as long as the signature stays. Collective."""
+        comm = self._connected()
+        reasons = comm.allgather_obj(self._against_sharding(parameters))
+        reason = next(filter(None, reasons), None)
+        if reason is None:
+            assert isinstance(comm, SharedMemoryCommunicator)  # noqa: S101 - no reason against it
+            self._shards = ShardedUpdate(comm, self.actual_optimizer, parameters)
+        elif self._sharded_update:
+            raise ValueError(f"the update cannot be sharded: {reason}")
+        self._signature = signature
+        if comm.rank == 0 and reason != self._reported:
+            if reason is None:
+                _logger.info("each rank updates its slice of the parameters")
+            elif self._sharded_update is None and isinstance(comm, SharedMemoryCommunicator):
+                _logger.warning("every rank updates all parameters: %s", reason)
+            self._reported = reason
+
+    def _against_sharding(self, parameters: exchange.ParameterSet) -> str | None:
+        comm = self._connected()
+        if self._sharded_update is False:
+            return "sharded_update is False"
+        if not isinstance(comm, SharedMemoryCommunicator):
+            return f"the communicator is {comm.name}, not shared_memory"
+        return obstacle(self.actual_optimizer, parameters)
+
+    def _unshare(self) -> None:
+        """Go back to state and gradients of one's own. Local; the next update chooses anew."""
+        if self._shards is not None:
+            self._shards.release()
+        self._shards = self._signature = None
 
     def _make_equal(self) -> None:
         exchange.bcast_data(self._connected(), self.target)
@@ -193,7 +291,7 @@ class _MultiNodeOptimizer:
         return sorted({*super().__dir__(), *dir(self.actual_optimizer)})
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "communicator": None}
+        return {**self.__dict__, **_UNSHARED, "communicator": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
@@ -206,7 +304,8 @@ class _MultiNodeOptimizer:
 
     def _copied(self, copy_one: Callable[[Any], Any]) -> Self:
         twin = type(self).__new__(type(self))
-        twin.__dict__.update({key: copy_one(value) for key, value in self.__dict__.items()})
+        own = {**self.__dict__, **_UNSHARED}
+        twin.__dict__.update({key: copy_one(value) for key, value in own.items()})
         return twin
 
 
@@ -215,6 +314,8 @@ def create_multi_node_optimizer(
     communicator: CommunicatorBase,
     double_buffering: bool = False,
     zero_fill: bool = True,
+    *,
+    sharded_update: bool | None = None,
 ) -> _MultiNodeOptimizer:
     """Make an optimizer that averages gradients over the ranks before each of its updates.
 
@@ -241,7 +342,26 @@ def create_multi_node_optimizer(
     """
     if double_buffering:
         raise ValueError("double_buffering is not supported by this communicator; leave it False")
-    return _MultiNodeOptimizer(actual_optimizer, communicator, zero_fill)
+    return _MultiNodeOptimizer(actual_optimizer, communicator, zero_fill, sharded_update)
+
+
+def _settings(
+    optimizer: chainer.Optimizer, parameters: exchange.ParameterSet
+) -> list[tuple[str, str]]:
+    """Return names and values of all hyperparameters, which must be the same on every rank."""
+    hyperparam = getattr(optimizer, "hyperparam", None)
+    found = [] if hyperparam is None else _described("optimizer", hyperparam.get_dict())
+    for name, param in parameters.all.items():
+        rule = param.update_rule
+        if rule is not None and len(vars(rule.hyperparam)) > 1:  # more than its parent
+            found += _described(f"the update rule of {name}", vars(rule.hyperparam))
+    return found
+
+
+def _described(owner: str, values: dict[str, Any]) -> list[tuple[str, str]]:
+    return [
+        (f"{owner}.{key}", repr(value)) for key, value in sorted(values.items()) if key != "_parent"
+    ]
 
 
 def _persistent_values(link: chainer.Link) -> list[tuple[chainer.Link, str, Any]]:

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from chainer_dist import create_communicator
-from chainer_dist.communicators import shared_memory
+from chainer_dist.communicators import ring
 
 NODES = {
     "one node": lambda _: 0,
@@ -23,7 +23,7 @@ NODES = {
 @pytest.fixture(params=NODES)
 def grouped(request, monkeypatch):
     """Return a communicator with small blocks, its real ranks taken to be on several nodes."""
-    monkeypatch.setattr(shared_memory, "BLOCK_BYTES", 512)
+    monkeypatch.setattr(ring, "BLOCK_BYTES", 512)
     comm = create_communicator("shared_memory")
     color = NODES[request.param]
     comm._node_comm.Free()
@@ -86,8 +86,8 @@ def test_little_shared_memory(monkeypatch):
             (comm.size << 14, 1 << 10),
         ]:
             usage = types.SimpleNamespace(free=free if comm.rank == 0 else 1 << 40)
-            monkeypatch.setattr(shared_memory.shutil, "disk_usage", lambda _, usage=usage: usage)
-            assert shared_memory._fitting_block(comm) == block
+            monkeypatch.setattr(ring.shutil, "disk_usage", lambda _, usage=usage: usage)
+            assert ring._fitting_block(comm) == block
         usage.free = 1000 if comm.rank == 0 else 1 << 40
         with pytest.raises(MemoryError, match="'naive'"):
             comm.mean_arrays([np.zeros(3)])

@@ -8,16 +8,19 @@ what they raise they raise everywhere.
 from __future__ import annotations
 
 import hashlib
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING, NoReturn, Optional
 
 import numpy as np
 
 from chainer_dist.errors import RankMismatchError
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
     from chainer_dist.communicators.objects import ObjectCommunicator
+
+# What a rank tells the others of its error: class and text.
+Failure = Optional[tuple[type[BaseException], str]]
 
 _MASK = (1 << 62) - 1  # a digest and its negative both fit int64
 
@@ -99,8 +102,22 @@ def raise_together(comm: ObjectCommunicator, error: BaseException | None) -> Non
         if error is not None:
             raise error
         return
-    mine = None if error is None else (type(error), str(error) or repr(error))
-    for rank, failure in enumerate(comm.allgather_obj(mine)):
+    raise_first(dict(enumerate(comm.allgather_obj(describe_error(error)))), error)
+
+
+def describe_error(error: BaseException | None) -> Failure:
+    """Return what other ranks are told of an error, or None. Local."""
+    return None if error is None else (type(error), str(error) or repr(error))
+
+
+def raise_first(failures: Mapping[int, Failure], error: BaseException | None) -> None:
+    """Raise what the lowest rank that failed described, if any did. Local.
+
+    Args:
+        failures: For each rank what :func:`describe_error` returned there.
+        error: What went wrong on this rank, or None; it becomes the cause.
+    """
+    for rank, failure in failures.items():
         if failure is not None:
             kind, text = failure
             raise rebuild_error(kind, f"rank {rank}: {text}") from error

@@ -1,0 +1,111 @@
+"""Memory that the ranks of a node share for as long as anybody has an array in it.
+
+MPI's own shared windows vanish under the arrays that view them when they are freed, and freeing them
+is collective. This memory has no name while it is used, so nothing of it outlives the ranks, however
+they end; and it is not taken from ``/dev/shm``, which is small in containers.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import mmap
+import os
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING, cast
+
+import numpy as np
+
+from chainer_dist.communicators.agreement import raise_together
+
+if TYPE_CHECKING:
+    from chainer_dist.communicators.arrays import Array
+    from chainer_dist.communicators.communicator_base import CommunicatorBase
+
+_SHARED_MEMORY = Path("/dev/shm")  # noqa: S108 - mkstemp makes the file private
+
+
+def share_memory(comm: CommunicatorBase, nbytes: int) -> Array:
+    """Return zeroed memory that the ranks of this node share. Collective.
+
+    Args:
+        comm: Each node of it gets memory of its own.
+        nbytes: The same on every rank of a node.
+
+    Returns:
+        Writable uint8 array of ``nbytes`` elements. The memory is freed when no rank has a view of
+        it any more.
+
+    Raises:
+        OSError: On every rank, naming the size, if a node has no room.
+    """
+    node, size = comm.node_comm, max(nbytes, 1)
+    for create in (_create_anonymous, _create_file):
+        error: OSError | None = None
+        created: tuple[int, str] | None = None
+        shared: mmap.mmap | None = None
+        try:
+            if node.rank == 0:
+                created = create(size)
+        except OSError as caught:
+            error = caught
+        path = node.bcast(created and created[1])
+        try:
+            if path is not None:
+                shared = _map(path, size)
+        except OSError as caught:
+            error = caught
+        complete = all(node.allgather(shared is not None))
+        if created is not None:
+            os.close(created[0])
+            if create is _create_file:
+                Path(created[1]).unlink()
+        if complete:
+            break
+    if error is not None:
+        error = OSError(
+            f"no room for the {nbytes} bytes that the ranks of a node share: {error}; free some "
+            "memory there"
+        )
+    raise_together(comm, error)
+    return np.frombuffer(cast("mmap.mmap", shared), dtype=np.uint8)[:nbytes]
+
+
+def _create_anonymous(size: int) -> tuple[int, str]:
+    """Return descriptor and path of a file without a name, which only Linux has."""
+    if not hasattr(os, "memfd_create"):
+        raise OSError("no anonymous files on this system")
+    descriptor = os.memfd_create("chainer_dist")
+    os.truncate(descriptor, size)
+    # Other ranks find it through this one.
+    return descriptor, f"/proc/{os.getpid()}/fd/{descriptor}"
+
+
+def _create_file(size: int) -> tuple[int, str]:
+    """Return descriptor and path of a file in shared memory, or where temporary files are."""
+    descriptor, path = tempfile.mkstemp(
+        prefix="chainer_dist-", dir=_SHARED_MEMORY if _SHARED_MEMORY.is_dir() else None
+    )
+    try:
+        # Room that is promised now cannot be missing when it is touched, which would be fatal.
+        if hasattr(os, "posix_fallocate"):
+            os.posix_fallocate(descriptor, 0, size)
+        else:
+            os.truncate(descriptor, size)
+    except OSError:
+        os.close(descriptor)
+        Path(path).unlink()
+        raise
+    return descriptor, path
+
+
+def _map(path: str, size: int) -> mmap.mmap:
+    descriptor = os.open(path, os.O_RDWR)
+    try:
+        shared = mmap.mmap(descriptor, size)
+    finally:
+        os.close(descriptor)
+    if hasattr(mmap, "MADV_HUGEPAGE"):
+        with contextlib.suppress(OSError):  # a kernel may not have them
+            shared.madvise(mmap.MADV_HUGEPAGE)
+    return shared

@@ -1,0 +1,324 @@
+"""Blocks of arrays, passed between the ranks of a node through shared memory.
+
+Each rank copies a block of its arrays into memory that all of them see, sums its own slice of
+everybody's block, and copies the other slices of the result back. Blocks are so small that they
+stay in the cache on the way, so that an array is read from memory once and written once. Blocks
+follow one another without a barrier; counters in the shared memory tell how far each rank has come.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import shutil
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
+
+import numpy as np
+
+from chainer_dist.communicators import _reduction
+from chainer_dist.communicators.agreement import describe_error, raise_first
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from mpi4py import MPI
+
+    from chainer_dist.communicators.arrays import Array
+    from chainer_dist.communicators.communicator_base import CommunicatorBase
+
+BLOCK_BYTES = 1 << 20  # at most
+SLOTS = 16  # blocks under way at a time: one being packed, one reduced, one unpacked, one to spare
+
+_LINE_BYTES = 64  # counters of different ranks, and kinds, are on cache lines of their own
+_PACKED, _REDUCED, _UNPACKED, _FAILED = (i * _LINE_BYTES // 8 for i in range(4))
+_HEADER_BYTES = 4096
+
+_SHARED_MEMORY = Path("/dev/shm")  # noqa: S108 - where MPI allocates, on Linux
+_MIN_BLOCK_BYTES = 512
+
+_SPINS = 200
+_YIELDS = 2_000
+
+
+class Piece(NamedTuple):
+    """Elements ``[start, stop)`` of an array, and where in a block they are."""
+
+    array: int
+    start: int
+    stop: int
+    offset: int
+
+
+class Block(NamedTuple):
+    """What is reduced in one go."""
+
+    start: int  # of its first element, counted through all arrays
+    edges: list[int]  # where the slices of the reducing ranks begin and end
+    slices: list[list[Piece]]  # one a reducing rank
+
+
+class Ring:
+    """The shared memory of a node: for each rank a few counters and a ring of blocks.
+
+    Creating one is collective, and so is every call of :meth:`run`.
+
+    Attributes:
+        scale: What makes the sum over all ranks a mean.
+    """
+
+    def __init__(self, comm: CommunicatorBase) -> None:
+        from mpi4py import MPI
+
+        node = comm.node_comm
+        self._node = node
+        self._number = comm.rank
+        self._rank, self._ranks = node.rank, node.size
+        self.scale = 1.0 / comm.size
+        # Nodes may have different numbers of ranks; so many slices as the smallest has.
+        self._reducers = cast("int", comm.mpi_comm.allreduce(node.size, MPI.MIN))
+        self._peers: MPI.Intracomm | None = None
+        if comm.inter_size > 1:
+            color = self._rank if self._rank < self._reducers else MPI.UNDEFINED
+            self._peers = cast("MPI.Intracomm", comm.mpi_comm.Split(color, comm.rank))
+        cores = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else range(1)
+        self._spins = _SPINS if self._ranks <= len(cores) else 0
+        self._block_bytes = _fitting_block(comm)
+        self._window = MPI.Win.Allocate_shared(_HEADER_BYTES + SLOTS * self._block_bytes, comm=node)
+        shared = [cast("bytes", self._window.Shared_query(rank)[0]) for rank in range(node.size)]
+        segments = [memoryview(each).cast("B") for each in shared]
+        self._counters = [each[:_HEADER_BYTES].cast("q") for each in segments]
+        self._slots = [np.frombuffer(each[_HEADER_BYTES:], dtype=np.uint8) for each in segments]
+        for counter in (_PACKED, _REDUCED, _UNPACKED, _FAILED):
+            self._counters[self._rank][counter] = 0
+        self._done = 0  # blocks in all calls so far
+        self._error: Exception | None = None
+        self._window.Lock_all(MPI.MODE_NOCHECK)
+        node.Barrier()
+
+    def cut(self, sizes: Sequence[int], dtype: np.dtype[Any]) -> list[Block]:
+        """Cut arrays of so many elements, one behind the other, into blocks. Local.
+
+        Args:
+            sizes: Elements of each array, none of them 0.
+            dtype: In which they are reduced.
+        """
+        return cut(tuple(sizes), self._block_bytes // dtype.itemsize, self._reducers)
+
+    def own(self, block: Block) -> tuple[slice, list[Piece]]:
+        """Return which elements of a block this rank reduces, and of which arrays they are."""
+        if self._rank >= self._reducers:
+            return slice(0, 0), []
+        low, high = block.edges[self._rank : self._rank + 2]
+        return slice(low, high), block.slices[self._rank]
+
+    def run(
+        self,
+        blocks: Sequence[Block],
+        dtype: np.dtype[Any],
+        sources: Sequence[Array] | None,
+        deliver: Callable[[int, Array], None],
+        targets: Sequence[Array] | None,
+    ) -> None:
+        """Reduce arrays, work on the own slice of each block, and share the result. Collective.
+
+        Args:
+            blocks: From :meth:`cut`.
+            dtype: In which ``sources`` are summed.
+            sources: 1-dimensional arrays, unchanged except where ``deliver`` or ``targets`` change
+                them. None if there is nothing to sum.
+            deliver: Called with the number of each block of which this rank has a slice, and that
+                slice in ``dtype``: the sum over all ranks, in the order of rank. It is to leave
+                there what the other ranks of the node get, and to do itself what ``targets`` does
+                for them.
+            targets: Arrays that take the slices of the other ranks; None if nobody wants them.
+
+        Raises:
+            Exception: On every rank of the node, what ``deliver`` raised on one, after the last block.
+        """
+        slots = [each.view(dtype).reshape(SLOTS, -1) for each in self._slots]
+        # Three stages, each a block behind the one before, so that ranks seldom wait.
+        for step in range(len(blocks) + 2):
+            if step < len(blocks):
+                self._pack(blocks[step], sources, slots, self._done + step)
+            if 1 <= step <= len(blocks):
+                self._reduce(blocks[step - 1], sources, slots, self._done + step - 1, deliver)
+            if step > 1:
+                self._unpack(blocks[step - 2], targets, slots, self._done + step - 2)
+        self._done += len(blocks)
+        if any(counters[_FAILED] for counters in self._counters):
+            self._raise()
+
+    def _pack(
+        self, block: Block, sources: Sequence[Array] | None, slots: list[Array], number: int
+    ) -> None:
+        self._wait(_UNPACKED, number + 1 - SLOTS, self._ranks)  # the slot's last block is through
+        if sources is not None:
+            mine = slots[self._rank][number % SLOTS]
+            own, _ = self.own(block)
+            end = block.edges[-1]
+            # The own slice is read from where it is, when its turn comes.
+            for low, high, slices in (
+                (0, own.start, block.slices[: self._rank]),
+                (own.stop, end, block.slices[self._rank + 1 :]),
+            ) if own.stop else ((0, end, block.slices),):
+                if low < high:
+                    gather(sources, [piece for each in slices for piece in each], mine[low:high])
+        self._tell(_PACKED, number + 1)
+
+    def _reduce(
+        self,
+        block: Block,
+        sources: Sequence[Array] | None,
+        slots: list[Array],
+        number: int,
+        deliver: Callable[[int, Array], None],
+    ) -> None:
+        if self._rank >= self._reducers:
+            return
+        own, pieces = self.own(block)
+        out = slots[self._rank][number % SLOTS][own]
+        if sources is not None and pieces:
+            self._wait(_PACKED, number + 1, self._ranks)
+            parts = [each[number % SLOTS][own] for each in slots]
+            parts[self._rank] = gather(sources, pieces, None)
+            if len(parts) == 1:
+                np.copyto(out, parts[0])
+            else:
+                np.add(parts[0], parts[1], out=out)
+            for part in parts[2:]:
+                out += part
+            if self._peers is not None:
+                _reduction.sum_in_place(self._peers, out)
+        if pieces:
+            try:
+                deliver(number - self._done, out)
+            except Exception as error:  # noqa: BLE001 - the others wait for the blocks to come
+                self._error = self._error or error
+                self._counters[self._rank][_FAILED] = 1
+        self._tell(_REDUCED, number + 1)
+
+    def _unpack(
+        self, block: Block, targets: Sequence[Array] | None, slots: list[Array], number: int
+    ) -> None:
+        self._wait(_REDUCED, number + 1, self._reducers)
+        if targets is not None:
+            for rank, pieces in enumerate(block.slices):
+                if rank != self._rank:
+                    scatter(slots[rank][number % SLOTS], pieces, targets)
+        self._tell(_UNPACKED, number + 1)
+
+    def _tell(self, counter: int, value: int) -> None:
+        self._window.Sync()  # what was written before is seen before the counter
+        self._counters[self._rank][counter] = value
+
+    def _wait(self, counter: int, value: int, ranks: int) -> None:
+        """Wait until a counter of each of the first ``ranks`` ranks has come to ``value``."""
+        tries = 0
+        for counters in self._counters[:ranks]:
+            while counters[counter] < value:
+                tries += 1
+                if tries > _YIELDS:
+                    time.sleep(5e-5)  # somebody is far behind, and may want this core
+                elif tries > self._spins:
+                    os.sched_yield()
+        self._window.Sync()
+
+    def _raise(self) -> None:
+        """Raise on every rank of the node what went wrong on one."""
+        error, self._error = self._error, None
+        failures = dict(self._node.allgather((self._number, describe_error(error))))
+        self._counters[self._rank][_FAILED] = 0
+        self._node.Barrier()
+        raise_first(failures, error)
+
+    def free(self) -> None:
+        """Give the memory back. Collective."""
+        self._counters, self._slots = [], []
+        self._window.Unlock_all()
+        self._window.Free()
+        if self._peers is not None and self._rank < self._reducers:
+            self._peers.Free()
+
+
+def gather(sources: Sequence[Array], pieces: Sequence[Piece], out: Array | None) -> Array:
+    """Return pieces of arrays one behind the other, in ``out`` or where they are if that will do."""
+    views = [sources[array][start:stop] for array, start, stop, _ in pieces]
+    if out is None:
+        return views[0] if len(views) == 1 else np.concatenate(views)
+    return np.concatenate(views, out=out, casting="same_kind")
+
+
+def scatter(block: Array, pieces: Sequence[Piece], targets: Sequence[Array]) -> None:
+    """Copy pieces of a block to the arrays that they belong to."""
+    for array, start, stop, offset in pieces:
+        targets[array][start:stop] = block[offset : offset + stop - start]
+
+
+def _fitting_block(comm: CommunicatorBase) -> int:
+    """Return how large blocks can be, in bytes, the same on every rank. Collective.
+
+    What MPI allocates beyond the free memory is not refused, but kills the rank that touches it.
+    """
+    from mpi4py import MPI
+
+    free, block = 1 << 62, BLOCK_BYTES
+    if _SHARED_MEMORY.is_dir():
+        free = shutil.disk_usage(_SHARED_MEMORY).free
+    while block >= _MIN_BLOCK_BYTES and 2 * _node_bytes(comm, block) > free:
+        block //= 2
+    block = cast("int", comm.mpi_comm.allreduce(block, MPI.MIN))
+    if block < _MIN_BLOCK_BYTES:
+        raise MemoryError(
+            f"{_SHARED_MEMORY} on some node has too little room for the shared_memory "
+            f"communicator, which takes {2 * _node_bytes(comm, BLOCK_BYTES)} bytes there at best; "
+            "enlarge it (docker run --shm-size) or use the communicator 'naive'"
+        )
+    return block
+
+
+def _node_bytes(comm: CommunicatorBase, block: int) -> int:
+    return comm.intra_size * (_HEADER_BYTES + SLOTS * block)
+
+
+@functools.lru_cache(maxsize=64)
+def cut(sizes: tuple[int, ...], capacity: int, reducers: int) -> list[Block]:
+    """Cut arrays, one behind the other, into blocks of ``capacity`` elements. Local.
+
+    Args:
+        sizes: Elements of each array, none of them 0.
+        capacity: Elements of a block; the last one may have less.
+        reducers: How many slices each block has.
+    """
+    blocks: list[Block] = []
+    pieces: list[Piece] = []
+    filled = 0
+    for array, size in enumerate(sizes):
+        start = 0
+        while start < size:
+            stop = min(size, start + capacity - filled)
+            pieces.append(Piece(array, start, stop, filled))
+            filled += stop - start
+            start = stop
+            if filled == capacity:
+                blocks.append(_sliced(len(blocks) * capacity, pieces, filled, reducers))
+                pieces, filled = [], 0
+    if pieces:
+        blocks.append(_sliced(len(blocks) * capacity, pieces, filled, reducers))
+    return blocks
+
+
+def _sliced(first: int, pieces: list[Piece], filled: int, reducers: int) -> Block:
+    """Share a block out to the ranks that reduce it."""
+    edges = [filled * i // reducers for i in range(reducers + 1)]
+    slices: list[list[Piece]] = []
+    for low, high in zip(edges, edges[1:]):
+        inside = []
+        for array, start, stop, offset in pieces:
+            begin, end = max(offset, low), min(offset + stop - start, high)
+            if begin < end:
+                shift = start - offset
+                inside.append(Piece(array, begin + shift, end + shift, begin))
+        slices.append(inside)
+    return Block(first, edges, slices)
