@@ -5,14 +5,14 @@ from __future__ import annotations
 import contextlib
 import copy
 import logging
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
 from chainer_dist import exchange
 from chainer_dist.communicators.agreement import agree, digest, raise_mismatch
 from chainer_dist.communicators.shared_memory import SharedMemoryCommunicator
-from chainer_dist.sharded_update import ShardedUpdate, Signature, obstacle
+from chainer_dist.sharding import ShardedUpdate, Signature, obstacle
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -21,13 +21,20 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
     from chainer_dist.communicators import CommunicatorBase
-    from chainer_dist.communicators.arrays import Array
 
 __all__ = ["create_multi_node_optimizer"]
 
 _logger = logging.getLogger("chainer_dist")
 
 _UNSHARED: dict[str, Any] = {"_shards": None, "_signature": None}  # what copies start with
+
+
+class _Options(NamedTuple):
+    """How the update is to be shared out; see :func:`create_multi_node_optimizer`."""
+
+    sharded_update: bool | None
+    mean_grad: bool
+    share_parameters: bool
 
 
 class _MultiNodeOptimizer:
@@ -42,7 +49,7 @@ class _MultiNodeOptimizer:
             "_started",
             "_loaded",
             "_random_state",
-            "_sharded_update",
+            "_options",
             "_shards",
             "_signature",
             "_reported",
@@ -54,7 +61,7 @@ class _MultiNodeOptimizer:
         actual_optimizer: chainer.Optimizer,
         communicator: CommunicatorBase,
         zero_fill: bool,
-        sharded_update: bool | None,
+        options: _Options,
     ) -> None:
         self.actual_optimizer = actual_optimizer
         self.communicator: CommunicatorBase | None = communicator
@@ -63,7 +70,7 @@ class _MultiNodeOptimizer:
         self._started = False  # whether the first update is over
         self._loaded = False  # whether a snapshot was loaded since the last update
         self._random_state: Any = None  # numpy.random's during updates, equal on all ranks
-        self._sharded_update = sharded_update
+        self._options = options
         self._shards: ShardedUpdate | None = None  # None while every rank updates everything
         self._signature: Signature | None = None  # what that was chosen for
         self._reported: str | None = ""  # why the update was last said not to be sharded
@@ -140,7 +147,7 @@ class _MultiNodeOptimizer:
         exchange.fill_zeros(missing)
         if comm.size == 1:  # hooks change the gradients where they are
             exchange.private_grads(parameters.params)
-        shards.update(cast("list[Array]", parameters.grads))
+        shards.update(parameters)
 
     def _scale_filled(self, filled: list[chainer.Parameter]) -> None:
         # Gradients carry the loss scale; so must those that other ranks computed for this one.
@@ -213,20 +220,26 @@ class _MultiNodeOptimizer:
         reason = next(filter(None, reasons), None)
         if reason is None:
             assert isinstance(comm, SharedMemoryCommunicator)  # noqa: S101 - no reason against it
-            self._shards = ShardedUpdate(comm, self.actual_optimizer, parameters)
-        elif self._sharded_update:
+            self._shards = ShardedUpdate(
+                comm,
+                self.actual_optimizer,
+                parameters,
+                mean_grad=self._options.mean_grad,
+                share_parameters=self._options.share_parameters,
+            )
+        elif self._options.sharded_update:
             raise ValueError(f"the update cannot be sharded: {reason}")
         self._signature = signature
         if comm.rank == 0 and reason != self._reported:
             if reason is None:
                 _logger.info("each rank updates its slice of the parameters")
-            elif self._sharded_update is None and isinstance(comm, SharedMemoryCommunicator):
+            elif self._options.sharded_update is None and isinstance(comm, SharedMemoryCommunicator):
                 _logger.warning("every rank updates all parameters: %s", reason)
             self._reported = reason
 
     def _against_sharding(self, parameters: exchange.ParameterSet) -> str | None:
         comm = self._connected()
-        if self._sharded_update is False:
+        if self._options.sharded_update is False:
             return "sharded_update is False"
         if not isinstance(comm, SharedMemoryCommunicator):
             return f"the communicator is {comm.name}, not shared_memory"
@@ -316,6 +329,8 @@ def create_multi_node_optimizer(
     zero_fill: bool = True,
     *,
     sharded_update: bool | None = None,
+    mean_grad: bool = False,
+    share_parameters: bool = False,
 ) -> _MultiNodeOptimizer:
     """Make an optimizer that averages gradients over the ranks before each of its updates.
 
@@ -342,7 +357,8 @@ def create_multi_node_optimizer(
     """
     if double_buffering:
         raise ValueError("double_buffering is not supported by this communicator; leave it False")
-    return _MultiNodeOptimizer(actual_optimizer, communicator, zero_fill, sharded_update)
+    options = _Options(sharded_update, mean_grad, share_parameters)
+    return _MultiNodeOptimizer(actual_optimizer, communicator, zero_fill, options)
 
 
 def _settings(

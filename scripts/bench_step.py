@@ -38,6 +38,7 @@ warnings.simplefilter("ignore")
 WORLD = MPI.COMM_WORLD
 FORWARD = "forward and backward"
 PEER = "ChainerMN naive"
+ALONE = "Chainer, independent"
 
 
 class Classifier(chainer.ChainList):
@@ -121,24 +122,29 @@ class Work:
         return step
 
 
-def measure(work: Work, repeats: int) -> dict[str, float]:
-    """Return the median step of each contender in milliseconds."""
+def wrappers() -> dict[str, Callable[[chainer.Optimizer], Any]]:
+    """Return what makes Chainer's optimizer that of each contender."""
     import chainermn
 
     naive = chainermn.create_communicator("naive")
     comm = chainer_dist.create_communicator()
+    return {
+        PEER: lambda optimizer: chainermn.create_multi_node_optimizer(optimizer, naive),
+        "chainer_dist": lambda optimizer: chainer_dist.create_multi_node_optimizer(optimizer, comm),
+        "chainer_dist, replicated": lambda optimizer: chainer_dist.create_multi_node_optimizer(
+            optimizer, comm, sharded_update=False
+        ),
+        ALONE: lambda optimizer: optimizer,
+    }
+
+
+def measure(work: Work, repeats: int) -> dict[str, float]:
+    """Return the median step of each contender in milliseconds."""
     steps: dict[str, Step] = {}
     models = {}
-    steps[PEER], models[PEER] = work.chainer_step(
-        lambda optimizer: chainermn.create_multi_node_optimizer(optimizer, naive)
-    )
-    for name, sharded in (("chainer_dist", None), ("chainer_dist, replicated", False)):
-        steps[name], models[name] = work.chainer_step(
-            lambda optimizer, sharded=sharded: chainer_dist.create_multi_node_optimizer(  # type: ignore[misc]
-                optimizer, comm, sharded_update=sharded
-            )
-        )
-    steps["Chainer, independent"], _ = work.chainer_step(lambda optimizer: optimizer)
+    for name, wrap in wrappers().items():
+        steps[name], models[name] = work.chainer_step(wrap)
+    del models[ALONE]
     for name, fused in (("torch DDP gloo", False), ("torch DDP gloo, fused", True)):
         torch_step = work.torch_step(fused=fused)
         if torch_step is not None:
@@ -155,7 +161,6 @@ def measure(work: Work, repeats: int) -> dict[str, float]:
         for param, expected in zip(model.params(), models[PEER].params()):
             if not np.allclose(param.array, expected.array, rtol=1e-2, atol=1e-2):
                 raise SystemExit(f"{name} has come to other parameters than {PEER}")
-    comm.finalize()
     return {name: statistics.median(values[3:]) * 1e3 for name, values in seconds.items()}
 
 

@@ -19,7 +19,7 @@ LAYERS = [
     ["_version", "_compat", "_startup", "errors", "_threads", "global_except_hook"],
     ["communicators"],
     ["exchange"],
-    ["sharded_update"],
+    ["sharding"],
     ["optimizers", "datasets", "extensions"],
 ]
 # ChainerMN has these two as methods of the communicator; they call the exchange when called.

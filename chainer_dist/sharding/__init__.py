@@ -1,0 +1,8 @@
+"""Sharing the update of parameters out to the ranks of a node."""
+
+from __future__ import annotations
+
+from chainer_dist.sharding.eligibility import Signature, obstacle
+from chainer_dist.sharding.sharded_update import ShardedUpdate
+
+__all__ = ["ShardedUpdate", "Signature", "obstacle"]

@@ -1,0 +1,98 @@
+"""A part of a parameter, updated by Chainer's own update rule."""
+
+from __future__ import annotations
+
+import copy
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    import chainer
+
+    from chainer_dist.communicators.arrays import Array
+
+__all__ = ["Chunk", "state_keys"]
+
+
+class Chunk:
+    """A part of a parameter: itself a parameter, with an update rule like the whole one's.
+
+    Args:
+        whole: The parameter.
+        part: Of its elements in C order.
+        state: For each array of the rule's state, where all of it is from now on, 1-dimensional.
+
+    Attributes:
+        param: The part. Its gradient is for the caller to set.
+    """
+
+    def __init__(self, whole: chainer.Parameter, part: slice, state: dict[str, Array]) -> None:
+        import chainer
+
+        self._whole = whole
+        self._part = part
+        self._state = {key: value[part] for key, value in state.items()}
+        self._rule = copy.copy(whole.update_rule)
+        self.param = chainer.Parameter()
+
+    def bind(self, array: Array) -> None:
+        """Make this a part of ``array``, which is in C order."""
+        self._array = array.reshape(-1)[self._part]
+        self.param.array = self._array
+
+    def copy_from(self, array: Array) -> None:
+        """Copy this part of another array of the parameter's shape."""
+        self._array[...] = array.reshape(-1)[self._part]
+
+    def take_state(self) -> None:
+        """Copy this part of the rule's state, or initialize it, to where it is from now on."""
+        rule = self._rule
+        if rule is None or not rule.enabled:
+            return
+        if rule._state is None:
+            rule._state = {}
+            rule.init_state(self.param)
+            for key, place in self._state.items():
+                place[...] = rule._state[key]
+        else:
+            for key, place in self._state.items():
+                place[...] = rule._state[key].reshape(-1)[self._part]
+
+    def prepare(self, hooks: Sequence[Callable[[Any, chainer.Parameter], None]]) -> None:
+        """Call hooks of the optimizer that work on one parameter at a time."""
+        self.param._loss_scale = self._whole._loss_scale
+        for hook in hooks:
+            hook(self._rule, self.param)
+
+    def update(self) -> None:
+        """Update this part as the whole parameter's rule would."""
+        rule = self._rule
+        if rule is None:
+            return
+        vars(rule).update(vars(self._whole.update_rule))  # hyperparameters, t, hooks as they are now
+        rule._state = state = dict(self._state)
+        rule.update(self.param)
+        for key, place in self._state.items():
+            if state[key] is not place:  # a rule may replace its arrays
+                place[...] = state[key]
+        if self.param.array is not self._array:
+            self._array[...] = self.param.array
+            self.param.array = self._array
+
+
+def state_keys(rule: chainer.UpdateRule | None) -> list[str]:
+    """Return the names of the arrays that an enabled rule keeps for a parameter. Local."""
+    import chainer
+
+    if rule is None or not rule.enabled:
+        return []
+    if rule.state is not None:
+        return list(rule.state)
+    probe = copy.copy(rule)  # as UpdateRule.serialize finds them out
+    probe._state = {}
+    array = np.empty(1, dtype=np.float32)
+    probe.init_state(chainer.Variable(array, grad=array))
+    return list(probe._state)

@@ -1,0 +1,172 @@
+"""Which optimizers can be sharded: those whose result is provably the same."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from chainer_dist.exchange import same
+
+if TYPE_CHECKING:
+    import chainer
+
+    from chainer_dist.exchange import ParameterSet
+
+__all__ = ["Signature", "elementwise_hooks", "obstacle", "obstacle_in_arrays"]
+
+# Chainer's rules that compute each element from that element's gradient and state alone, and keep
+# nothing but `t` outside of their state.
+_RULES = frozenset(
+    {
+        "AdaDeltaRule",
+        "AdaGradRule",
+        "AdamRule",
+        "CorrectedMomentumSGDRule",
+        "MomentumSGDRule",
+        "NesterovAGRule",
+        "RMSpropGravesRule",
+        "RMSpropRule",
+        "SGDRule",
+        "SMORMS3Rule",
+    }
+)
+# What GradientMethod.update calls: the sharded update stands for these, unless they are overridden.
+_METHODS = (
+    "update",
+    "call_hook",
+    "call_hooks",
+    "reallocate_cleared_grads",
+    "check_nan_in_grads",
+    "is_safe_to_update",
+    "update_loss_scale",
+)
+
+
+def obstacle(optimizer: chainer.Optimizer, parameters: ParameterSet) -> str | None:
+    """Say why a sharded update might not equal the optimizer's own, or return None. Local.
+
+    Args:
+        optimizer: A Chainer optimizer that is set up.
+        parameters: Of its target.
+    """
+    return (
+        _obstacle_in_optimizer(optimizer)
+        or obstacle_in_arrays(parameters)
+        or next(filter(None, map(_obstacle_in_param, parameters.names, parameters.params)), None)
+    )
+
+
+def _obstacle_in_optimizer(optimizer: chainer.Optimizer) -> str | None:
+    import chainer
+
+    kind = type(optimizer)
+    for name in _METHODS:
+        if name in vars(optimizer) or (
+            getattr(kind, name, None) is not getattr(chainer.GradientMethod, name)
+        ):
+            return f"{kind.__name__} has its own {name}()"
+    if optimizer._loss_scaling_is_dynamic:
+        return "dynamic loss scaling looks at all gradients before the update"
+    hookable = optimizer._hookable
+    if hookable._post_update_hooks:
+        return f"the hook {next(iter(hookable._post_update_hooks))} runs after the update"
+    known = (*elementwise_hooks(), chainer.optimizer_hooks.GradientClipping)
+    for name, hook in hookable._pre_update_hooks.items():
+        if type(hook) not in known:
+            return f"the hook {name} may look at whole parameters"
+    params = list(optimizer.target.params())
+    if len(params) != len({id(param) for param in params}):
+        return "a parameter is registered twice, and so updated twice"
+    return None
+
+
+def obstacle_in_arrays(parameters: ParameterSet) -> str | None:
+    """Say which array cannot be updated in parts, and why, or return None. Local."""
+    end = 0
+    extents = [
+        (array.ctypes.data, array.nbytes, name)
+        for name, array in zip(parameters.names, parameters.arrays)
+        if array.size
+    ]
+    for name, array in zip(parameters.names, parameters.arrays):
+        if not (array.flags.c_contiguous and array.flags.writeable):
+            return f"{name} is not a writable array in C order"
+    for begin, nbytes, name in sorted(extents):
+        if begin < end:
+            return f"{name} shares memory with another parameter"
+        end = begin + nbytes
+    return None
+
+
+def _obstacle_in_param(name: str, param: chainer.Parameter) -> str | None:
+    import chainer
+
+    rule = param.update_rule
+    if rule is None:
+        return None
+    kind = type(rule)
+    module = kind.__module__
+    if type(param).update is not chainer.Parameter.update or "update" in vars(param):
+        return f"{name} has its own update()"
+    if not (module.startswith("chainer.optimizers.") and kind.__name__ in _RULES):
+        return f"nothing is known of the update rule {kind.__name__} of {name}"
+    if "update" in vars(rule) or "update_core" in vars(rule):
+        return f"the update rule of {name} has its own update()"
+    if rule._use_fp32_update and param.dtype == np.float16:
+        return f"{name} is updated in float32 (use_fp32_update)"
+    hookable = rule._hookable
+    if hookable._post_update_hooks:
+        return f"the hook {next(iter(hookable._post_update_hooks))} runs after the update of {name}"
+    for hook_name, hook in hookable._pre_update_hooks.items():
+        if type(hook) not in elementwise_hooks():
+            return f"the hook {hook_name} of {name} may look at the whole parameter"
+    for key, value in (rule.state or {}).items():
+        array = param.array
+        if not (
+            isinstance(value, np.ndarray)
+            and value.shape == array.shape
+            and value.dtype == array.dtype
+        ):
+            return f"the state {key} of {name} is not an array like the parameter"
+    return None
+
+
+def elementwise_hooks() -> tuple[type, ...]:
+    """Return the hooks that change each gradient by that element and its parameter alone."""
+    from chainer import optimizer_hooks
+
+    return (
+        optimizer_hooks.GradientHardClipping,
+        optimizer_hooks.Lasso,
+        optimizer_hooks.WeightDecay,
+    )
+
+
+class Signature:
+    """What the choice between a sharded and a replicated update rests on, cheap to compare. Local."""
+
+    def __init__(self, optimizer: chainer.Optimizer, parameters: ParameterSet) -> None:
+        rules = [param.update_rule for param in parameters.params]
+        actual = [rule for rule in rules if rule is not None]
+        hookables = [optimizer._hookable, *(rule._hookable for rule in actual)]
+        self._objects: list[Any] = [*parameters.params, *rules]
+        for hookable in hookables:
+            if hookable._pre_update_hooks or hookable._post_update_hooks:
+                self._objects += hookable._pre_update_hooks.values()
+                self._objects += [None, *hookable._post_update_hooks.values(), None]
+        self._values = (
+            [rule.enabled for rule in actual],
+            [rule._use_fp32_update for rule in actual],
+            optimizer._loss_scaling_is_dynamic,
+            [name for name in _METHODS if name in vars(optimizer)],
+        )
+
+    def __eq__(self, other: object) -> bool:
+        return (
+            isinstance(other, Signature)
+            and same(self._objects, other._objects)
+            and self._values == other._values
+        )
+
+    __hash__ = None  # type: ignore[assignment]

@@ -1,0 +1,361 @@
+"""The sharded update: each rank of a node updates its slice of the parameters, once for all of them.
+
+An optimizer that every rank runs on all parameters repeats the same work, bound by memory, on every
+core of a node. Here each rank runs Chainer's own update rules on the slice whose gradients it has
+just averaged, in chunks that stay in the cache, and the others copy the new parameters. The state of
+the rules exists once per node.
+
+The idea of sharding the update is that of ZeRO (Rajbhandari et al., 2020), among ranks that share
+memory, so that nothing has to be sent within a node.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+
+from chainer_dist.communicators import _reduction
+from chainer_dist.communicators.agreement import raise_together
+from chainer_dist.communicators.node_memory import share_memory
+from chainer_dist.communicators.ring import cut, gather
+from chainer_dist.exchange import same
+from chainer_dist.sharding.chunk import Chunk, state_keys
+from chainer_dist.sharding.eligibility import elementwise_hooks, obstacle_in_arrays
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Sequence
+
+    import chainer
+
+    from chainer_dist.communicators.arrays import Array
+    from chainer_dist.communicators.ring import Block, Piece
+    from chainer_dist.communicators.shared_memory import SharedMemoryCommunicator
+    from chainer_dist.exchange import ParameterSet
+
+__all__ = ["ShardedUpdate"]
+
+_ALIGNMENT = 64  # bytes: a cache line
+
+_CHUNK_BYTES = 1 << 19  # of a parameter, where one rank updates all of it
+
+
+class ShardedUpdate:
+    """The update of one optimizer, shared out to the ranks of each node. Creating one is collective.
+
+    From then on the state of the update rules is in memory that the ranks of the node share: every
+    rank sees all of it, and can save it; nobody can change it but :meth:`update`.
+
+    Args:
+        comm: Over whose ranks gradients are averaged.
+        optimizer: A Chainer optimizer for which :func:`~chainer_dist.sharding.obstacle` found
+            nothing on any rank.
+        parameters: Of its target; of equal structure on every rank.
+        mean_grad: Whether ``param.grad`` becomes the averaged gradient, read-only, once per node.
+            Otherwise it stays this rank's own gradient.
+        share_parameters: Whether parameters, too, exist once per node: ``param.array`` becomes
+            memory that the ranks share. Otherwise each rank keeps its own arrays.
+
+    Raises:
+        OSError: On every rank, if a node has no memory to share.
+    """
+
+    def __init__(
+        self,
+        comm: SharedMemoryCommunicator,
+        optimizer: chainer.Optimizer,
+        parameters: ParameterSet,
+        *,
+        mean_grad: bool = False,
+        share_parameters: bool = False,
+    ) -> None:
+        self._comm = comm
+        self._optimizer = optimizer
+        self._params = parameters.params
+        self._rules = [param.update_rule for param in self._params]
+        # Nothing of these can be shared out; their rules count updates all the same.
+        self._loose = [each for each in parameters.all.values() if not _size(each)]
+        self._shared = share_parameters and comm.size > 1
+        found = list(parameters.arrays)
+        self._arrays = found
+        hooks = optimizer._hookable._pre_update_hooks.values()
+        # Where the norm of all gradients is wanted they are read twice.
+        stored = mean_grad or not {type(hook) for hook in hooks} <= {*elementwise_hooks()}
+
+        memory = _Memory(comm)
+        members: dict[np.dtype[Any], list[int]] = {}
+        for index, array in enumerate(found):
+            if array.size:
+                members.setdefault(array.dtype, []).append(index)
+        planned_means = [
+            memory.plan(sum(found[index].size for index in indices), dtype)
+            if stored and comm.size > 1
+            else None
+            for dtype, indices in members.items()
+        ]
+        planned_states = [
+            {key: memory.plan(array.size, array.dtype) for key in state_keys(rule)}
+            for array, rule in zip(found, self._rules)
+        ]
+        planned_arrays = [memory.plan(each.size, each.dtype) for each in found if self._shared]
+        memory.allocate()
+
+        states = [{key: place() for key, place in each.items()} for each in planned_states]
+        if self._shared:
+            self._arrays = [
+                place().reshape(array.shape) for place, array in zip(planned_arrays, found)
+            ]
+        self._chunks: list[list[Chunk]] = [[] for _ in found]
+        self._means: list[Array | None] = [None] * len(found)
+        self._groups = [
+            self._make_group(indices, states, place and place(), keep=mean_grad)
+            for indices, place in zip(members.values(), planned_means)
+        ]
+        error: Exception | None = None
+        try:
+            for array, chunks in zip(found, self._chunks):
+                for chunk in chunks:
+                    if self._shared:
+                        chunk.copy_from(array)
+                    chunk.take_state()
+        except Exception as caught:  # noqa: BLE001 - whatever a rule raises, all ranks raise
+            error = caught
+        raise_together(comm, error)  # and so waits until everything is there
+        self._states: list[dict[str, Array] | None] = [
+            self._whole_state(index, state) for index, state in enumerate(states)
+        ]
+        if self._shared:
+            self._attach()
+
+    def _make_group(
+        self,
+        indices: list[int],
+        states: list[dict[str, Array]],
+        means: Array | None,
+        *,
+        keep: bool,
+    ) -> _Group:
+        """Cut the parameters of one dtype into blocks, and this rank's part of them into chunks."""
+        arrays = [self._arrays[index] for index in indices]
+        dtype = arrays[0].dtype
+        wire = _reduction.wire_dtype(dtype)
+        sizes = tuple(array.size for array in arrays)
+        alone = self._comm.size == 1
+        if alone:
+            blocks = cut(sizes, _CHUNK_BYTES // wire.itemsize, 1)
+            own = [(slice(*block.edges), block.slices[0]) for block in blocks]
+        else:
+            blocks = self._comm.ring.cut(sizes, wire)
+            own = [self._comm.ring.own(block) for block in blocks]
+        scratch = np.empty(max(part.stop - part.start for part, _ in own), dtype)
+        slices = []
+        for block, (part, pieces) in zip(blocks, own):
+            size = part.stop - part.start
+            start = block.start + part.start
+            mean = scratch[:size] if means is None else means[start : start + size]
+            chunks = []
+            for array, begin, end, offset in pieces:
+                index = indices[array]
+                chunk = Chunk(self._params[index], slice(begin, end), states[index])
+                chunk.bind(self._arrays[index])
+                if not alone:
+                    low = offset - part.start
+                    chunk.param.grad = mean[low : low + end - begin]
+                self._chunks[index].append(chunk)
+                chunks.append(chunk)
+            slices.append(_Slice(pieces, mean, chunks))
+        if means is not None and keep:
+            for index, size, end in zip(indices, sizes, itertools.accumulate(sizes)):
+                mean = means[end - size : end].reshape(self._arrays[index].shape)
+                mean.flags.writeable = False
+                self._means[index] = mean
+        return _Group(indices, wire, blocks, slices)
+
+    def _whole_state(self, index: int, state: dict[str, Array]) -> dict[str, Array] | None:
+        """Make shared memory the state of a rule; return it, or None for a rule that has none."""
+        rule, array = self._rules[index], self._arrays[index]
+        if rule is None or not rule.enabled or not array.size:
+            return None
+        whole = {key: value.reshape(array.shape) for key, value in state.items()}
+        for value in whole.values():
+            value.flags.writeable = False  # every rank that changed it would change it for all
+        rule._state = whole
+        return whole
+
+    def _attach(self) -> None:
+        for param, array in zip(self._params, self._arrays):
+            if param.array is not array:
+                param.array = array
+
+    def fits(self, parameters: ParameterSet) -> bool:
+        """Tell whether these are still the parameters, rules and states that were shared out. Local.
+
+        Arrays that were replaced by others of the same kind are taken over.
+        """
+        if not same(self._params, parameters.params):
+            return False
+        for rule, state in zip(self._rules, self._states):
+            if state is not None and rule._state is not state:
+                return False
+        return same(self._arrays, parameters.arrays) or not obstacle_in_arrays(parameters)
+
+    def update(self, parameters: ParameterSet) -> None:
+        """Average the gradients, run hooks and update rules on them, share the result. Collective.
+
+        Args:
+            parameters: They :meth:`fit <fits>`, and all of them have a gradient.
+
+        Raises:
+            Exception: On every rank of the node, what a hook or a rule raised on one.
+        """
+        self._follow(parameters.arrays)
+        stages: list[list[Any]] = [[]]
+        clips: list[Any] = []
+        for hook in self._optimizer._hookable._pre_update_hooks.values():
+            if type(hook) in elementwise_hooks():
+                stages[-1].append(hook)
+            else:
+                clips.append(hook)
+                stages.append([])
+        flat = [param.grad.reshape(-1) for param in self._params]
+        for group in self._groups:
+            self._run(group, flat, stages[0], last=not clips)
+        for clip, hooks in zip(clips, stages[1:]):
+            self._clip(clip.threshold)
+            if clip is not clips[-1]:
+                for chunk in itertools.chain.from_iterable(self._chunks):
+                    chunk.prepare(hooks)
+        if clips:
+            for group in self._groups:
+                self._run(group, None, stages[-1], last=True)
+        self._finish()
+
+    def _follow(self, arrays: Sequence[Array]) -> None:
+        """Go on with the arrays that a user has put in the place of others."""
+        if same(self._arrays, arrays):
+            return
+        for index, array in enumerate(arrays):
+            if array is not self._arrays[index]:
+                for chunk in self._chunks[index]:
+                    if self._shared:
+                        chunk.copy_from(array)
+                    else:
+                        chunk.bind(array)
+                if not self._shared:
+                    self._arrays[index] = array
+
+    def _run(
+        self, group: _Group, flat: list[Array] | None, hooks: list[Any], *, last: bool
+    ) -> None:
+        """Average the gradients of a group, if there are any, and run hooks and, at last, rules."""
+        sources = flat and [flat[index] for index in group.indices]
+        if self._comm.size == 1:
+            for pieces, _, chunks in group.slices:
+                for (array, start, stop, _), chunk in zip(pieces, chunks):
+                    if sources is not None:
+                        chunk.param.grad = sources[array][start:stop]
+                _work(chunks, hooks, last=last)
+            return
+        ring = self._comm.ring
+        targets: list[Array] | None = None
+        if last and not self._shared:
+            targets = [self._arrays[index].reshape(-1) for index in group.indices]
+
+        def deliver(number: int, block: Array) -> None:
+            pieces, mean, chunks = group.slices[number]
+            if sources is not None:
+                np.multiply(block, ring.scale, out=mean, casting="same_kind")
+            _work(chunks, hooks, last=last)
+            if targets is not None:
+                gather(targets, pieces, block)
+
+        ring.run(group.blocks, group.dtype, sources, deliver, targets)
+
+    def _clip(self, threshold: float) -> None:
+        """Do what ``GradientClipping`` does, with the norm summed up over slices."""
+        chunks = list(itertools.chain.from_iterable(self._chunks))
+        own = 0.0
+        for chunk in chunks:
+            grad = chunk.param.grad
+            wide = grad.astype(_reduction.wire_dtype(grad.dtype), copy=False)
+            own += float(wide.dot(wide))
+        # Each node has all slices. In the order of rank, so that all get the same bits.
+        norm = math.sqrt(sum(self._comm.node_comm.allgather(own)))
+        if norm <= threshold:
+            return
+        for chunk in chunks:
+            chunk.param.grad *= threshold / norm
+
+    def _finish(self) -> None:
+        for param, mean in zip(self._params, self._means):
+            if mean is not None:
+                param._set_grad_without_check(mean)
+        if self._shared:
+            self._attach()
+        self._optimizer.t += 1
+        for rule, state in zip(self._rules, self._states):
+            if state is not None:
+                rule.t += 1
+        for param in self._loose:
+            param.update()
+
+    def release(self) -> None:
+        """Give back to each rank arrays of its own in the place of what the ranks shared. Local."""
+        for rule, state in zip(self._rules, self._states):
+            if state is not None and rule._state is state:
+                rule._state = {key: value.copy() for key, value in state.items()}
+        for param, mean, array in zip(self._params, self._means, self._arrays):
+            if mean is not None and param.grad is mean:
+                param.grad = mean.copy()
+            if self._shared and param.array is array:
+                param.array = array.copy()
+
+
+class _Slice(NamedTuple):
+    """This rank's part of a block."""
+
+    pieces: list[Piece]
+    mean: Array  # where the averaged gradients are put
+    chunks: list[Chunk]  # one a piece
+
+
+class _Group(NamedTuple):
+    """The parameters of one dtype."""
+
+    indices: list[int]
+    dtype: np.dtype[Any]  # in which gradients are summed
+    blocks: list[Block]
+    slices: list[_Slice]
+
+
+class _Memory:
+    """Arrays in one piece of memory that the ranks of a node share: first planned, then allocated."""
+
+    def __init__(self, comm: SharedMemoryCommunicator) -> None:
+        self._comm = comm
+        self._nbytes = 0
+        self._bytes: Array
+
+    def plan(self, size: int, dtype: np.dtype[Any]) -> Callable[[], Array]:
+        """Plan an array; what is returned returns it once it is there."""
+        start = self._nbytes
+        stop = start + size * dtype.itemsize
+        self._nbytes = stop + -stop % _ALIGNMENT
+        return lambda: self._bytes[start:stop].view(dtype)
+
+    def allocate(self) -> None:
+        """Get the memory. Collective."""
+        self._bytes = share_memory(self._comm, self._nbytes)
+
+
+def _work(chunks: Iterable[Chunk], hooks: list[Any], *, last: bool) -> None:
+    for chunk in chunks:
+        chunk.prepare(hooks)
+        if last:
+            chunk.update()
+
+
+def _size(param: chainer.Parameter) -> int:
+    return 0 if param.array is None else param.array.size
