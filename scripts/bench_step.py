@@ -134,6 +134,9 @@ def wrappers() -> dict[str, Callable[[chainer.Optimizer], Any]]:
         "chainer_dist, replicated": lambda optimizer: chainer_dist.create_multi_node_optimizer(
             optimizer, comm, sharded_update=False
         ),
+        "chainer_dist, shared": lambda optimizer: chainer_dist.create_multi_node_optimizer(
+            optimizer, comm, share_parameters=True
+        ),
         ALONE: lambda optimizer: optimizer,
     }
 

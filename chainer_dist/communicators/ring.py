@@ -10,15 +10,14 @@ from __future__ import annotations
 
 import functools
 import os
-import shutil
 import time
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import numpy as np
 
 from chainer_dist.communicators import _reduction
 from chainer_dist.communicators.agreement import describe_error, raise_first
+from chainer_dist.communicators.node_memory import share_memory
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -28,7 +27,7 @@ if TYPE_CHECKING:
     from chainer_dist.communicators.arrays import Array
     from chainer_dist.communicators.communicator_base import CommunicatorBase
 
-BLOCK_BYTES = 1 << 20  # at most
+BLOCK_BYTES = 1 << 20
 # Three blocks are under way at a time: one being packed, one reduced, one unpacked. Many more slots
 # than that are worth their memory where cores do not share a cache: writing to a line that another
 # core has read lately takes ten times as long there (2.9 against 38 GB/s on a two-socket machine).
@@ -36,10 +35,6 @@ SLOTS = 16
 
 _LINE_BYTES = 64  # counters of different ranks, and kinds, are on cache lines of their own
 _PACKED, _REDUCED, _UNPACKED, _FAILED = (i * _LINE_BYTES // 8 for i in range(4))
-_HEADER_BYTES = 4096
-
-_SHARED_MEMORY = Path("/dev/shm")  # noqa: S108 - where MPI allocates, on Linux
-_MIN_BLOCK_BYTES = 512
 
 _SPINS = 200
 _YIELDS = 2_000
@@ -69,6 +64,7 @@ class Ring:
 
     Attributes:
         scale: What makes the sum over all ranks a mean.
+        scratch: Where the sum of a slice is while :meth:`run` has it worked on, as bytes.
     """
 
     def __init__(self, comm: CommunicatorBase) -> None:
@@ -87,14 +83,15 @@ class Ring:
             self._peers = cast("MPI.Intracomm", comm.mpi_comm.Split(color, comm.rank))
         cores = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else range(1)
         self._spins = _SPINS if self._ranks <= len(cores) else 0
-        self._block_bytes = _fitting_block(comm)
-        self._window = MPI.Win.Allocate_shared(_HEADER_BYTES + SLOTS * self._block_bytes, comm=node)
+        # A window for the counters: MPI knows what makes stores visible in order on any processor.
+        self._window = MPI.Win.Allocate_shared(4 * _LINE_BYTES, comm=node)
         shared = [cast("bytes", self._window.Shared_query(rank)[0]) for rank in range(node.size)]
-        segments = [memoryview(each).cast("B") for each in shared]
-        self._counters = [each[:_HEADER_BYTES].cast("q") for each in segments]
-        self._slots = [np.frombuffer(each[_HEADER_BYTES:], dtype=np.uint8) for each in segments]
+        self._counters = [memoryview(each).cast("B").cast("q") for each in shared]
+        blocks = share_memory(comm, node.size * SLOTS * BLOCK_BYTES)
+        self._slots = list(blocks.reshape(node.size, -1))
         for counter in (_PACKED, _REDUCED, _UNPACKED, _FAILED):
             self._counters[self._rank][counter] = 0
+        self.scratch = np.empty(BLOCK_BYTES, dtype=np.uint8)
         self._done = 0  # blocks in all calls so far
         self._error: Exception | None = None
         self._window.Lock_all(MPI.MODE_NOCHECK)
@@ -107,7 +104,7 @@ class Ring:
             sizes: Elements of each array, none of them 0.
             dtype: In which they are reduced.
         """
-        return cut(tuple(sizes), self._block_bytes // dtype.itemsize, self._reducers)
+        return cut(tuple(sizes), BLOCK_BYTES // dtype.itemsize, self._reducers)
 
     def own(self, block: Block) -> tuple[slice, list[Piece]]:
         """Return which elements of a block this rank reduces, and of which arrays they are."""
@@ -121,7 +118,7 @@ class Ring:
         blocks: Sequence[Block],
         dtype: np.dtype[Any],
         sources: Sequence[Array] | None,
-        deliver: Callable[[int, Array], None],
+        deliver: Callable[[int, Array, Array], None],
         targets: Sequence[Array] | None,
     ) -> None:
         """Reduce arrays, work on the own slice of each block, and share the result. Collective.
@@ -131,10 +128,9 @@ class Ring:
             dtype: In which ``sources`` are summed.
             sources: 1-dimensional arrays, unchanged except where ``deliver`` or ``targets`` change
                 them. None if there is nothing to sum.
-            deliver: Called with the number of each block of which this rank has a slice, and that
-                slice in ``dtype``: the sum over all ranks, in the order of rank. It is to leave
-                there what the other ranks of the node get, and to do itself what ``targets`` does
-                for them.
+            deliver: Called for each block of which this rank has a slice, with the block's number,
+                the slice's sum over all ranks, added in the order of rank, and an array that takes
+                what the other ranks get; both arrays are of ``dtype``. The sum is its to change.
             targets: Arrays that take the slices of the other ranks; None if nobody wants them.
 
         Raises:
@@ -176,27 +172,28 @@ class Ring:
         sources: Sequence[Array] | None,
         slots: list[Array],
         number: int,
-        deliver: Callable[[int, Array], None],
+        deliver: Callable[[int, Array, Array], None],
     ) -> None:
         if self._rank >= self._reducers:
             return
         own, pieces = self.own(block)
         out = slots[self._rank][number % SLOTS][own]
+        total = self.scratch.view(out.dtype)[: out.size]  # stays in the nearest cache
         if sources is not None and pieces:
             self._wait(_PACKED, number + 1, self._ranks)
             parts = [each[number % SLOTS][own] for each in slots]
             parts[self._rank] = gather(sources, pieces, None)
             if len(parts) == 1:
-                np.copyto(out, parts[0])
+                np.copyto(total, parts[0])
             else:
-                np.add(parts[0], parts[1], out=out)
+                np.add(parts[0], parts[1], out=total)
             for part in parts[2:]:
-                out += part
+                total += part
             if self._peers is not None:
-                _reduction.sum_in_place(self._peers, out)
+                _reduction.sum_in_place(self._peers, total)
         if pieces:
             try:
-                deliver(number - self._done, out)
+                deliver(number - self._done, total, out)
             except Exception as error:  # noqa: BLE001 - the others wait for the blocks to come
                 self._error = self._error or error
                 self._counters[self._rank][_FAILED] = 1
@@ -253,36 +250,13 @@ def gather(sources: Sequence[Array], pieces: Sequence[Piece], out: Array | None)
     return np.concatenate(views, out=out, casting="same_kind")
 
 
-def scatter(block: Array, pieces: Sequence[Piece], targets: Sequence[Array]) -> None:
-    """Copy pieces of a block to the arrays that they belong to."""
-    for array, start, stop, offset in pieces:
-        targets[array][start:stop] = block[offset : offset + stop - start]
-
-
-def _fitting_block(comm: CommunicatorBase) -> int:
-    """Return how large blocks can be, in bytes, the same on every rank. Collective.
-
-    What MPI allocates beyond the free memory is not refused, but kills the rank that touches it.
-    """
-    from mpi4py import MPI
-
-    free, block = 1 << 62, BLOCK_BYTES
-    if _SHARED_MEMORY.is_dir():
-        free = shutil.disk_usage(_SHARED_MEMORY).free
-    while block >= _MIN_BLOCK_BYTES and 2 * _node_bytes(comm, block) > free:
-        block //= 2
-    block = cast("int", comm.mpi_comm.allreduce(block, MPI.MIN))
-    if block < _MIN_BLOCK_BYTES:
-        raise MemoryError(
-            f"{_SHARED_MEMORY} on some node has too little room for the shared_memory "
-            f"communicator, which takes {2 * _node_bytes(comm, BLOCK_BYTES)} bytes there at best; "
-            "enlarge it (docker run --shm-size) or use the communicator 'naive'"
-        )
-    return block
-
-
-def _node_bytes(comm: CommunicatorBase, block: int) -> int:
-    return comm.intra_size * (_HEADER_BYTES + SLOTS * block)
+def scatter(
+    block: Array, pieces: Sequence[Piece], targets: Sequence[Array], start: int = 0
+) -> None:
+    """Copy pieces of a block, of which ``block`` is the part from ``start``, to their arrays."""
+    for array, begin, end, offset in pieces:
+        low = offset - start
+        targets[array][begin:end] = block[low : low + end - begin]
 
 
 @functools.lru_cache(maxsize=64)

@@ -53,10 +53,10 @@ class SharedMemoryCommunicator(CommunicatorBase):
         flat = [array.reshape(-1) for array in arrays]
         blocks = ring.cut([array.size for array in flat], dtype)
 
-        def deliver(number: int, total: Array) -> None:
-            total *= ring.scale
+        def deliver(number: int, total: Array, out: Array) -> None:
+            np.multiply(total, ring.scale, out=out)
             own, pieces = ring.own(blocks[number])
-            scatter(total, [piece._replace(offset=piece.offset - own.start) for piece in pieces], flat)
+            scatter(out, pieces, flat, own.start)
 
         ring.run(blocks, dtype, flat, deliver, flat)
         for array, copy in zip(arrays, flat):

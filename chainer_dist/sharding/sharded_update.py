@@ -149,7 +149,10 @@ class ShardedUpdate:
         else:
             blocks = self._comm.ring.cut(sizes, wire)
             own = [self._comm.ring.own(block) for block in blocks]
-        scratch = np.empty(max(part.stop - part.start for part, _ in own), dtype)
+        if alone or dtype != wire:
+            scratch = np.empty(max(part.stop - part.start for part, _ in own), dtype)
+        else:
+            scratch = self._comm.ring.scratch.view(dtype)
         slices = []
         for block, (part, pieces) in zip(blocks, own):
             size = part.stop - part.start
@@ -263,13 +266,13 @@ class ShardedUpdate:
         if last and not self._shared:
             targets = [self._arrays[index].reshape(-1) for index in group.indices]
 
-        def deliver(number: int, block: Array) -> None:
+        def deliver(number: int, total: Array, out: Array) -> None:
             pieces, mean, chunks = group.slices[number]
             if sources is not None:
-                np.multiply(block, ring.scale, out=mean, casting="same_kind")
+                np.multiply(total, ring.scale, out=mean, casting="same_kind")
             _work(chunks, hooks, last=last)
             if targets is not None:
-                gather(targets, pieces, block)
+                gather(targets, pieces, out)
 
         ring.run(group.blocks, group.dtype, sources, deliver, targets)
 
