@@ -28,7 +28,6 @@ __all__ = [
     "ParameterSet",
     "bcast_data",
     "check_same_grads",
-    "fill_zeros",
     "mean_agreed_grad",
     "mean_grad",
     "private_grads",
@@ -57,6 +56,7 @@ class _Layout:
                 seen.add(id(param))
                 self.all[name] = param
         structure: list[tuple[str, Any]] = []
+        self.unsupported = ""  # why the parameters cannot be exchanged
         self.names: list[str] = []
         self.params: list[chainer.Parameter] = []
         self.arrays: list[Array] = []
@@ -66,6 +66,11 @@ class _Layout:
                 structure.append((name, None))
             else:
                 kind = array.dtype if isinstance(array, np.ndarray) else _type_name(array)
+                if kind is not array.dtype:
+                    self.unsupported = (
+                        f"{name} is a {kind}; chainer_dist exchanges NumPy arrays: "
+                        "call model.to_cpu() first"
+                    )
                 structure.append((name, (array.shape, kind)))
                 self.names.append(name)
                 self.params.append(param)
@@ -83,7 +88,6 @@ def same(ones: Sequence[Any], others: Sequence[Any]) -> bool:
     return len(ones) == len(others) and all(map(operator.is_, ones, others))
 
 
-
 class ParameterSet:
     """The parameters of a model as they are now, in the order in which ranks exchange them.
 
@@ -97,23 +101,20 @@ class ParameterSet:
         params: The initialized parameters, those that can have a gradient.
         names: Their names.
         arrays: Their arrays.
+        grads: Their gradients, or None.
         has_grad: Which of them have a gradient.
     """
 
     def __init__(self, model: chainer.Link) -> None:
         walked = list(model.params())
-        arrays = [param.array for param in walked]
+        arrays = [param._data[0] for param in walked]  # what the property array returns, faster
         layout = _layouts.get(model)
         if layout is None or not (same(layout.walked, walked) and same(layout.found, arrays)):
             layout = _layouts[model] = _Layout(model, walked, arrays)
         self.structure, self.digest, self.all = layout.structure, layout.digest, layout.all
         self.names, self.params, self.arrays = layout.names, layout.params, layout.arrays
-        self.has_grad = tuple([param.grad is not None for param in self.params])
-
-    @property
-    def grads(self) -> list[Array | None]:
-        """The gradients of :attr:`params`, as they are now."""
-        return [param.grad for param in self.params]
+        self._layout = layout
+        self._look_at_grads()
 
     @property
     def digests(self) -> tuple[int, int]:
@@ -123,6 +124,16 @@ class ParameterSet:
     def without_grad(self) -> list[chainer.Parameter]:
         """Return the initialized parameters that have no gradient."""
         return [param for param, has in zip(self.params, self.has_grad) if not has]
+
+    def fill_zeros(self) -> None:
+        """Give those that have no gradient one of zeros."""
+        for param in self.without_grad():
+            param.grad = np.zeros_like(param.array)
+        self._look_at_grads()
+
+    def _look_at_grads(self) -> None:
+        self.grads = [param.grad for param in self.params]
+        self.has_grad = tuple([grad is not None for grad in self.grads])
 
     def describe(self) -> list[tuple[str, str]]:
         """Return names and descriptions in words, for errors."""
@@ -140,12 +151,8 @@ class ParameterSet:
 
     def check_supported(self) -> None:
         """Raise TypeError for parameters that are not NumPy arrays."""
-        for name, spec in self.structure:
-            if spec is not None and isinstance(spec[1], str):
-                raise TypeError(
-                    f"{name} is a {spec[1]}; chainer_dist exchanges NumPy arrays: "
-                    "call model.to_cpu() first"
-                )
+        if self._layout.unsupported:
+            raise TypeError(self._layout.unsupported)
 
 
 def mean_grad(comm: CommunicatorBase, model: chainer.Link, *, zero_fill: bool = False) -> None:
@@ -190,19 +197,16 @@ def mean_agreed_grad(
     parameters.check_supported()
     if not zero_fill:
         check_same_grads(comm, parameters, same_grads=same_grads)
-    missing = parameters.without_grad()
-    filled = missing if zero_fill else []
+    filled = parameters.without_grad() if zero_fill else []
     if not same_grads:
-        fill_zeros(filled)
-    comm.mean_arrays(private_grads(parameters.params))
-    if same_grads:
-        fill_zeros(filled)
+        parameters.fill_zeros()
+    comm.mean_arrays(private_grads(parameters))
+    if same_grads and zero_fill:
+        parameters.fill_zeros()
     return filled
 
 
-def check_same_grads(
-    comm: CommunicatorBase, parameters: ParameterSet, *, same_grads: bool
-) -> None:
+def check_same_grads(comm: CommunicatorBase, parameters: ParameterSet, *, same_grads: bool) -> None:
     """Raise RankMismatchError on every rank if some have a gradient that others lack. Collective."""
     if not same_grads:
         raise_mismatch(comm, parameters.describe_grads())
@@ -280,31 +284,23 @@ def _fp32_copy(param: chainer.Parameter) -> Any:
     return getattr(param.update_rule, "_fp32_param", None)
 
 
-def private_grads(params: Sequence[chainer.Parameter]) -> list[Array]:
-    """Return the gradients, each in memory that may be changed without changing another.
+def private_grads(parameters: ParameterSet) -> list[Array]:
+    """Return the gradients, each in memory that may be changed without changing another. Local.
 
     Backward may hand one array to several parameters, or a read-only view; those are replaced by
     copies, because a sum in place over shared memory would depend on which ranks share.
     """
-    grads: list[Array] = []
-    owners: set[int] = set()
-    for param in params:
-        grad = param.grad
-        if grad is None:
-            continue
-        owner = id(grad if grad.base is None else grad.base)
-        if owner in owners or not grad.flags.writeable:
-            grad = grad.copy()
-            param.grad = grad
-        owners.add(owner)
-        grads.append(grad)
+    grads = [grad for grad in parameters.grads if grad is not None]
+    owners = [id(grad if grad.base is None else grad.base) for grad in grads]
+    if len({*owners}) == len(owners) and all(grad.flags.writeable for grad in grads):
+        return grads
+    met: set[int] = set()
+    having = [param for param, has in zip(parameters.params, parameters.has_grad) if has]
+    for index, (param, owner) in enumerate(zip(having, owners)):
+        if owner in met or not grads[index].flags.writeable:
+            param.grad = grads[index] = grads[index].copy()
+        met.add(owner)
     return grads
-
-
-def fill_zeros(params: Sequence[chainer.Parameter]) -> None:
-    """Give parameters a gradient of zeros. Local."""
-    for param in params:
-        param.grad = np.zeros_like(param.array)
 
 
 def _type_name(array: object) -> str:

@@ -139,14 +139,13 @@ class _MultiNodeOptimizer:
         """Update the parameters, each rank its slice."""
         comm, shards = self._connected(), self._shards
         assert shards is not None  # noqa: S101 - for the type checker: the caller has looked
-        missing = parameters.without_grad()
         if self.zero_fill:
-            self._scale_filled(missing)
+            self._scale_filled(parameters.without_grad())
         else:
             exchange.check_same_grads(comm, parameters, same_grads=same_grads)
-        exchange.fill_zeros(missing)
+        parameters.fill_zeros()
         if comm.size == 1:  # hooks change the gradients where they are
-            exchange.private_grads(parameters.params)
+            exchange.private_grads(parameters)
         shards.update(parameters)
 
     def _scale_filled(self, filled: list[chainer.Parameter]) -> None:
@@ -155,13 +154,20 @@ class _MultiNodeOptimizer:
             param._loss_scale = self.actual_optimizer._loss_scale
 
     def serialize(self, serializer: chainer.AbstractSerializer) -> None:
-        """Save or load the optimizer as Chainer does. Local; to load, load on every rank."""
+        """Save or load the optimizer as Chainer does. Local; to load, load on every rank.
+
+        Any single rank can save alone: all of the state is there on each. A serializer that keeps
+        arrays to write them later gets copies of what the ranks of a node share.
+        """
         import chainer
 
         if isinstance(serializer, chainer.Deserializer):
             self._unshare()
             self._loaded = True
-        self.actual_optimizer.serialize(serializer)
+        with contextlib.ExitStack() as stack:
+            if self._shards is not None:
+                stack.enter_context(self._shards.copied_states())
+            self.actual_optimizer.serialize(serializer)
 
     def _backward(
         self, lossfun: Callable[..., Any], args: tuple[Any, ...], kwds: dict[str, Any]
@@ -219,6 +225,9 @@ class _MultiNodeOptimizer:
         reasons = comm.allgather_obj(self._against_sharding(parameters))
         reason = next(filter(None, reasons), None)
         if reason is None:
+            states = _states(parameters)
+            if not all(agree(comm, digest(states))):
+                raise_mismatch(comm, states)
             assert isinstance(comm, SharedMemoryCommunicator)  # noqa: S101 - no reason against it
             self._shards = ShardedUpdate(
                 comm,
@@ -233,7 +242,9 @@ class _MultiNodeOptimizer:
         if comm.rank == 0 and reason != self._reported:
             if reason is None:
                 _logger.info("each rank updates its slice of the parameters")
-            elif self._options.sharded_update is None and isinstance(comm, SharedMemoryCommunicator):
+            elif self._options.sharded_update is None and isinstance(
+                comm, SharedMemoryCommunicator
+            ):
                 _logger.warning("every rank updates all parameters: %s", reason)
             self._reported = reason
 
@@ -341,19 +352,44 @@ def create_multi_node_optimizer(
     Training on N ranks then gives what one process gives on the concatenated batch, if each rank's
     loss is a mean over an equally large batch.
 
+    With the communicator ``shared_memory`` the update is sharded where that provably gives the same
+    parameters: each rank of a node runs Chainer's update rules on a slice of the parameters, and the
+    others copy the result. So it is for Chainer's rules (except MSVAG) with the hooks ``WeightDecay``,
+    ``Lasso``, ``GradientHardClipping`` and ``GradientClipping``, whose norm is summed over slices, and
+    with no other hooks. In any other case every rank updates all parameters, as in ChainerMN, and
+    rank 0 logs the reason, once, as a warning of the logger ``chainer_dist``. ``optimizer.sharded``
+    tells which it is. What a sharded update changes:
+
+    - ``param.grad`` stays this rank's own gradient (of ChainerMN's updates it is the average); see
+      ``mean_grad``. Hooks see the average in any case.
+    - The state of the update rules exists once per node, in arrays that cannot be written. Any rank
+      can save it. Load it on every rank, through this optimizer.
+    - Parameters are updated in place in each rank's own arrays; see ``share_parameters``.
+
     Args:
         actual_optimizer: Any Chainer optimizer, set up or not. It is changed by the updates.
         communicator: Over whose ranks gradients are averaged.
         double_buffering: Not supported yet; must be False.
         zero_fill: Whether a gradient that is None on this rank counts as zero. If False it must
             be None on all ranks or on none.
+        sharded_update: False to have every rank update all parameters, True to raise ValueError
+            where the update cannot be sharded.
+        mean_grad: Whether a sharded update leaves the average in ``param.grad``, as the hooks left
+            it: the same on every rank, kept once per node, and read-only for that. It stays as it
+            is until this rank's next update; keep a copy for longer.
+        share_parameters: Whether a sharded update keeps parameters, too, once per node. It saves
+            time and memory. From the first update on ``param.array`` is then memory of all ranks
+            of the node: what one rank writes there all of them see, so that ``param.array *= 2``
+            on every rank doubles it once for each rank; and arrays held elsewhere since before,
+            as those of ``model.copy()``, are no longer the model's.
 
     Returns:
         The optimizer to use in place of ``actual_optimizer``. Pickled, it leaves its communicator
         behind; deep-copied, it keeps it.
 
     Raises:
-        ValueError: If ``double_buffering`` is asked for.
+        ValueError: If ``double_buffering`` is asked for. From updates, if ``sharded_update`` is True
+            and the update cannot be sharded.
     """
     if double_buffering:
         raise ValueError("double_buffering is not supported by this communicator; leave it False")
@@ -371,6 +407,17 @@ def _settings(
         rule = param.update_rule
         if rule is not None and len(vars(rule.hyperparam)) > 1:  # more than its parent
             found += _described(f"the update rule of {name}", vars(rule.hyperparam))
+    return found
+
+
+def _states(parameters: exchange.ParameterSet) -> list[tuple[str, str]]:
+    """Describe the state of all update rules, which must be of the same kind on every rank."""
+    found = []
+    for name, param in parameters.all.items():
+        rule = param.update_rule
+        if rule is not None:
+            kept = "not there" if rule.state is None else ", ".join(rule.state) or "empty"
+            found.append((f"the state of {name}", f"{kept} (after {rule.t} updates)"))
     return found
 
 

@@ -1,71 +1,48 @@
 #!/usr/bin/env python
 """Measure how much memory training takes: run it without mpiexec, it starts the jobs itself.
 
-Each contender trains an MLP of 22.6 million parameters by Adam for ten steps in a job of its own. Then
-the proportional set sizes (PSS) of its ranks are summed up: memory that several ranks share is counted
-once. Linux only.
+Each contender trains the MLP of ``bench_step.py``, 22.6 million parameters, by Adam for ten steps in a
+job of its own. Then the proportional set sizes (PSS) of its ranks are summed up: memory that several
+ranks share is counted once. Linux only.
 """
 
 from __future__ import annotations
 
 import argparse
-import os
-import shutil
-import subprocess
-import sys
 from pathlib import Path
 
+from bench_step import ALONE, OURS, PEER, launch, make_step
+
 STEPS = 10
-CONTENDERS = (
-    "ChainerMN naive",
-    "chainer_dist",
-    "chainer_dist, replicated",
-    "Chainer, independent",
-)
+CONTENDERS = (PEER, *OURS, ALONE)
 
 
-def pss(pid: str = "self") -> float:
-    """Return the proportional set size of a process in MB."""
-    for line in Path(f"/proc/{pid}/smaps_rollup").read_text(encoding="utf-8").splitlines():
+def pss() -> float:
+    """Return this process's proportional set size in MB."""
+    for line in Path("/proc/self/smaps_rollup").read_text(encoding="utf-8").splitlines():
         if line.startswith("Pss:"):
             return int(line.split()[1]) * 1024 / 1e6
     raise OSError("no Pss in /proc/self/smaps_rollup")
 
 
 def train(contender: str, batch: int) -> None:
-    """Train on this rank and print, on rank 0, the ranks' memory before the model and at the end."""
-    from bench_step import WORLD, Work, wrappers
+    """Train on this rank; rank 0 prints all ranks' memory before the model and at the end."""
+    from mpi4py import MPI
 
-    before = WORLD.allreduce(pss())
-    work = Work("Adam", [784, *[2048] * 6, 10], batch)
-    step, _ = work.chainer_step(wrappers()[contender])
+    world = MPI.COMM_WORLD
+    before = world.allreduce(pss())
+    step, _ = make_step(contender, "Adam", batch)
     for _ in range(STEPS):
         step()
-    WORLD.Barrier()
-    after = WORLD.allreduce(pss())
-    if WORLD.rank == 0:
-        print(before, after)
-    WORLD.Barrier()
-
-
-def launch(contender: str, ranks: int, batch: int) -> tuple[float, float]:
-    """Return what a job of that contender printed."""
-    beside = Path(sys.executable).parent / "mpiexec"
-    mpiexec = str(beside) if beside.exists() else shutil.which("mpiexec")
-    if mpiexec is None:
-        raise SystemExit("no mpiexec found")
-    command = [mpiexec, "-n", str(ranks), sys.executable, __file__]
-    command += ["--contender", contender, "--batch", str(batch)]
-    env = {**os.environ, "OMP_NUM_THREADS": "1"}
-    job = subprocess.run(
-        command, stdout=subprocess.PIPE, text=True, check=True, timeout=300, env=env
-    )
-    before, after = job.stdout.split()
-    return float(before), float(after)
+    world.Barrier()
+    after = world.allreduce(pss())
+    if world.rank == 0:
+        print(before, after, flush=True)
+    world.Barrier()
 
 
 def main() -> None:
-    """Run each contender and print a table."""
+    """Run each contender and print a table for each number of ranks."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--ranks", type=int, nargs="+", default=[2, 4], help="(default: 2 4)")
     parser.add_argument("--batch", type=int, default=64, help="examples a rank (default: 64)")
@@ -76,12 +53,13 @@ def main() -> None:
         return
     for ranks in args.ranks:
         print(f"\nsum of PSS over {ranks} ranks, MLP of 22.6 M parameters, Adam, {STEPS} steps")
-        print(f"{'':26} {'MB':>7} {'it / ChainerMN':>15} {'before the model':>17}")
+        print(f"{'':31} {'MB':>7} {'it/ChainerMN':>13} {'MB before the model':>20}")
         peer = None
         for contender in CONTENDERS:
-            before, after = launch(contender, ranks, args.batch)
+            rank = ["--contender", contender, "--batch", str(args.batch)]
+            before, after = map(float, launch(__file__, ranks, *rank).split())
             peer = peer or after
-            print(f"{contender:26} {after:>7.0f} {after / peer:>15.2f} {before:>17.0f}", flush=True)
+            print(f"{contender:31} {after:>7.0f} {after / peer:>13.2f} {before:>20.0f}", flush=True)
 
 
 if __name__ == "__main__":

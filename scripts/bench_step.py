@@ -1,12 +1,13 @@
 #!/usr/bin/env python
-"""Measure whole training steps: run it under ``mpiexec -n 2``.
+"""Measure whole training steps: run it without mpiexec, it starts the jobs itself.
 
-An MLP of 22.6 million parameters (784, 6 x 2048, 10) is trained by Adam and by SGD. Contenders take
-turns in one run, each with a model of its own on the same data; a turn takes as long as its slowest
-rank. Beside chainer_dist stand ChainerMN's ``naive``, Chainer alone (every rank an independent copy
-that exchanges nothing: what the machine can do without being parallel), and torch's
-DistributedDataParallel on gloo where torch is installed. "rest" is the step less Chainer's own
-forward and backward, which are measured in the same turns: the cost of exchange and update.
+An MLP of 22.6 million parameters (784, 6 x 2048, 10) is trained by Adam and by SGD. Each contender runs
+in a job of its own, as its users would run it, because Python's memory is in another state where
+several of them share a process; the jobs take turns, round after round. A step takes as long as its
+slowest rank. Beside chainer_dist stand ChainerMN's ``naive``, Chainer alone (every rank an independent
+copy that exchanges nothing: what the machine can do without being parallel), and torch's
+DistributedDataParallel on gloo where torch is installed. "rest" is the step less Chainer's own forward
+and backward: the cost of exchange and update.
 """
 
 from __future__ import annotations
@@ -16,18 +17,21 @@ import os
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import argparse
+import importlib.util
+import json
+import shutil
 import statistics
+import subprocess
+import sys
 import time
 import warnings
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import chainer
 import chainer.functions as F
 import chainer.links as L
 import numpy as np
-from mpi4py import MPI
-
-import chainer_dist
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -35,17 +39,27 @@ if TYPE_CHECKING:
     Step = Callable[[], None]
 
 warnings.simplefilter("ignore")
-WORLD = MPI.COMM_WORLD
-FORWARD = "forward and backward"
+
+WIDTHS = [784, *[2048] * 6, 10]
+WARM_UP = 3
 PEER = "ChainerMN naive"
 ALONE = "Chainer, independent"
+FORWARD = "forward and backward"
+# What create_multi_node_optimizer is called with.
+OURS: dict[str, dict[str, Any]] = {
+    "chainer_dist": {},
+    "chainer_dist, mean_grad": {"mean_grad": True},
+    "chainer_dist, share_parameters": {"share_parameters": True},
+    "chainer_dist, replicated": {"sharded_update": False},
+}
+TORCH = {"torch DDP gloo": False, "torch DDP gloo, fused": True}  # whether its update is fused
 
 
 class Classifier(chainer.ChainList):
     """A multilayer perceptron and its loss."""
 
-    def __init__(self, widths: list[int]) -> None:
-        super().__init__(*[L.Linear(low, high) for low, high in zip(widths, widths[1:])])
+    def __init__(self) -> None:
+        super().__init__(*[L.Linear(low, high) for low, high in zip(WIDTHS, WIDTHS[1:])])
 
     def forward(self, x: Any, t: Any) -> Any:
         """Return the loss."""
@@ -55,146 +69,157 @@ class Classifier(chainer.ChainList):
         return F.softmax_cross_entropy(last(x), t)
 
 
-class Work:
-    """A model's size, a batch of this rank's data, and an optimizer."""
+def make_step(contender: str, name: str, batch: int) -> tuple[Step, chainer.Link | None]:
+    """Return what a contender does in a step, and its model if that is Chainer's. Collective."""
+    from mpi4py import MPI
 
-    def __init__(self, optimizer: str, widths: list[int], batch: int) -> None:
-        self.optimizer, self.widths = optimizer, widths
-        rng = np.random.RandomState(WORLD.rank)
-        self.x = rng.randn(batch, widths[0]).astype(np.float32)
-        self.t = rng.randint(0, widths[-1], batch).astype(np.int32)
+    world = MPI.COMM_WORLD
+    rng = np.random.RandomState(world.rank)
+    x = rng.randn(batch, WIDTHS[0]).astype(np.float32)
+    t = rng.randint(0, WIDTHS[-1], batch).astype(np.int32)
+    if contender in TORCH:
+        return torch_step(name, x, t, fused=TORCH[contender]), None
+    np.random.seed(0)  # noqa: NPY002 - what Chainer draws from
+    model = Classifier()
+    if contender == FORWARD:
 
-    def model(self) -> Classifier:
-        """Return a model, the same on every rank and for every contender."""
-        np.random.seed(0)  # noqa: NPY002 - what Chainer draws from
-        return Classifier(self.widths)
-
-    def make_optimizer(self) -> chainer.Optimizer:
-        """Return the optimizer, of the same settings for every contender."""
-        if self.optimizer == "Adam":
-            return chainer.optimizers.Adam(alpha=1e-3)
-        return chainer.optimizers.SGD(lr=1e-2)
-
-    def chainer_step(self, wrap: Callable[[chainer.Optimizer], Any]) -> tuple[Step, Any]:
-        """Return a step of an optimizer that ``wrap`` makes parallel, and the model."""
-        model = self.model()
-        optimizer = wrap(self.make_optimizer())
-        optimizer.setup(model)
-        return lambda: optimizer.update(model, self.x, self.t), model
-
-    def forward_and_backward(self) -> Step:
-        """Return what every Chainer contender has in common."""
-        model = self.model()
-
-        def step() -> None:
-            loss = model(self.x, self.t)
+        def forward_and_backward() -> None:
+            loss = model(x, t)
             model.cleargrads()
             loss.backward()
 
-        return step
+        return forward_and_backward, model
+    optimizer: Any = {
+        "Adam": lambda: chainer.optimizers.Adam(alpha=1e-3),
+        "SGD": lambda: chainer.optimizers.SGD(lr=1e-2),
+    }[name]()
+    if contender == PEER:
+        import chainermn
 
-    def torch_step(self, *, fused: bool) -> Step | None:
-        """Return a step of torch DDP, or None without torch."""
-        try:
-            import torch
-            import torch.distributed as dist
-        except ImportError:
-            return None
-        if not dist.is_initialized():
-            torch.set_num_threads(1)
-            address = WORLD.bcast(f"tcp://127.0.0.1:{20000 + os.getpid() % 20000}")
-            dist.init_process_group(
-                "gloo", init_method=address, rank=WORLD.rank, world_size=WORLD.size
+        comm = chainermn.create_communicator("naive")
+        optimizer = chainermn.create_multi_node_optimizer(optimizer, comm)
+    elif contender in OURS:
+        import chainer_dist
+
+        optimizer = chainer_dist.create_multi_node_optimizer(
+            optimizer, chainer_dist.create_communicator(), **OURS[contender]
+        )
+    optimizer.setup(model)
+    return lambda: optimizer.update(model, x, t), model
+
+
+def torch_step(name: str, x: Any, t: Any, *, fused: bool) -> Step:
+    """Return a step of torch DDP."""
+    import torch
+    import torch.distributed as dist
+    from mpi4py import MPI
+
+    world = MPI.COMM_WORLD
+    torch.set_num_threads(1)
+    address = world.bcast(f"tcp://127.0.0.1:{20000 + os.getpid() % 20000}")
+    dist.init_process_group("gloo", init_method=address, rank=world.rank, world_size=world.size)
+    layers: list[Any] = []
+    for low, high in zip(WIDTHS, WIDTHS[1:]):
+        layers += [torch.nn.Linear(low, high), torch.nn.ReLU()]
+    model = torch.nn.parallel.DistributedDataParallel(torch.nn.Sequential(*layers[:-1]))
+    kind = {"Adam": torch.optim.Adam, "SGD": torch.optim.SGD}[name]
+    optimizer = kind(model.parameters(), lr=1e-3, **({"fused": True} if fused else {}))
+    inputs, labels = torch.from_numpy(x), torch.from_numpy(t.astype(np.int64))
+
+    def step() -> None:
+        optimizer.zero_grad()
+        torch.nn.functional.cross_entropy(model(inputs), labels).backward()
+        optimizer.step()
+
+    return step
+
+
+def run(contender: str, optimizer: str, batch: int, steps: int) -> None:
+    """Be a rank of a contender's job; rank 0 prints the seconds of each step, and the outcome."""
+    from mpi4py import MPI
+
+    world = MPI.COMM_WORLD
+    step, model = make_step(contender, optimizer, batch)
+    seconds = []
+    for _ in range(WARM_UP + steps):
+        world.Barrier()
+        started = time.perf_counter()
+        step()
+        seconds.append(world.allreduce(time.perf_counter() - started, MPI.MAX))
+    if world.rank == 0:
+        norm = 0.0
+        if model is not None:
+            norm = sum(float(np.abs(p.array).sum(dtype=np.float64)) for p in model.params())
+        print(json.dumps({"seconds": seconds[WARM_UP:], "norm": norm}), flush=True)
+    world.Barrier()
+
+
+def launch(script: str, ranks: int, *arguments: str) -> str:
+    """Run a script under mpiexec and return what it prints."""
+    beside = Path(sys.executable).parent / "mpiexec"
+    mpiexec = str(beside) if beside.exists() else shutil.which("mpiexec")
+    if mpiexec is None:
+        raise SystemExit("no mpiexec found: pip install mpich")
+    job = subprocess.run(  # noqa: S603 - this script itself
+        [mpiexec, "-n", str(ranks), sys.executable, script, *arguments],
+        stdout=subprocess.PIPE,
+        text=True,
+        check=True,
+        timeout=300,
+    )
+    return job.stdout
+
+
+def print_table(optimizer: str, medians: dict[str, float], batch: int, ranks: int) -> None:
+    """Print medians in milliseconds and ratios."""
+    forward = medians[FORWARD]
+    print(f"\n{optimizer}, batch {batch} a rank, {ranks} ranks; {FORWARD} {forward:.1f} ms")
+    print(
+        f"{'':31} {'step, ms':>9} {'ChainerMN/it':>13} {'independent/it':>15} "
+        f"{'rest, ms':>9} {'ChainerMN/it':>13}"
+    )
+    for contender, ms in medians.items():
+        if contender != FORWARD:
+            print(
+                f"{contender:31} {ms:>9.1f} {medians[PEER] / ms:>13.2f} "
+                f"{medians[ALONE] / ms:>15.2f} {ms - forward:>9.1f} "
+                f"{(medians[PEER] - forward) / (ms - forward):>13.2f}",
+                flush=True,
             )
-        layers: list[Any] = []
-        for low, high in zip(self.widths, self.widths[1:]):
-            layers += [torch.nn.Linear(low, high), torch.nn.ReLU()]
-        model = torch.nn.parallel.DistributedDataParallel(torch.nn.Sequential(*layers[:-1]))
-        kind = {"Adam": torch.optim.Adam, "SGD": torch.optim.SGD}[self.optimizer]
-        optimizer = kind(model.parameters(), lr=1e-3, **({"fused": True} if fused else {}))
-        x, t = torch.from_numpy(self.x), torch.from_numpy(self.t.astype(np.int64))
-
-        def step() -> None:
-            optimizer.zero_grad()
-            torch.nn.functional.cross_entropy(model(x), t).backward()
-            optimizer.step()
-
-        return step
-
-
-def wrappers() -> dict[str, Callable[[chainer.Optimizer], Any]]:
-    """Return what makes Chainer's optimizer that of each contender."""
-    import chainermn
-
-    naive = chainermn.create_communicator("naive")
-    comm = chainer_dist.create_communicator()
-    return {
-        PEER: lambda optimizer: chainermn.create_multi_node_optimizer(optimizer, naive),
-        "chainer_dist": lambda optimizer: chainer_dist.create_multi_node_optimizer(optimizer, comm),
-        "chainer_dist, replicated": lambda optimizer: chainer_dist.create_multi_node_optimizer(
-            optimizer, comm, sharded_update=False
-        ),
-        "chainer_dist, shared": lambda optimizer: chainer_dist.create_multi_node_optimizer(
-            optimizer, comm, share_parameters=True
-        ),
-        ALONE: lambda optimizer: optimizer,
-    }
-
-
-def measure(work: Work, repeats: int) -> dict[str, float]:
-    """Return the median step of each contender in milliseconds."""
-    steps: dict[str, Step] = {}
-    models = {}
-    for name, wrap in wrappers().items():
-        steps[name], models[name] = work.chainer_step(wrap)
-    del models[ALONE]
-    for name, fused in (("torch DDP gloo", False), ("torch DDP gloo, fused", True)):
-        torch_step = work.torch_step(fused=fused)
-        if torch_step is not None:
-            steps[name] = torch_step
-    steps[FORWARD] = work.forward_and_backward()
-    seconds: dict[str, list[float]] = {name: [] for name in steps}
-    for _ in range(3 + repeats):  # three to warm up
-        for name, step in steps.items():
-            WORLD.Barrier()
-            started = time.perf_counter()
-            step()
-            seconds[name].append(WORLD.allreduce(time.perf_counter() - started, MPI.MAX))
-    for name, model in models.items():
-        for param, expected in zip(model.params(), models[PEER].params()):
-            if not np.allclose(param.array, expected.array, rtol=1e-2, atol=1e-2):
-                raise SystemExit(f"{name} has come to other parameters than {PEER}")
-    return {name: statistics.median(values[3:]) * 1e3 for name, values in seconds.items()}
 
 
 def main() -> None:
-    """Measure each optimizer and print a table."""
+    """Let the contenders take turns and print a table for each optimizer."""
+    contenders = [PEER, *OURS, ALONE, FORWARD]
+    if importlib.util.find_spec("torch"):
+        contenders += TORCH
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--repeats", type=int, default=15, help="steps of each (default: 15)")
+    parser.add_argument("--ranks", type=int, default=2, help="(default: 2)")
+    parser.add_argument("--rounds", type=int, default=3, help="jobs of each (default: 3)")
+    parser.add_argument("--steps", type=int, default=10, help="steps of a job (default: 10)")
     parser.add_argument("--batch", type=int, default=64, help="examples a rank (default: 64)")
-    parser.add_argument(
-        "--widths",
-        type=int,
-        nargs="+",
-        default=[784, *[2048] * 6, 10],
-        help="units of each layer, input first (default: the MLP of 22.6 M parameters)",
-    )
     parser.add_argument("--optimizers", nargs="+", choices=("Adam", "SGD"), default=["Adam", "SGD"])
+    parser.add_argument("--contenders", nargs="+", choices=contenders, default=contenders)
+    parser.add_argument("--contender", choices=contenders, help="be a rank of this one's job")
     args = parser.parse_args()
+    if args.contender:
+        run(args.contender, args.optimizers[0], args.batch, args.steps)
+        return
     for optimizer in args.optimizers:
-        medians = measure(Work(optimizer, args.widths, args.batch), args.repeats)
-        if WORLD.rank == 0:
-            forward = medians.pop(FORWARD)
-            print(f"\n{optimizer}, batch {args.batch} a rank, {WORLD.size} ranks")
-            print(f"{FORWARD}: {forward:.1f} ms")
-            print(f"{'':26} {'step, ms':>9} {'ChainerMN / it':>15} {'rest, ms':>9} {'ratio':>6}")
-            peer = medians[PEER]
-            for name, ms in medians.items():
-                rest = ms - forward
-                print(
-                    f"{name:26} {ms:>9.1f} {peer / ms:>15.2f} {rest:>9.1f} "
-                    f"{(peer - forward) / rest:>6.2f}"
-                )
+        seconds: dict[str, list[float]] = {}
+        norms: dict[str, float] = {}
+        for _ in range(args.rounds):
+            for contender in dict.fromkeys([PEER, ALONE, FORWARD, *args.contenders]):
+                rank = ["--contender", contender, "--optimizers", optimizer]
+                rank += ["--batch", str(args.batch), "--steps", str(args.steps)]
+                result = json.loads(launch(__file__, args.ranks, *rank))
+                seconds.setdefault(contender, []).extend(result["seconds"])
+                norms[contender] = result["norm"]
+        for contender in {*norms} & {*OURS}:  # ChainerMN's first update updates nothing
+            if not np.isclose(norms[contender], norms[PEER], rtol=1e-2):
+                raise SystemExit(f"{contender} has come to other parameters than {PEER}: {norms}")
+        medians = {name: statistics.median(values) * 1e3 for name, values in seconds.items()}
+        print_table(optimizer, medians, args.batch, args.ranks)
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ import pytest
 from chainer import optimizer_hooks as hooks
 from chainer import optimizers
 
-from chainer_dist import RankMismatchError, create_multi_node_optimizer
+from chainer_dist import RankMismatchError, create_communicator, create_multi_node_optimizer
 
 OPTIMIZERS = [
     "AdaBound",
@@ -47,6 +47,14 @@ def float64():
     """Compute in float64, where only a wrong result differs by more than rounding."""
     with chainer.using_config("dtype", np.float64):
         yield
+
+
+@pytest.fixture(params=["naive", "shared_memory"])
+def comm(request):
+    """Return a communicator that updates every parameter on every rank, or one that shares."""
+    communicator = create_communicator(request.param)
+    yield communicator
+    communicator.finalize()
 
 
 def mlp(lazy=False):

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import types
-
 import numpy as np
 import pytest
 from hypothesis import given
@@ -75,28 +73,6 @@ def test_memory_is_given_back():
             assert (x == (comm.size - 1) / 2).all(), turn
 
 
-def test_little_shared_memory(monkeypatch):
-    """Where there is little room blocks are smaller; where there is none every rank is told."""
-    with create_communicator("shared_memory") as comm:
-        if comm.size == 1:
-            return
-        for free, block in [
-            (1 << 30, 1 << 20),
-            (comm.size << 20, 1 << 16),
-            (comm.size << 14, 1 << 10),
-        ]:
-            usage = types.SimpleNamespace(free=free if comm.rank == 0 else 1 << 40)
-            monkeypatch.setattr(ring.shutil, "disk_usage", lambda _, usage=usage: usage)
-            assert ring._fitting_block(comm) == block
-        usage.free = 1000 if comm.rank == 0 else 1 << 40
-        with pytest.raises(MemoryError, match="'naive'"):
-            comm.mean_arrays([np.zeros(3)])
-        usage.free = comm.size << 14
-        x = np.full(1000, float(comm.rank))
-        comm.mean_arrays([x])
-        assert (x == (comm.size - 1) / 2).all()
-
-
 def test_two_at_a_time():
     """Communicators have memory of their own."""
     with create_communicator("shared_memory") as one, create_communicator("shared_memory") as two:
@@ -105,3 +81,11 @@ def test_two_at_a_time():
                 x = np.full(300_000, float(comm.rank * turn))
                 comm.mean_arrays([x])
                 assert (x == turn * (comm.size - 1) / 2).all()
+
+
+def test_the_same_array_twice(grouped):
+    """An array that is there twice is averaged once."""
+    x = np.arange(1500.0) + grouped.rank
+    others = [np.ones(700), np.ones(900)]
+    grouped.mean_arrays([x, others[0], x, others[1], x])
+    np.testing.assert_allclose(x, np.arange(1500.0) + (grouped.size - 1) / 2)

@@ -31,7 +31,7 @@ BLOCK_BYTES = 1 << 20
 # Three blocks are under way at a time: one being packed, one reduced, one unpacked. Many more slots
 # than that are worth their memory where cores do not share a cache: writing to a line that another
 # core has read lately takes ten times as long there (2.9 against 38 GB/s on a two-socket machine).
-SLOTS = 16
+SLOTS = 12
 
 _LINE_BYTES = 64  # counters of different ranks, and kinds, are on cache lines of their own
 _PACKED, _REDUCED, _UNPACKED, _FAILED = (i * _LINE_BYTES // 8 for i in range(4))
@@ -47,6 +47,7 @@ class Piece(NamedTuple):
     start: int
     stop: int
     offset: int
+    whole: bool  # whether that is all of the array: then there is no need to slice it
 
 
 class Block(NamedTuple):
@@ -159,9 +160,13 @@ class Ring:
             end = block.edges[-1]
             # The own slice is read from where it is, when its turn comes.
             for low, high, slices in (
-                (0, own.start, block.slices[: self._rank]),
-                (own.stop, end, block.slices[self._rank + 1 :]),
-            ) if own.stop else ((0, end, block.slices),):
+                (
+                    (0, own.start, block.slices[: self._rank]),
+                    (own.stop, end, block.slices[self._rank + 1 :]),
+                )
+                if own.stop
+                else ((0, end, block.slices),)
+            ):
                 if low < high:
                     gather(sources, [piece for each in slices for piece in each], mine[low:high])
         self._tell(_PACKED, number + 1)
@@ -244,7 +249,10 @@ class Ring:
 
 def gather(sources: Sequence[Array], pieces: Sequence[Piece], out: Array | None) -> Array:
     """Return pieces of arrays one behind the other, in ``out`` or where they are if that will do."""
-    views = [sources[array][start:stop] for array, start, stop, _ in pieces]
+    views = [
+        sources[array] if whole else sources[array][start:stop]
+        for array, start, stop, _, whole in pieces
+    ]
     if out is None:
         return views[0] if len(views) == 1 else np.concatenate(views)
     return np.concatenate(views, out=out, casting="same_kind")
@@ -254,9 +262,12 @@ def scatter(
     block: Array, pieces: Sequence[Piece], targets: Sequence[Array], start: int = 0
 ) -> None:
     """Copy pieces of a block, of which ``block`` is the part from ``start``, to their arrays."""
-    for array, begin, end, offset in pieces:
+    for array, begin, end, offset, whole in pieces:
         low = offset - start
-        targets[array][begin:end] = block[low : low + end - begin]
+        if whole:
+            targets[array][...] = block[low : low + end]
+        else:
+            targets[array][begin:end] = block[low : low + end - begin]
 
 
 @functools.lru_cache(maxsize=64)
@@ -269,25 +280,29 @@ def cut(sizes: tuple[int, ...], capacity: int, reducers: int) -> list[Block]:
         reducers: How many slices each block has.
     """
     blocks: list[Block] = []
-    pieces: list[Piece] = []
+    pieces: list[tuple[int, int, int, int]] = []  # array, start, stop, offset
     filled = 0
     for array, size in enumerate(sizes):
         start = 0
         while start < size:
             stop = min(size, start + capacity - filled)
-            pieces.append(Piece(array, start, stop, filled))
+            pieces.append((array, start, stop, filled))
             filled += stop - start
             start = stop
             if filled == capacity:
-                blocks.append(_sliced(len(blocks) * capacity, pieces, filled, reducers))
+                blocks.append(_sliced(len(blocks) * capacity, pieces, sizes, reducers))
                 pieces, filled = [], 0
     if pieces:
-        blocks.append(_sliced(len(blocks) * capacity, pieces, filled, reducers))
+        blocks.append(_sliced(len(blocks) * capacity, pieces, sizes, reducers))
     return blocks
 
 
-def _sliced(first: int, pieces: list[Piece], filled: int, reducers: int) -> Block:
+def _sliced(
+    first: int, pieces: list[tuple[int, int, int, int]], sizes: tuple[int, ...], reducers: int
+) -> Block:
     """Share a block out to the ranks that reduce it."""
+    _, start, stop, offset = pieces[-1]
+    filled = offset + stop - start
     edges = [filled * i // reducers for i in range(reducers + 1)]
     slices: list[list[Piece]] = []
     for low, high in zip(edges, edges[1:]):
@@ -296,6 +311,7 @@ def _sliced(first: int, pieces: list[Piece], filled: int, reducers: int) -> Bloc
             begin, end = max(offset, low), min(offset + stop - start, high)
             if begin < end:
                 shift = start - offset
-                inside.append(Piece(array, begin + shift, end + shift, begin))
+                whole = end - begin == sizes[array]
+                inside.append(Piece(array, begin + shift, end + shift, begin, whole))
         slices.append(inside)
     return Block(first, edges, slices)

@@ -39,12 +39,11 @@ class SharedMemoryCommunicator(CommunicatorBase):
         """See :meth:`CommunicatorBase.mean_arrays`."""
         if self.size == 1:
             return
-        groups: dict[np.dtype[Any], dict[int, Array]] = {}
-        for array in arrays:
-            if array.size:
-                groups.setdefault(array.dtype, {})[id(array)] = array
-        for dtype, group in groups.items():
-            self._mean(_reduction.wire_dtype(dtype), list(group.values()))
+        distinct = list({id(array): array for array in arrays if array.size}.values())
+        dtypes = dict.fromkeys([array.dtype for array in distinct])
+        for dtype in dtypes:
+            group = [array for array in distinct if len(dtypes) == 1 or array.dtype == dtype]
+            self._mean(_reduction.wire_dtype(dtype), group)
 
     def _mean(self, dtype: np.dtype[Any], arrays: list[Array]) -> None:
         """Average arrays of one dtype, none of them empty or twice there."""

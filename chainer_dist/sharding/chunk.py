@@ -72,7 +72,9 @@ class Chunk:
         rule = self._rule
         if rule is None:
             return
-        vars(rule).update(vars(self._whole.update_rule))  # hyperparameters, t, hooks as they are now
+        vars(rule).update(
+            vars(self._whole.update_rule)
+        )  # hyperparameters, t, hooks as they are now
         rule._state = state = dict(self._state)
         rule.update(self.param)
         for key, place in self._state.items():

@@ -105,29 +105,33 @@ def _obstacle_in_param(name: str, param: chainer.Parameter) -> str | None:
     rule = param.update_rule
     if rule is None:
         return None
-    kind = type(rule)
-    module = kind.__module__
     if type(param).update is not chainer.Parameter.update or "update" in vars(param):
         return f"{name} has its own update()"
-    if not (module.startswith("chainer.optimizers.") and kind.__name__ in _RULES):
-        return f"nothing is known of the update rule {kind.__name__} of {name}"
     if "update" in vars(rule) or "update_core" in vars(rule):
         return f"the update rule of {name} has its own update()"
+    kind = type(rule)
+    if not (kind.__module__.startswith("chainer.optimizers.") and kind.__name__ in _RULES):
+        return f"nothing is known of the update rule {kind.__name__} of {name}"
     if rule._use_fp32_update and param.dtype == np.float16:
         return f"{name} is updated in float32 (use_fp32_update)"
+    return _obstacle_in_rule_hooks(name, rule) or _obstacle_in_state(name, param)
+
+
+def _obstacle_in_rule_hooks(name: str, rule: chainer.UpdateRule) -> str | None:
     hookable = rule._hookable
-    if hookable._post_update_hooks:
-        return f"the hook {next(iter(hookable._post_update_hooks))} runs after the update of {name}"
+    for hook_name in hookable._post_update_hooks:
+        return f"the hook {hook_name} runs after the update of {name}"
     for hook_name, hook in hookable._pre_update_hooks.items():
         if type(hook) not in elementwise_hooks():
             return f"the hook {hook_name} of {name} may look at the whole parameter"
-    for key, value in (rule.state or {}).items():
-        array = param.array
-        if not (
-            isinstance(value, np.ndarray)
-            and value.shape == array.shape
-            and value.dtype == array.dtype
-        ):
+    return None
+
+
+def _obstacle_in_state(name: str, param: chainer.Parameter) -> str | None:
+    array = param.array
+    for key, value in (param.update_rule.state or {}).items():
+        like = isinstance(value, np.ndarray) and value.dtype == array.dtype
+        if not (like and value.shape == array.shape):
             return f"the state {key} of {name} is not an array like the parameter"
     return None
 

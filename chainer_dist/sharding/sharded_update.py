@@ -11,6 +11,7 @@ memory, so that nothing has to be sent within a node.
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import math
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -26,7 +27,7 @@ from chainer_dist.sharding.chunk import Chunk, state_keys
 from chainer_dist.sharding.eligibility import elementwise_hooks, obstacle_in_arrays
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Sequence
+    from collections.abc import Callable, Iterable, Iterator, Sequence
 
     import chainer
 
@@ -126,8 +127,18 @@ class ShardedUpdate:
         self._states: list[dict[str, Array] | None] = [
             self._whole_state(index, state) for index, state in enumerate(states)
         ]
+        self._state_arrays = self._states_now()
         if self._shared:
             self._attach()
+
+    def _states_now(self) -> list[Any]:
+        """Return the states and their arrays, as the rules have them now."""
+        found: list[Any] = []
+        for rule, state in zip(self._rules, self._states):
+            if state is not None:
+                found.append(rule._state)
+                found += (rule._state or {}).values()
+        return found
 
     def _make_group(
         self,
@@ -159,7 +170,7 @@ class ShardedUpdate:
             start = block.start + part.start
             mean = scratch[:size] if means is None else means[start : start + size]
             chunks = []
-            for array, begin, end, offset in pieces:
+            for array, begin, end, offset, _ in pieces:
                 index = indices[array]
                 chunk = Chunk(self._params[index], slice(begin, end), states[index])
                 chunk.bind(self._arrays[index])
@@ -199,9 +210,8 @@ class ShardedUpdate:
         """
         if not same(self._params, parameters.params):
             return False
-        for rule, state in zip(self._rules, self._states):
-            if state is not None and rule._state is not state:
-                return False
+        if not same(self._states_now(), self._state_arrays):
+            return False
         return same(self._arrays, parameters.arrays) or not obstacle_in_arrays(parameters)
 
     def update(self, parameters: ParameterSet) -> None:
@@ -256,7 +266,7 @@ class ShardedUpdate:
         sources = flat and [flat[index] for index in group.indices]
         if self._comm.size == 1:
             for pieces, _, chunks in group.slices:
-                for (array, start, stop, _), chunk in zip(pieces, chunks):
+                for (array, start, stop, _, _), chunk in zip(pieces, chunks):
                     if sources is not None:
                         chunk.param.grad = sources[array][start:stop]
                 _work(chunks, hooks, last=last)
@@ -303,6 +313,19 @@ class ShardedUpdate:
                 rule.t += 1
         for param in self._loose:
             param.update()
+
+    @contextlib.contextmanager
+    def copied_states(self) -> Iterator[None]:
+        """Let every rule have a copy of its state for a while. Local."""
+        for rule, state in zip(self._rules, self._states):
+            if state is not None:
+                rule._state = {key: value.copy() for key, value in rule._state.items()}
+        try:
+            yield
+        finally:
+            for rule, state in zip(self._rules, self._states):
+                if state is not None:
+                    rule._state = state
 
     def release(self) -> None:
         """Give back to each rank arrays of its own in the place of what the ranks shared. Local."""
