@@ -85,10 +85,10 @@ type: $(STAMP)
 	$(RUN) -m mypy
 
 bench: $(STAMP)
-	@set -e; for script in scripts/bench_*.py; do \
-	  if [ -e "$$script" ]; then \
-	    echo "$$script"; $(MPIEXEC) -n $(N) $(RUN) "$$script" $(ARGS); \
-	  fi; done
+	$(MPIEXEC) -n $(N) $(RUN) scripts/bench_threads.py
+	$(MPIEXEC) -n $(N) $(RUN) scripts/bench_exchange.py
+	$(RUN) scripts/bench_step.py --ranks $(N)
+	$(RUN) scripts/bench_memory.py
 
 check: lint type test
 

@@ -89,3 +89,11 @@ def test_the_same_array_twice(grouped):
     others = [np.ones(700), np.ones(900)]
     grouped.mean_arrays([x, others[0], x, others[1], x])
     np.testing.assert_allclose(x, np.arange(1500.0) + (grouped.size - 1) / 2)
+
+
+def test_few_slots(grouped, monkeypatch):
+    """On a node of very many ranks each has fewer blocks under way."""
+    monkeypatch.setattr(ring, "_NODE_BYTES", 1)
+    x = np.arange(5000.0) * (1 + grouped.rank)
+    grouped.mean_arrays([x])
+    np.testing.assert_allclose(x, np.arange(5000.0) * (1 + grouped.size) / 2)

@@ -32,6 +32,8 @@ BLOCK_BYTES = 1 << 20
 # than that are worth their memory where cores do not share a cache: writing to a line that another
 # core has read lately takes ten times as long there (2.9 against 38 GB/s on a two-socket machine).
 SLOTS = 12
+_FEWEST_SLOTS = 4
+_NODE_BYTES = 256 << 20  # that many slots may take on a node of many ranks
 
 _LINE_BYTES = 64  # counters of different ranks, and kinds, are on cache lines of their own
 _PACKED, _REDUCED, _UNPACKED, _FAILED = (i * _LINE_BYTES // 8 for i in range(4))
@@ -88,7 +90,9 @@ class Ring:
         self._window = MPI.Win.Allocate_shared(4 * _LINE_BYTES, comm=node)
         shared = [cast("bytes", self._window.Shared_query(rank)[0]) for rank in range(node.size)]
         self._counters = [memoryview(each).cast("B").cast("q") for each in shared]
-        blocks = share_memory(comm, node.size * SLOTS * BLOCK_BYTES)
+        affordable = _NODE_BYTES // (node.size * BLOCK_BYTES)
+        self._depth = max(_FEWEST_SLOTS, min(SLOTS, affordable))
+        blocks = share_memory(comm, node.size * self._depth * BLOCK_BYTES)
         self._slots = list(blocks.reshape(node.size, -1))
         for counter in (_PACKED, _REDUCED, _UNPACKED, _FAILED):
             self._counters[self._rank][counter] = 0
@@ -137,7 +141,7 @@ class Ring:
         Raises:
             Exception: On every rank of the node, what ``deliver`` raised on one, after the last block.
         """
-        slots = [each.view(dtype).reshape(SLOTS, -1) for each in self._slots]
+        slots = [each.view(dtype).reshape(self._depth, -1) for each in self._slots]
         # Three stages, each a block behind the one before, so that ranks seldom wait.
         for step in range(len(blocks) + 2):
             if step < len(blocks):
@@ -153,9 +157,11 @@ class Ring:
     def _pack(
         self, block: Block, sources: Sequence[Array] | None, slots: list[Array], number: int
     ) -> None:
-        self._wait(_UNPACKED, number + 1 - SLOTS, self._ranks)  # the slot's last block is through
+        self._wait(
+            _UNPACKED, number + 1 - self._depth, self._ranks
+        )  # the slot's last block is through
         if sources is not None:
-            mine = slots[self._rank][number % SLOTS]
+            mine = slots[self._rank][number % self._depth]
             own, _ = self.own(block)
             end = block.edges[-1]
             # The own slice is read from where it is, when its turn comes.
@@ -182,11 +188,11 @@ class Ring:
         if self._rank >= self._reducers:
             return
         own, pieces = self.own(block)
-        out = slots[self._rank][number % SLOTS][own]
+        out = slots[self._rank][number % self._depth][own]
         total = self.scratch.view(out.dtype)[: out.size]  # stays in the nearest cache
         if sources is not None and pieces:
             self._wait(_PACKED, number + 1, self._ranks)
-            parts = [each[number % SLOTS][own] for each in slots]
+            parts = [each[number % self._depth][own] for each in slots]
             parts[self._rank] = gather(sources, pieces, None)
             if len(parts) == 1:
                 np.copyto(total, parts[0])
@@ -211,7 +217,7 @@ class Ring:
         if targets is not None:
             for rank, pieces in enumerate(block.slices):
                 if rank != self._rank:
-                    scatter(slots[rank][number % SLOTS], pieces, targets)
+                    scatter(slots[rank][number % self._depth], pieces, targets)
         self._tell(_UNPACKED, number + 1)
 
     def _tell(self, counter: int, value: int) -> None:

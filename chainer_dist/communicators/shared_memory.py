@@ -19,10 +19,10 @@ if TYPE_CHECKING:
 class SharedMemoryCommunicator(CommunicatorBase):
     """Averages through shared memory on each node, and slice by slice between nodes.
 
-    Takes 4 MiB of shared memory a rank, whatever the size of the model, less where there is little
-    of it, and raises MemoryError on every rank where there is almost none. The order of summation is
-    that of the ranks, so the same input gives the same bits each time. Between nodes every rank
-    exchanges its own slice with the ranks of the same number on the other nodes.
+    Takes 12 MiB of memory a rank (less on nodes of more than 21 ranks), whatever the size of the
+    model. The order of summation is that of the ranks, so the same input gives the same bits each
+    time. Between nodes every rank exchanges its own slice with the ranks of the same number on the
+    other nodes.
     """
 
     name = "shared_memory"

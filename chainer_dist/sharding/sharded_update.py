@@ -14,7 +14,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import math
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import numpy as np
 
@@ -193,8 +193,8 @@ class ShardedUpdate:
         if rule is None or not rule.enabled or not array.size:
             return None
         whole = {key: value.reshape(array.shape) for key, value in state.items()}
-        for value in whole.values():
-            value.flags.writeable = False  # every rank that changed it would change it for all
+        for value in whole.values():  # a rank that changed it would change it for the others
+            value.flags.writeable = self._comm.intra_size == 1
         rule._state = whole
         return whole
 
@@ -232,14 +232,14 @@ class ShardedUpdate:
             else:
                 clips.append(hook)
                 stages.append([])
-        flat = [param.grad.reshape(-1) for param in self._params]
+        flat = [cast("Array", grad).reshape(-1) for grad in parameters.grads]
         for group in self._groups:
             self._run(group, flat, stages[0], last=not clips)
-        for clip, hooks in zip(clips, stages[1:]):
+        for number, clip in enumerate(clips, start=1):
             self._clip(clip.threshold)
-            if clip is not clips[-1]:
+            if number < len(clips):
                 for chunk in itertools.chain.from_iterable(self._chunks):
-                    chunk.prepare(hooks)
+                    chunk.prepare(stages[number])
         if clips:
             for group in self._groups:
                 self._run(group, None, stages[-1], last=True)
