@@ -48,3 +48,29 @@ def any_comm(request):
     communicator = create_communicator(request.param)
     yield communicator
     communicator.finalize()
+
+
+# Which node a rank is taken to be on.
+NODES = {
+    "one node": lambda _: 0,
+    "a node each": lambda rank: rank,
+    "odd and even": lambda rank: rank % 2,
+    "one and the rest": lambda rank: min(rank, 1),
+}
+
+
+@pytest.fixture(params=NODES)
+def grouped(request):
+    """Return a shared_memory communicator whose real ranks are taken to be on several nodes."""
+    from chainer_dist import create_communicator
+
+    communicator = create_communicator("shared_memory")
+    color = NODES[request.param]
+    communicator._node_comm.Free()
+    communicator._node_comm = communicator.mpi_comm.Split(
+        color(communicator.rank), communicator.rank
+    )
+    communicator._inter_rank = color(communicator.rank)
+    communicator._inter_size = len({color(rank) for rank in range(communicator.size)})
+    yield communicator
+    communicator.finalize()

@@ -20,23 +20,9 @@ from hypothesis import strategies as st
 
 from chainer_dist import RankMismatchError, create_communicator, create_multi_node_optimizer
 from chainer_dist.communicators import ring
+from test_optimizers import OPTIMIZERS
 
-SHARDED = [
-    "AdaBound",
-    "AdaDelta",
-    "AdaGrad",
-    "Adam",
-    "AdamW",
-    "AMSBound",
-    "AMSGrad",
-    "CorrectedMomentumSGD",
-    "MomentumSGD",
-    "NesterovAG",
-    "RMSprop",
-    "RMSpropGraves",
-    "SGD",
-    "SMORMS3",
-]
+SHARDED = [name for name in OPTIMIZERS if name != "MSVAG"]
 
 
 @pytest.fixture(autouse=True)
@@ -51,24 +37,6 @@ def comm():
     communicator = create_communicator("shared_memory")
     yield communicator
     communicator.finalize()
-
-
-NODES = {
-    "a node each": lambda rank: rank,
-    "odd and even": lambda rank: rank % 2,
-    "one and the rest": lambda rank: min(rank, 1),
-}
-
-
-@pytest.fixture(params=NODES)
-def grouped(request, comm):
-    """Return a communicator whose real ranks are taken to be on several nodes."""
-    color = NODES[request.param]
-    comm._node_comm.Free()
-    comm._node_comm = comm.mpi_comm.Split(color(comm.rank), comm.rank)
-    comm._inter_rank = color(comm.rank)
-    comm._inter_size = len({color(rank) for rank in range(comm.size)})
-    return comm
 
 
 def mlp():

@@ -10,26 +10,11 @@ from hypothesis import strategies as st
 from chainer_dist import create_communicator
 from chainer_dist.communicators import ring
 
-NODES = {
-    "one node": lambda _: 0,
-    "a node each": lambda rank: rank,
-    "odd and even": lambda rank: rank % 2,
-    "one and the rest": lambda rank: min(rank, 1),
-}
 
-
-@pytest.fixture(params=NODES)
-def grouped(request, monkeypatch):
-    """Return a communicator with small blocks, its real ranks taken to be on several nodes."""
+@pytest.fixture(autouse=True)
+def small_blocks(monkeypatch):
+    """Let few elements take many blocks."""
     monkeypatch.setattr(ring, "BLOCK_BYTES", 512)
-    comm = create_communicator("shared_memory")
-    color = NODES[request.param]
-    comm._node_comm.Free()
-    comm._node_comm = comm.mpi_comm.Split(color(comm.rank), comm.rank)
-    comm._inter_rank = color(comm.rank)
-    comm._inter_size = len({color(rank) for rank in range(comm.size)})
-    yield comm
-    comm.finalize()
 
 
 def values(rank, sizes, dtype):

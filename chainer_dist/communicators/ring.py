@@ -29,8 +29,9 @@ if TYPE_CHECKING:
 
 BLOCK_BYTES = 1 << 20
 # Three blocks are under way at a time: one being packed, one reduced, one unpacked. Many more slots
-# than that are worth their memory where cores do not share a cache: writing to a line that another
-# core has read lately takes ten times as long there (2.9 against 38 GB/s on a two-socket machine).
+# than that are worth their memory where cores have no cache in common: a line that another core has
+# read lately is written ten times more slowly there (2.9 against 38 GB/s on one virtual machine,
+# whose two cores have or have not, from one minute to the next).
 SLOTS = 12
 _FEWEST_SLOTS = 4
 _NODE_BYTES = 256 << 20  # that many slots may take on a node of many ranks
