@@ -79,8 +79,22 @@ class _Layout:
         self.digest = digest(self.structure)
 
 
-# Finding the layout anew takes as long as averaging many small gradients does.
-_layouts: weakref.WeakKeyDictionary[chainer.Link, _Layout] = weakref.WeakKeyDictionary()
+# Finding the layout anew takes as long as averaging many small gradients does. By the model's id,
+# as a link may be of a class that cannot be hashed.
+_layouts: dict[int, tuple[weakref.ref[chainer.Link], _Layout]] = {}
+
+
+def _layout(model: chainer.Link) -> _Layout:
+    walked = list(model.params())
+    arrays = [param._data[0] for param in walked]  # what the property array returns, faster
+    key = id(model)
+    if key in _layouts:
+        known, layout = _layouts[key]
+        if known() is model and same(layout.walked, walked) and same(layout.found, arrays):
+            return layout
+    layout = _Layout(model, walked, arrays)
+    _layouts[key] = (weakref.ref(model, lambda _: _layouts.pop(key, None)), layout)
+    return layout
 
 
 def same(ones: Sequence[Any], others: Sequence[Any]) -> bool:
@@ -106,11 +120,7 @@ class ParameterSet:
     """
 
     def __init__(self, model: chainer.Link) -> None:
-        walked = list(model.params())
-        arrays = [param._data[0] for param in walked]  # what the property array returns, faster
-        layout = _layouts.get(model)
-        if layout is None or not (same(layout.walked, walked) and same(layout.found, arrays)):
-            layout = _layouts[model] = _Layout(model, walked, arrays)
+        layout = _layout(model)
         self.structure, self.digest, self.all = layout.structure, layout.digest, layout.all
         self.names, self.params, self.arrays = layout.names, layout.params, layout.arrays
         self._layout = layout

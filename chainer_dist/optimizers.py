@@ -241,11 +241,11 @@ class _MultiNodeOptimizer:
         self._signature = signature
         if comm.rank == 0 and reason != self._reported:
             if reason is None:
-                _logger.info("each rank updates its slice of the parameters")
+                _logger.info("chainer_dist: each rank updates a slice of the parameters")
             elif self._options.sharded_update is None and isinstance(
                 comm, SharedMemoryCommunicator
             ):
-                _logger.warning("every rank updates all parameters: %s", reason)
+                _logger.warning("chainer_dist: every rank updates all parameters, as %s", reason)
             self._reported = reason
 
     def _against_sharding(self, parameters: exchange.ParameterSet) -> str | None:

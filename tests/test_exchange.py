@@ -258,6 +258,28 @@ def test_ranks_that_differ(any_comm, operation, difference):
     getattr(any_comm, operation)(link())
 
 
+def test_models_that_cannot_be_hashed(any_comm):
+    """A link may be compared by value."""
+
+    class Equal(chainer.Link):
+        __hash__ = None
+
+        def __eq__(self, other):
+            return True
+
+    for value in range(3):
+        model = Equal()
+        with model.init_scope():
+            model.w = chainer.Parameter(np.zeros(value + 1, np.float32))
+        model.w.grad = np.full(value + 1, any_comm.rank + value, np.float32)
+        any_comm.multi_node_mean_grad(model)
+        np.testing.assert_allclose(model.w.grad, value + (any_comm.size - 1) / 2)
+        model.w.array = np.zeros(5, np.float32)
+        model.w.grad = np.full(5, any_comm.rank, np.float32)
+        any_comm.multi_node_mean_grad(model)
+        np.testing.assert_allclose(model.w.grad, (any_comm.size - 1) / 2)
+
+
 def test_deprecated_names(comm):
     """ChainerMN's old names warn and do the same."""
     model = link({"a": SPECS["a"]})

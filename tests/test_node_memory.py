@@ -5,7 +5,6 @@ from __future__ import annotations
 import errno
 import gc
 import os
-import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -14,15 +13,17 @@ import pytest
 from chainer_dist.communicators import node_memory
 
 
-def leftovers():
-    """Return the names of our files where shared memory and temporary files are."""
-    places = [node_memory._SHARED_MEMORY, Path(tempfile.gettempdir())]
-    return {path for place in places if place.is_dir() for path in place.glob("chainer_dist-*")}
+@pytest.fixture(autouse=True)
+def folder(tmp_path, monkeypatch):
+    """Put files into a folder of this test alone, and find it empty in the end."""
+    monkeypatch.setattr(node_memory, "_SHARED_MEMORY", tmp_path / "shared")
+    (tmp_path / "shared").mkdir()
+    yield
+    assert not list((tmp_path / "shared").iterdir())
 
 
 def check(comm, nbytes=100_000):
     """Every rank of the node sees what one of them writes."""
-    before = leftovers()
     memory = node_memory.share_memory(comm, nbytes)
     assert memory.shape == (nbytes,)
     assert memory.dtype == np.uint8
@@ -34,7 +35,6 @@ def check(comm, nbytes=100_000):
         expected = np.arange(nbytes) % comm.size + 1
         np.testing.assert_array_equal(memory, expected)
     comm.mpi_comm.Barrier()
-    assert leftovers() <= before
 
 
 @pytest.mark.parametrize("nbytes", [0, 1, 4097, 5_000_000])
@@ -53,15 +53,30 @@ def test_a_file_where_a_rank_cannot_see_the_others(comm, monkeypatch):
     """All ranks use the file if one of them cannot open another rank's memory."""
     mapped = []
 
-    def strict(path, size, original=node_memory._map):
+    def strict(path, size, token, original=node_memory._map):
         mapped.append(path)
-        if path.startswith("/proc") and comm.rank == comm.size - 1:
+        if path.is_relative_to("/proc") and comm.rank == comm.size - 1:
             raise PermissionError(errno.EACCES, "not for you", path)
-        return original(path, size)
+        return original(path, size, token)
 
     monkeypatch.setattr(node_memory, "_map", strict)
     check(comm)
-    assert not mapped[-1].startswith("/proc")
+    assert not mapped[-1].is_relative_to("/proc")
+
+
+def test_a_path_that_is_another_file(comm, monkeypatch, tmp_path):
+    """Where ranks know other processes by the same number they do not share what is not theirs."""
+    other = tmp_path / "other"
+    other.write_bytes(bytes(200_000))
+
+    def misled(path, size, token, original=node_memory._map):
+        if path.is_relative_to("/proc") and comm.rank == comm.size - 1:
+            path = other
+        return original(path, size, token)
+
+    monkeypatch.setattr(node_memory, "_map", misled)
+    check(comm)
+    assert not any(other.read_bytes())
 
 
 def test_no_room(comm, monkeypatch):
@@ -71,14 +86,12 @@ def test_no_room(comm, monkeypatch):
     def full(*_):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    before = leftovers()
     with monkeypatch.context() as patch:
         if comm.rank == 0:
             patch.setattr(os, "posix_fallocate", full)
         with pytest.raises(OSError, match=r"no room for the 12345 bytes"):
             node_memory.share_memory(comm, 12345)
         comm.mpi_comm.Barrier()
-    assert leftovers() <= before
     check(comm)
 
 

@@ -19,10 +19,16 @@ import numpy as np
 from chainer_dist.communicators.agreement import raise_together
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from mpi4py import MPI
+
     from chainer_dist.communicators.arrays import Array
     from chainer_dist.communicators.communicator_base import CommunicatorBase
 
 _SHARED_MEMORY = Path("/dev/shm")  # noqa: S108 - mkstemp makes the file private
+
+_TOKEN_BYTES = 16  # written at the beginning for a moment, to know the memory by
 
 
 def share_memory(comm: CommunicatorBase, nbytes: int) -> Array:
@@ -39,29 +45,10 @@ def share_memory(comm: CommunicatorBase, nbytes: int) -> Array:
     Raises:
         OSError: On every rank, naming the size, if a node has no room.
     """
-    node, size = comm.node_comm, max(nbytes, 1)
-    for create in (_create_anonymous, _create_file):
-        error: OSError | None = None
-        created: tuple[int, str] | None = None
-        shared: mmap.mmap | None = None
-        try:
-            if node.rank == 0:
-                created = create(size)
-        except OSError as caught:
-            error = caught
-        path = node.bcast(created and created[1])
-        try:
-            if path is not None:
-                shared = _map(path, size)
-        except OSError as caught:
-            error = caught
-        complete = all(node.allgather(shared is not None))
-        if created is not None:
-            os.close(created[0])
-            if create is _create_file:
-                Path(created[1]).unlink()
-        if complete:
-            break
+    size = max(nbytes, _TOKEN_BYTES)
+    shared, error = _share(comm.node_comm, size, _create_anonymous)
+    if not all(comm.node_comm.allgather(shared is not None)):
+        shared, error = _share(comm.node_comm, size, _create_file)
     if error is not None:
         error = OSError(
             f"no room for the {nbytes} bytes that the ranks of a node share: {error}; free some "
@@ -71,21 +58,49 @@ def share_memory(comm: CommunicatorBase, nbytes: int) -> Array:
     return np.frombuffer(cast("mmap.mmap", shared), dtype=np.uint8)[:nbytes]
 
 
-def _create_anonymous(size: int) -> tuple[int, str]:
+def _share(
+    node: MPI.Intracomm, size: int, create: Callable[[int], tuple[int, Path]]
+) -> tuple[mmap.mmap | None, OSError | None]:
+    """Return a file that rank 0 creates and all ranks map, or this rank's error. Collective."""
+    created, shared, error = None, None, None
+    token = os.urandom(_TOKEN_BYTES)
+    try:
+        if node.rank == 0:
+            created = create(size)
+            os.pwrite(created[0], token, 0)
+    except OSError as caught:
+        error = caught
+    path, token = node.bcast((created and created[1], token))
+    try:
+        if path is not None:
+            shared = _map(path, size, token)
+    except (OSError, ValueError) as caught:
+        error = OSError(str(caught))
+    node.Barrier()
+    if created is not None:
+        os.pwrite(created[0], bytes(_TOKEN_BYTES), 0)
+        os.close(created[0])
+        if create is _create_file:
+            created[1].unlink()
+    return shared, error
+
+
+def _create_anonymous(size: int) -> tuple[int, Path]:
     """Return descriptor and path of a file without a name, which only Linux has."""
     if not hasattr(os, "memfd_create"):
         raise OSError("no anonymous files on this system")
     descriptor = os.memfd_create("chainer_dist")
     os.truncate(descriptor, size)
     # Other ranks find it through this one.
-    return descriptor, f"/proc/{os.getpid()}/fd/{descriptor}"
+    return descriptor, Path(f"/proc/{os.getpid()}/fd/{descriptor}")
 
 
-def _create_file(size: int) -> tuple[int, str]:
+def _create_file(size: int) -> tuple[int, Path]:
     """Return descriptor and path of a file in shared memory, or where temporary files are."""
-    descriptor, path = tempfile.mkstemp(
+    descriptor, name = tempfile.mkstemp(
         prefix="chainer_dist-", dir=_SHARED_MEMORY if _SHARED_MEMORY.is_dir() else None
     )
+    path = Path(name)
     try:
         # Room that is promised now cannot be missing when it is touched, which would be fatal.
         if hasattr(os, "posix_fallocate"):
@@ -94,14 +109,17 @@ def _create_file(size: int) -> tuple[int, str]:
             os.truncate(descriptor, size)
     except OSError:
         os.close(descriptor)
-        Path(path).unlink()
+        path.unlink()
         raise
     return descriptor, path
 
 
-def _map(path: str, size: int) -> mmap.mmap:
+def _map(path: Path, size: int, token: bytes) -> mmap.mmap:
     descriptor = os.open(path, os.O_RDWR)
     try:
+        # In containers of their own, ranks may know other processes by that path.
+        if os.pread(descriptor, len(token), 0) != token:
+            raise OSError(f"{path} is another file on this rank")
         shared = mmap.mmap(descriptor, size)
     finally:
         os.close(descriptor)
