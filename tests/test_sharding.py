@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from chainer import optimizer_hooks as hooks
 from chainer import optimizers, serializers
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from chainer_dist import RankMismatchError, create_communicator, create_multi_node_optimizer
@@ -157,6 +157,7 @@ def test_hooks_of_one_parameter(comm):
     dtypes=st.lists(st.sampled_from(["f2", "f4", "f8"]), min_size=7, max_size=7),
     clip=st.booleans(),
 )
+@example(shapes=[(3,), (), (2, 2)], dtypes=["f4"] * 7, clip=True)
 def test_any_shapes_and_dtypes(comm, shapes, dtypes, clip):
     """Models of any parameters: empty and 0-dimensional, of several dtypes."""
     trained = []

@@ -26,7 +26,7 @@ class Chunk:
         state: For each array of the rule's state, where all of it is from now on, 1-dimensional.
 
     Attributes:
-        param: The part. Its gradient is for the caller to set.
+        param: The part.
     """
 
     def __init__(self, whole: chainer.Parameter, part: slice, state: dict[str, Array]) -> None:
@@ -34,18 +34,24 @@ class Chunk:
 
         self._whole = whole
         self._part = part
-        self._state = {key: value[part] for key, value in state.items()}
+        # NumPy 1 computes 0-dimensional arrays in double precision.
+        self._shape = () if whole.array.ndim == 0 else (-1,)
+        self._state = {key: value[part].reshape(self._shape) for key, value in state.items()}
         self._rule = copy.copy(whole.update_rule)
         self.param = chainer.Parameter()
 
     def bind(self, array: Array) -> None:
         """Make this a part of ``array``, which is in C order."""
-        self._array = array.reshape(-1)[self._part]
+        self._array = self._own(array)
         self.param.array = self._array
+
+    def take_grad(self, grad: Array) -> None:
+        """Make ``grad``, 1-dimensional, the gradient of this part."""
+        self.param.grad = grad.reshape(self._shape)
 
     def copy_from(self, array: Array) -> None:
         """Copy this part of another array of the parameter's shape."""
-        self._array[...] = array.reshape(-1)[self._part]
+        self._array[...] = self._own(array)
 
     def take_state(self) -> None:
         """Copy this part of the rule's state, or initialize it, to where it is from now on."""
@@ -59,7 +65,10 @@ class Chunk:
                 place[...] = rule._state[key]
         else:
             for key, place in self._state.items():
-                place[...] = rule._state[key].reshape(-1)[self._part]
+                place[...] = self._own(rule._state[key])
+
+    def _own(self, array: Array) -> Array:
+        return array.reshape(-1)[self._part].reshape(self._shape)
 
     def prepare(self, hooks: Sequence[Callable[[Any, chainer.Parameter], None]]) -> None:
         """Call hooks of the optimizer that work on one parameter at a time."""

@@ -176,7 +176,7 @@ class ShardedUpdate:
                 chunk.bind(self._arrays[index])
                 if not alone:
                     low = offset - part.start
-                    chunk.param.grad = mean[low : low + end - begin]
+                    chunk.take_grad(mean[low : low + end - begin])
                 self._chunks[index].append(chunk)
                 chunks.append(chunk)
             slices.append(_Slice(pieces, mean, chunks))
@@ -268,7 +268,7 @@ class ShardedUpdate:
             for pieces, _, chunks in group.slices:
                 for (array, start, stop, _, _), chunk in zip(pieces, chunks):
                     if sources is not None:
-                        chunk.param.grad = sources[array][start:stop]
+                        chunk.take_grad(sources[array][start:stop])
                 _work(chunks, hooks, last=last)
             return
         ring = self._comm.ring
