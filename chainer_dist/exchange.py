@@ -115,6 +115,7 @@ class ParameterSet:
         params: The initialized parameters, those that can have a gradient.
         names: Their names.
         arrays: Their arrays.
+        unsupported: Why they cannot be exchanged, or an empty string.
         grads: Their gradients, or None.
         has_grad: Which of them have a gradient.
     """
@@ -123,7 +124,7 @@ class ParameterSet:
         layout = _layout(model)
         self.structure, self.digest, self.all = layout.structure, layout.digest, layout.all
         self.names, self.params, self.arrays = layout.names, layout.params, layout.arrays
-        self._layout = layout
+        self.unsupported = layout.unsupported
         self._look_at_grads()
 
     @property
@@ -161,8 +162,8 @@ class ParameterSet:
 
     def check_supported(self) -> None:
         """Raise TypeError for parameters that are not NumPy arrays."""
-        if self._layout.unsupported:
-            raise TypeError(self._layout.unsupported)
+        if self.unsupported:
+            raise TypeError(self.unsupported)
 
 
 def mean_grad(comm: CommunicatorBase, model: chainer.Link, *, zero_fill: bool = False) -> None:

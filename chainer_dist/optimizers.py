@@ -174,11 +174,9 @@ class _MultiNodeOptimizer:
     ) -> None:
         """Compute the gradients, in the way of ``chainer.GradientMethod.update``."""
         loss = lossfun(*args, **kwds)
-        if getattr(self, "_use_cleargrads", True):
-            self.target.cleargrads()
-        else:
-            self.target.cleargrads()  # zerograds would write to arrays that may be read-only
-            self.target.zerograds()
+        self.target.cleargrads()
+        if not getattr(self, "_use_cleargrads", True):
+            self.target.zerograds()  # alone it would write to arrays that may be read-only
         loss.backward(loss_scale=self.actual_optimizer._loss_scale)
 
     def _agree(self) -> tuple[exchange.ParameterSet, bool, bool]:
@@ -190,7 +188,6 @@ class _MultiNodeOptimizer:
         """
         comm, optimizer = self._connected(), self.actual_optimizer
         parameters = exchange.ParameterSet(self.target)
-        parameters.check_supported()
         changed = self._loaded or parameters.structure != self._structure
         signature = Signature(optimizer, parameters)
         settled = signature == self._signature and (
@@ -212,6 +209,8 @@ class _MultiNodeOptimizer:
             )
         if not same_settings:
             raise_mismatch(comm, settings)
+        if same_structure:
+            parameters.check_supported()
         changed = changed or not (same_structure and same_changed)
         if not (settled and same_settled):
             self._unshare()

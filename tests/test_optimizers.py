@@ -494,6 +494,34 @@ def test_models_that_differ(comm, what):
         create_multi_node_optimizer(optimizers.SGD(), comm).setup(model)
 
 
+class Foreign:
+    """An array of a device that is not the CPU's, as far as can be told without one."""
+
+    shape = (2, 5)
+    dtype = np.dtype(np.float64)
+    size = 10
+
+
+@pytest.mark.parametrize("everywhere", [False, True])
+def test_parameters_that_are_no_numpy_arrays(comm, everywhere):
+    """Every rank is told, in the middle of training too."""
+    model = chainer.Link()
+    with model.init_scope():
+        model.w = chainer.Parameter(np.zeros((2, 5)))
+    optimizer = create_multi_node_optimizer(optimizers.SGD(), comm).setup(model)
+    for _ in range(2):
+        model.w.grad = np.ones((2, 5))
+        optimizer.update()
+    if everywhere or comm.rank == comm.size - 1:
+        model.w._data[0] = Foreign()
+    if everywhere or comm.size == 1:
+        with pytest.raises(TypeError, match=r"/w is a test_optimizers.Foreign.*to_cpu"):
+            optimizer.update()
+    else:
+        with pytest.raises(RankMismatchError, match=r"rank \d: /w is .*Foreign"):
+            optimizer.update()
+
+
 def test_attributes_are_those_of_the_wrapped_optimizer(comm):
     """Reading, setting, hooks, epochs and extensions reach the optimizer inside."""
     actual = optimizers.Adam(alpha=0.5)

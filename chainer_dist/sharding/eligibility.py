@@ -83,6 +83,8 @@ def _obstacle_in_optimizer(optimizer: chainer.Optimizer) -> str | None:
 
 def obstacle_in_arrays(parameters: ParameterSet) -> str | None:
     """Say which array cannot be updated in parts, and why, or return None. Local."""
+    if parameters.unsupported:
+        return parameters.unsupported
     end = 0
     extents = [
         (array.ctypes.data, array.nbytes, name)
