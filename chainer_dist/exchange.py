@@ -65,8 +65,11 @@ class _Layout:
             if array is None:
                 structure.append((name, None))
             else:
-                kind = array.dtype if isinstance(array, np.ndarray) else _type_name(array)
-                if kind is not array.dtype:
+                kind: Any
+                if isinstance(array, np.ndarray):
+                    kind = array.dtype
+                else:
+                    kind = f"{type(array).__module__}.{type(array).__name__}"
                     self.unsupported = (
                         f"{name} is a {kind}; chainer_dist exchanges NumPy arrays: "
                         "call model.to_cpu() first"
@@ -188,33 +191,28 @@ def mean_grad(comm: CommunicatorBase, model: chainer.Link, *, zero_fill: bool = 
     same_structure, same_grads = agree(comm, *parameters.digests)
     if not same_structure:
         raise_mismatch(comm, parameters.describe())
+    parameters.check_supported()
+    if not zero_fill:
+        check_same_grads(comm, parameters, same_grads=same_grads)
     mean_agreed_grad(comm, parameters, same_grads=same_grads, zero_fill=zero_fill)
 
 
 def mean_agreed_grad(
     comm: CommunicatorBase, parameters: ParameterSet, *, same_grads: bool, zero_fill: bool
-) -> list[chainer.Parameter]:
+) -> None:
     """Do what :func:`mean_grad` does, for parameters that the ranks agree on. Collective.
 
     Args:
         comm: Over whose ranks the mean is taken.
-        parameters: Of equal structure on every rank.
-        same_grads: Whether the same parameters have a gradient on every rank.
+        parameters: Of equal structure on every rank, and NumPy arrays.
+        same_grads: Whether the same parameters have a gradient on every rank; if not, ``zero_fill``.
         zero_fill: See :func:`mean_grad`.
-
-    Returns:
-        The parameters whose gradient this rank filled with zeros.
     """
-    parameters.check_supported()
-    if not zero_fill:
-        check_same_grads(comm, parameters, same_grads=same_grads)
-    filled = parameters.without_grad() if zero_fill else []
     if not same_grads:
         parameters.fill_zeros()
     comm.mean_arrays(private_grads(parameters))
     if same_grads and zero_fill:
         parameters.fill_zeros()
-    return filled
 
 
 def check_same_grads(comm: CommunicatorBase, parameters: ParameterSet, *, same_grads: bool) -> None:
@@ -312,7 +310,3 @@ def private_grads(parameters: ParameterSet) -> list[Array]:
             param.grad = grads[index] = grads[index].copy()
         met.add(owner)
     return grads
-
-
-def _type_name(array: object) -> str:
-    return f"{type(array).__module__}.{type(array).__name__}"

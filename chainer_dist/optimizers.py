@@ -125,32 +125,23 @@ class _MultiNodeOptimizer:
                     _restore(persistents)
                 self._backward(lossfun, args, kwds)
             parameters, same_grads, _ = self._agree()
+        self._allow_missing_grads(parameters, same_grads=same_grads)
         if self._shards is not None:
-            self._update_shards(parameters, same_grads=same_grads)
+            parameters.fill_zeros()
+            if comm.size == 1:  # hooks change the gradients where they are
+                exchange.private_grads(parameters)
+            self._shards.update(parameters)
             return
-        filled = exchange.mean_agreed_grad(
-            comm, parameters, same_grads=same_grads, zero_fill=self.zero_fill
-        )
-        self._scale_filled(filled)
+        exchange.mean_agreed_grad(comm, parameters, same_grads=same_grads, zero_fill=self.zero_fill)
         with self._equal_randomness():
             self.actual_optimizer.update(None, *args, **kwds)
 
-    def _update_shards(self, parameters: exchange.ParameterSet, *, same_grads: bool) -> None:
-        """Update the parameters, each rank its slice."""
-        comm, shards = self._connected(), self._shards
-        assert shards is not None  # noqa: S101 - for the type checker: the caller has looked
-        if self.zero_fill:
-            self._scale_filled(parameters.without_grad())
-        else:
-            exchange.check_same_grads(comm, parameters, same_grads=same_grads)
-        parameters.fill_zeros()
-        if comm.size == 1:  # hooks change the gradients where they are
-            exchange.private_grads(parameters)
-        shards.update(parameters)
-
-    def _scale_filled(self, filled: list[chainer.Parameter]) -> None:
-        # Gradients carry the loss scale; so must those that other ranks computed for this one.
-        for param in filled:
+    def _allow_missing_grads(self, parameters: exchange.ParameterSet, *, same_grads: bool) -> None:
+        if not self.zero_fill:
+            exchange.check_same_grads(self._connected(), parameters, same_grads=same_grads)
+            return
+        # Gradients carry the loss scale; so must those that other ranks compute for this one.
+        for param in parameters.without_grad():
             param._loss_scale = self.actual_optimizer._loss_scale
 
     def serialize(self, serializer: chainer.AbstractSerializer) -> None:

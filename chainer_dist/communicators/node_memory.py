@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from chainer_dist.communicators.arrays import Array
     from chainer_dist.communicators.communicator_base import CommunicatorBase
 
-_SHARED_MEMORY = Path("/dev/shm")  # noqa: S108 - mkstemp makes the file private
+_SHARED_MEMORY = Path("/dev/shm")  # noqa: S108 - mkstemp makes the files private
 
 _TOKEN_BYTES = 16  # written at the beginning for a moment, to know the memory by
 
@@ -56,6 +56,14 @@ def share_memory(comm: CommunicatorBase, nbytes: int) -> Array:
         )
     raise_together(comm, error)
     return np.frombuffer(cast("mmap.mmap", shared), dtype=np.uint8)[:nbytes]
+
+
+def default_directories() -> list[Path]:
+    """Return where node files are put, best first: shared memory, then temporary files. Local."""
+    found = [_SHARED_MEMORY]
+    with contextlib.suppress(FileNotFoundError):  # no directory at all can be written to
+        found.append(Path(tempfile.gettempdir()))
+    return [each for each in dict.fromkeys(found) if each.is_dir()]
 
 
 def _share(
@@ -97,9 +105,8 @@ def _create_anonymous(size: int) -> tuple[int, Path]:
 
 def _create_file(size: int) -> tuple[int, Path]:
     """Return descriptor and path of a file in shared memory, or where temporary files are."""
-    descriptor, name = tempfile.mkstemp(
-        prefix="chainer_dist-", dir=_SHARED_MEMORY if _SHARED_MEMORY.is_dir() else None
-    )
+    directory = next(iter(default_directories()), None)
+    descriptor, name = tempfile.mkstemp(prefix="chainer_dist-", dir=directory)
     path = Path(name)
     try:
         # Room that is promised now cannot be missing when it is touched, which would be fatal.

@@ -9,6 +9,7 @@ follow one another without a barrier; counters in the shared memory tell how far
 from __future__ import annotations
 
 import functools
+import itertools
 import os
 import time
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
@@ -20,7 +21,7 @@ from chainer_dist.communicators.agreement import describe_error, raise_first
 from chainer_dist.communicators.node_memory import share_memory
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Iterable, Sequence
 
     from mpi4py import MPI
 
@@ -115,7 +116,7 @@ class Ring:
     def own(self, block: Block) -> tuple[slice, list[Piece]]:
         """Return which elements of a block this rank reduces, and of which arrays they are."""
         if self._rank >= self._reducers:
-            return slice(0, 0), []
+            return slice(block.edges[-1], block.edges[-1]), []
         low, high = block.edges[self._rank : self._rank + 2]
         return slice(low, high), block.slices[self._rank]
 
@@ -158,24 +159,18 @@ class Ring:
     def _pack(
         self, block: Block, sources: Sequence[Array] | None, slots: list[Array], number: int
     ) -> None:
-        self._wait(
-            _UNPACKED, number + 1 - self._depth, self._ranks
-        )  # the slot's last block is through
+        # The slot's last block is through.
+        self._wait(_UNPACKED, number + 1 - self._depth, self._ranks)
         if sources is not None:
             mine = slots[self._rank][number % self._depth]
             own, _ = self.own(block)
-            end = block.edges[-1]
             # The own slice is read from where it is, when its turn comes.
-            for low, high, slices in (
-                (
-                    (0, own.start, block.slices[: self._rank]),
-                    (own.stop, end, block.slices[self._rank + 1 :]),
-                )
-                if own.stop
-                else ((0, end, block.slices),)
-            ):
-                if low < high:
-                    gather(sources, [piece for each in slices for piece in each], mine[low:high])
+            before = itertools.chain.from_iterable(block.slices[: self._rank])
+            after = itertools.chain.from_iterable(block.slices[self._rank + 1 :])
+            if own.start > 0:
+                gather(sources, before, mine[: own.start])
+            if own.stop < block.edges[-1]:
+                gather(sources, after, mine[own.stop : block.edges[-1]])
         self._tell(_PACKED, number + 1)
 
     def _reduce(
@@ -254,7 +249,7 @@ class Ring:
             self._peers.Free()
 
 
-def gather(sources: Sequence[Array], pieces: Sequence[Piece], out: Array | None) -> Array:
+def gather(sources: Sequence[Array], pieces: Iterable[Piece], out: Array | None) -> Array:
     """Return pieces of arrays one behind the other, in ``out`` or where they are if that will do."""
     views = [
         sources[array] if whole else sources[array][start:stop]
@@ -271,10 +266,8 @@ def scatter(
     """Copy pieces of a block, of which ``block`` is the part from ``start``, to their arrays."""
     for array, begin, end, offset, whole in pieces:
         low = offset - start
-        if whole:
-            targets[array][...] = block[low : low + end]
-        else:
-            targets[array][begin:end] = block[low : low + end - begin]
+        target = targets[array] if whole else targets[array][begin:end]
+        target[...] = block[low : low + end - begin]
 
 
 @functools.lru_cache(maxsize=64)

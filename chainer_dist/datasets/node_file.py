@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import tempfile
 from pathlib import Path
@@ -16,14 +15,6 @@ _LEFT_FREE_AT_MOST = 1 << 30  # bytes
 _LEFT_FREE_SHARE = 8
 
 _COPY_BYTES = 16 << 20
-
-
-def default_directories() -> list[Path]:
-    """Return where node files are put, best first: shared memory, then temporary files. Local."""
-    found = [Path("/dev/shm")]  # noqa: S108 - mkstemp makes the files private
-    with contextlib.suppress(FileNotFoundError):  # no directory at all can be written to
-        found.append(Path(tempfile.gettempdir()))
-    return [each for each in dict.fromkeys(found) if each.is_dir()]
 
 
 class NodeFile:

@@ -18,7 +18,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from chainer_dist.communicators.agreement import raise_together
-from chainer_dist.datasets.node_file import NodeFile, default_directories
+from chainer_dist.communicators.node_memory import default_directories
+from chainer_dist.datasets.node_file import NodeFile
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
