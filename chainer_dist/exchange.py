@@ -128,7 +128,7 @@ class ParameterSet:
         self.structure, self.digest, self.all = layout.structure, layout.digest, layout.all
         self.names, self.params, self.arrays = layout.names, layout.params, layout.arrays
         self.unsupported = layout.unsupported
-        self._look_at_grads()
+        self.look_at_grads()
 
     @property
     def digests(self) -> tuple[int, int]:
@@ -143,9 +143,10 @@ class ParameterSet:
         """Give those that have no gradient one of zeros."""
         for param in self.without_grad():
             param.grad = np.zeros_like(param.array)
-        self._look_at_grads()
+        self.look_at_grads()
 
-    def _look_at_grads(self) -> None:
+    def look_at_grads(self) -> None:
+        """Take over gradients that were set since."""
         self.grads = [param.grad for param in self.params]
         self.has_grad = tuple([grad is not None for grad in self.grads])
 
@@ -309,4 +310,5 @@ def private_grads(parameters: ParameterSet) -> list[Array]:
         if owner in met or not grads[index].flags.writeable:
             param.grad = grads[index] = grads[index].copy()
         met.add(owner)
+    parameters.look_at_grads()
     return grads

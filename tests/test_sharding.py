@@ -365,6 +365,26 @@ def test_links_that_come_later(comm):
     assert_same(*trained)
 
 
+def test_one_gradient_of_two_parameters(comm):
+    """Hooks change each parameter's gradient, whoever else has the array, and read-only ones too."""
+    trained = []
+    for sharded in (None, False):
+        model = chainer.Link()
+        with model.init_scope():
+            model.a = chainer.Parameter(np.arange(6, dtype=np.float32))
+            model.b = chainer.Parameter(np.ones(6, np.float32))
+            model.c = chainer.Parameter(np.ones((4, 6), np.float32))
+        optimizer = prepared(comm, "SGD", [hooks.WeightDecay(0.5)], model, sharded_update=sharded)
+        for _ in range(2):
+            both = np.arange(6, dtype=np.float32) + comm.rank
+            model.a.grad = model.b.grad = both
+            model.c.grad = np.broadcast_to(both, (4, 6))
+            optimizer.update()
+        trained.append(optimizer)
+    assert trained[0].sharded
+    assert_same(*trained)
+
+
 def test_static_loss_scale(comm):
     """Gradients are divided by the loss scale, slice by slice, and decay is not."""
     trained = []
