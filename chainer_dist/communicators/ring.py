@@ -8,6 +8,7 @@ follow one another without a barrier; counters in the shared memory tell how far
 
 from __future__ import annotations
 
+import bisect
 import functools
 import itertools
 import os
@@ -21,7 +22,7 @@ from chainer_dist.communicators.agreement import describe_error, raise_first
 from chainer_dist.communicators.node_memory import share_memory
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Sequence
+    from collections.abc import Callable, Sequence
 
     from mpi4py import MPI
 
@@ -44,22 +45,45 @@ _SPINS = 200
 _YIELDS = 2_000
 
 
-class Piece(NamedTuple):
-    """Elements ``[start, stop)`` of an array, and where in a block they are."""
+class Slice(NamedTuple):
+    """Consecutive elements of a block: all of some arrays, or of the first and the last a part."""
 
-    array: int
-    start: int
+    start: int  # in the block
     stop: int
-    offset: int
-    whole: bool  # whether that is all of the array: then there is no need to slice it
+    arrays: slice  # which arrays, none of them if there are no elements
+    begin: int  # the first element of the first of them
+    end: int  # the end in the last of them
+    inside: list[slice]  # where each of them is, counted from ``start``
+
+    def views(self, arrays: Sequence[Array]) -> list[Array]:
+        """Return what of 1-dimensional arrays is in the slice."""
+        views = list(arrays[self.arrays])
+        if views:
+            views[-1] = views[-1][: self.end]
+            views[0] = views[0][self.begin :]
+        return views
+
+    def gather(self, arrays: Sequence[Array], out: Array | None) -> Array:
+        """Return the slice, in ``out`` or, if it is of one array and there is no ``out``, a view."""
+        views = self.views(arrays)
+        if out is None:
+            return views[0] if len(views) == 1 else np.concatenate(views)
+        if views:
+            np.concatenate(views, out=out, casting="same_kind")
+        return out
+
+    def scatter(self, values: Array, arrays: Sequence[Array]) -> None:
+        """Copy the slice's values to the arrays."""
+        for view, inside in zip(self.views(arrays), self.inside):
+            view[...] = values[inside]
 
 
 class Block(NamedTuple):
     """What is reduced in one go."""
 
     start: int  # of its first element, counted through all arrays
-    edges: list[int]  # where the slices of the reducing ranks begin and end
-    slices: list[list[Piece]]  # one a reducing rank
+    stop: int
+    slices: list[Slice]  # one a reducing rank
 
 
 class Ring:
@@ -108,17 +132,17 @@ class Ring:
         """Cut arrays of so many elements, one behind the other, into blocks. Local.
 
         Args:
-            sizes: Elements of each array, none of them 0.
+            sizes: Elements of each array.
             dtype: In which they are reduced.
         """
         return cut(tuple(sizes), BLOCK_BYTES // dtype.itemsize, self._reducers)
 
-    def own(self, block: Block) -> tuple[slice, list[Piece]]:
-        """Return which elements of a block this rank reduces, and of which arrays they are."""
-        if self._rank >= self._reducers:
-            return slice(block.edges[-1], block.edges[-1]), []
-        low, high = block.edges[self._rank : self._rank + 2]
-        return slice(low, high), block.slices[self._rank]
+    def own(self, block: Block) -> Slice:
+        """Return what of a block this rank reduces."""
+        if self._rank < self._reducers:
+            return block.slices[self._rank]
+        size = block.stop - block.start
+        return Slice(size, size, slice(0, 0), 0, 0, [])
 
     def run(
         self,
@@ -163,14 +187,9 @@ class Ring:
         self._wait(_UNPACKED, number + 1 - self._depth, self._ranks)
         if sources is not None:
             mine = slots[self._rank][number % self._depth]
-            own, _ = self.own(block)
-            # The own slice is read from where it is, when its turn comes.
-            before = itertools.chain.from_iterable(block.slices[: self._rank])
-            after = itertools.chain.from_iterable(block.slices[self._rank + 1 :])
-            if own.start > 0:
-                gather(sources, before, mine[: own.start])
-            if own.stop < block.edges[-1]:
-                gather(sources, after, mine[own.stop : block.edges[-1]])
+            for rank, part in enumerate(block.slices):
+                if rank != self._rank:  # the own slice is read where it is, when its turn comes
+                    part.gather(sources, mine[part.start : part.stop])
         self._tell(_PACKED, number + 1)
 
     def _reduce(
@@ -183,13 +202,13 @@ class Ring:
     ) -> None:
         if self._rank >= self._reducers:
             return
-        own, pieces = self.own(block)
-        out = slots[self._rank][number % self._depth][own]
+        own = self.own(block)
+        out = slots[self._rank][number % self._depth][own.start : own.stop]
         total = self.scratch.view(out.dtype)[: out.size]  # stays in the nearest cache
-        if sources is not None and pieces:
+        if sources is not None and out.size:
             self._wait(_PACKED, number + 1, self._ranks)
-            parts = [each[number % self._depth][own] for each in slots]
-            parts[self._rank] = gather(sources, pieces, None)
+            parts = [each[number % self._depth][own.start : own.stop] for each in slots]
+            parts[self._rank] = own.gather(sources, None)
             if len(parts) == 1:
                 np.copyto(total, parts[0])
             else:
@@ -198,7 +217,7 @@ class Ring:
                 total += part
             if self._peers is not None:
                 _reduction.sum_in_place(self._peers, total)
-        if pieces:
+        if out.size:
             try:
                 deliver(number - self._done, total, out)
             except Exception as error:  # noqa: BLE001 - the others wait for the blocks to come
@@ -211,9 +230,10 @@ class Ring:
     ) -> None:
         self._wait(_REDUCED, number + 1, self._reducers)
         if targets is not None:
-            for rank, pieces in enumerate(block.slices):
+            for rank, part in enumerate(block.slices):
                 if rank != self._rank:
-                    scatter(slots[rank][number % self._depth], pieces, targets)
+                    values = slots[rank][number % self._depth][part.start : part.stop]
+                    part.scatter(values, targets)
         self._tell(_UNPACKED, number + 1)
 
     def _tell(self, counter: int, value: int) -> None:
@@ -249,69 +269,35 @@ class Ring:
             self._peers.Free()
 
 
-def gather(sources: Sequence[Array], pieces: Iterable[Piece], out: Array | None) -> Array:
-    """Return pieces of arrays one behind the other, in ``out`` or where they are if that will do."""
-    views = [
-        sources[array] if whole else sources[array][start:stop]
-        for array, start, stop, _, whole in pieces
-    ]
-    if out is None:
-        return views[0] if len(views) == 1 else np.concatenate(views)
-    return np.concatenate(views, out=out, casting="same_kind")
-
-
-def scatter(
-    block: Array, pieces: Sequence[Piece], targets: Sequence[Array], start: int = 0
-) -> None:
-    """Copy pieces of a block, of which ``block`` is the part from ``start``, to their arrays."""
-    for array, begin, end, offset, whole in pieces:
-        low = offset - start
-        target = targets[array] if whole else targets[array][begin:end]
-        target[...] = block[low : low + end - begin]
-
-
 @functools.lru_cache(maxsize=64)
 def cut(sizes: tuple[int, ...], capacity: int, reducers: int) -> list[Block]:
     """Cut arrays, one behind the other, into blocks of ``capacity`` elements. Local.
 
     Args:
-        sizes: Elements of each array, none of them 0.
+        sizes: Elements of each array.
         capacity: Elements of a block; the last one may have less.
         reducers: How many slices each block has.
     """
-    blocks: list[Block] = []
-    pieces: list[tuple[int, int, int, int]] = []  # array, start, stop, offset
-    filled = 0
-    for array, size in enumerate(sizes):
-        start = 0
-        while start < size:
-            stop = min(size, start + capacity - filled)
-            pieces.append((array, start, stop, filled))
-            filled += stop - start
-            start = stop
-            if filled == capacity:
-                blocks.append(_sliced(len(blocks) * capacity, pieces, sizes, reducers))
-                pieces, filled = [], 0
-    if pieces:
-        blocks.append(_sliced(len(blocks) * capacity, pieces, sizes, reducers))
-    return blocks
+    edges = list(itertools.accumulate(sizes, initial=0))
+    return [
+        Block(start, stop, _share_out(edges, start, stop, reducers))
+        for start in range(0, edges[-1], capacity)
+        for stop in [min(start + capacity, edges[-1])]
+    ]
 
 
-def _sliced(
-    first: int, pieces: list[tuple[int, int, int, int]], sizes: tuple[int, ...], reducers: int
-) -> Block:
-    """Share a block out to the ranks that reduce it."""
-    _, start, stop, offset = pieces[-1]
-    filled = offset + stop - start
-    edges = [filled * i // reducers for i in range(reducers + 1)]
-    slices: list[list[Piece]] = []
-    for low, high in zip(edges, edges[1:]):
-        inside = []
-        for array, start, stop, offset in pieces:
-            begin, end = max(offset, low), min(offset + stop - start, high)
-            if begin < end:
-                shift = start - offset
-                whole = end - begin == sizes[array]
-                inside.append(Piece(array, begin + shift, end + shift, begin, whole))
-        slices.append(inside)
-    return Block(first, edges, slices)
+def _share_out(edges: list[int], start: int, stop: int, reducers: int) -> list[Slice]:
+    """Share elements ``[start, stop)`` of arrays, which begin at ``edges``, out to ranks."""
+    slices = []
+    for rank in range(reducers):
+        low, high = (start + (stop - start) * i // reducers for i in (rank, rank + 1))
+        if low == high:
+            slices.append(Slice(low - start, low - start, slice(0, 0), 0, 0, []))
+            continue
+        first = bisect.bisect_right(edges, low) - 1
+        last = bisect.bisect_left(edges, high)  # behind the last array
+        ends = [low, *edges[first + 1 : last], high]
+        inside = [slice(begin - low, end - low) for begin, end in zip(ends, ends[1:])]
+        begin, end = low - edges[first], high - edges[last - 1]
+        slices.append(Slice(low - start, high - start, slice(first, last), begin, end, inside))
+    return slices

@@ -8,7 +8,7 @@ import numpy as np
 
 from chainer_dist.communicators import _reduction
 from chainer_dist.communicators.communicator_base import CommunicatorBase
-from chainer_dist.communicators.ring import Ring, scatter
+from chainer_dist.communicators.ring import Ring
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -39,23 +39,23 @@ class SharedMemoryCommunicator(CommunicatorBase):
         """See :meth:`CommunicatorBase.mean_arrays`."""
         if self.size == 1:
             return
-        distinct = list({id(array): array for array in arrays if array.size}.values())
+        # Loops over many small arrays cost as much as their exchange: no work in them that can wait.
+        distinct = list(dict(zip(map(id, arrays), arrays)).values())
         dtypes = dict.fromkeys([array.dtype for array in distinct])
         for dtype in dtypes:
             group = [array for array in distinct if len(dtypes) == 1 or array.dtype == dtype]
             self._mean(_reduction.wire_dtype(dtype), group)
 
     def _mean(self, dtype: np.dtype[Any], arrays: list[Array]) -> None:
-        """Average arrays of one dtype, none of them empty or twice there."""
+        """Average arrays of one dtype, none of them twice there."""
         ring = self.ring
         # In C order, and a copy where that is not the layout.
-        flat = [array.reshape(-1) for array in arrays]
+        flat = [array if array.ndim == 1 else array.reshape(-1) for array in arrays]
         blocks = ring.cut([array.size for array in flat], dtype)
 
         def deliver(number: int, total: Array, out: Array) -> None:
             np.multiply(total, ring.scale, out=out)
-            own, pieces = ring.own(blocks[number])
-            scatter(out, pieces, flat, own.start)
+            ring.own(blocks[number]).scatter(out, flat)
 
         ring.run(blocks, dtype, flat, deliver, flat)
         for array, copy in zip(arrays, flat):

@@ -21,7 +21,7 @@ import numpy as np
 from chainer_dist.communicators import _reduction
 from chainer_dist.communicators.agreement import raise_together
 from chainer_dist.communicators.node_memory import share_memory
-from chainer_dist.communicators.ring import cut, gather
+from chainer_dist.communicators.ring import cut
 from chainer_dist.exchange import same
 from chainer_dist.sharding.chunk import Chunk, state_keys
 from chainer_dist.sharding.eligibility import elementwise_hooks, obstacle_in_arrays
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     import chainer
 
     from chainer_dist.communicators.arrays import Array
-    from chainer_dist.communicators.ring import Block, Piece
+    from chainer_dist.communicators.ring import Block, Slice
     from chainer_dist.communicators.shared_memory import SharedMemoryCommunicator
     from chainer_dist.exchange import ParameterSet
 
@@ -156,30 +156,31 @@ class ShardedUpdate:
         alone = self._comm.size == 1
         if alone:
             blocks = cut(sizes, _CHUNK_BYTES // wire.itemsize, 1)
-            own = [(slice(*block.edges), block.slices[0]) for block in blocks]
+            own = [block.slices[0] for block in blocks]
         else:
             blocks = self._comm.ring.cut(sizes, wire)
             own = [self._comm.ring.own(block) for block in blocks]
         if alone or dtype != wire:
-            scratch = np.empty(max(part.stop - part.start for part, _ in own), dtype)
+            scratch = np.empty(max(part.stop - part.start for part in own), dtype)
         else:
             scratch = self._comm.ring.scratch.view(dtype)
         slices = []
-        for block, (part, pieces) in zip(blocks, own):
+        for block, part in zip(blocks, own):
             size = part.stop - part.start
             start = block.start + part.start
             mean = scratch[:size] if means is None else means[start : start + size]
             chunks = []
-            for array, begin, end, offset, _ in pieces:
-                index = indices[array]
-                chunk = Chunk(self._params[index], slice(begin, end), states[index])
+            begin = part.begin
+            for index, inside in zip(indices[part.arrays], part.inside):
+                elements = slice(begin, begin + inside.stop - inside.start)
+                begin = 0
+                chunk = Chunk(self._params[index], elements, states[index])
                 chunk.bind(self._arrays[index])
                 if not alone:
-                    low = offset - part.start
-                    chunk.take_grad(mean[low : low + end - begin])
+                    chunk.take_grad(mean[inside])
                 self._chunks[index].append(chunk)
                 chunks.append(chunk)
-            slices.append(_Slice(pieces, mean, chunks))
+            slices.append(_Slice(part, mean, chunks))
         if means is not None and keep:
             for index, size, end in zip(indices, sizes, itertools.accumulate(sizes)):
                 mean = means[end - size : end].reshape(self._arrays[index].shape)
@@ -265,10 +266,10 @@ class ShardedUpdate:
         """Average the gradients of a group, if there are any, and run hooks and, at last, rules."""
         sources = flat and [flat[index] for index in group.indices]
         if self._comm.size == 1:
-            for pieces, _, chunks in group.slices:
-                for (array, start, stop, _, _), chunk in zip(pieces, chunks):
-                    if sources is not None:
-                        chunk.take_grad(sources[array][start:stop])
+            for part, _, chunks in group.slices:
+                if sources is not None:
+                    for grad, chunk in zip(part.views(sources), chunks):
+                        chunk.take_grad(grad)
                 _work(chunks, hooks, last=last)
             return
         ring = self._comm.ring
@@ -277,12 +278,12 @@ class ShardedUpdate:
             targets = [self._arrays[index].reshape(-1) for index in group.indices]
 
         def deliver(number: int, total: Array, out: Array) -> None:
-            pieces, mean, chunks = group.slices[number]
+            part, mean, chunks = group.slices[number]
             if sources is not None:
                 np.multiply(total, ring.scale, out=mean, casting="same_kind")
             _work(chunks, hooks, last=last)
             if targets is not None:
-                gather(targets, pieces, out)
+                part.gather(targets, out)
 
         ring.run(group.blocks, group.dtype, sources, deliver, targets)
 
@@ -342,9 +343,9 @@ class ShardedUpdate:
 class _Slice(NamedTuple):
     """This rank's part of a block."""
 
-    pieces: list[Piece]
+    part: Slice
     mean: Array  # where the averaged gradients are put
-    chunks: list[Chunk]  # one a piece
+    chunks: list[Chunk]  # one an array
 
 
 class _Group(NamedTuple):
