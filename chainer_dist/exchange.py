@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Optional
 
 import numpy as np
 
+from chainer_dist.communicators import _reduction
 from chainer_dist.communicators.agreement import agree, digest, raise_mismatch
 
 if TYPE_CHECKING:
@@ -36,8 +37,6 @@ __all__ = [
 
 # One entry a parameter: its name, and shape and dtype, or None while it is uninitialized.
 Structure = tuple[tuple[str, Optional[tuple[tuple[int, ...], Any]]], ...]
-
-_BCAST_BYTES = 1 << 30  # MPI counts are 32-bit before MPI 4
 
 _cached_digest = functools.lru_cache(maxsize=256)(digest)
 
@@ -276,10 +275,9 @@ def _initialize_missing(comm: CommunicatorBase, parameters: ParameterSet) -> dic
 def _bcast_param(comm: CommunicatorBase, param: chainer.Parameter, root: int) -> None:
     array = param.array
     work = array if array.flags.c_contiguous and array.flags.writeable else array.copy(order="C")
-    raw = work.reshape(-1).view(np.uint8)
     before = work.copy() if _fp32_copy(param) is not None else None
-    for start in range(0, raw.size, _BCAST_BYTES):
-        comm.mpi_comm.Bcast(raw[start : start + _BCAST_BYTES], root=root)
+    for piece in _reduction.pieces(work.reshape(-1).view(np.uint8)):
+        comm.mpi_comm.Bcast(piece, root=root)
     if work is not array:
         if array.flags.writeable:
             np.copyto(array, work)

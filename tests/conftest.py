@@ -21,13 +21,9 @@ hypothesis.settings.register_profile(
 hypothesis.settings.load_profile("ranks")
 
 
-def pytest_generate_tests(metafunc):
-    """Run a test that takes ``any_comm`` with every communicator that averages."""
-    if "any_comm" in metafunc.fixturenames:
-        from chainer_dist.communicators import names
-
-        kinds = [name for name in names() if name != "dummy"]
-        metafunc.parametrize("any_comm", kinds, indirect=True)
+# All but those of which other tests say that they do the same: see grouped_kinds.
+KINDS = ["naive", "flat", "shared_memory"]
+KINDS_THAT_KNOW_NODES = ["shared_memory", "hierarchical", "two_dimensional"]
 
 
 @pytest.fixture
@@ -40,9 +36,9 @@ def comm():
     communicator.finalize()
 
 
-@pytest.fixture
+@pytest.fixture(params=KINDS)
 def any_comm(request):
-    """Return a new communicator of each kind that averages, over all ranks."""
+    """Return a new communicator of each kind that packs in its own way, over all ranks."""
     from chainer_dist import create_communicator
 
     communicator = create_communicator(request.param)
@@ -59,18 +55,34 @@ NODES = {
 }
 
 
-@pytest.fixture(params=NODES)
-def grouped(request):
-    """Return a shared_memory communicator whose real ranks are taken to be on several nodes."""
+def _on_nodes(kind, layout):
+    """Return a communicator whose real ranks are taken to be on several nodes."""
     from chainer_dist import create_communicator
 
-    communicator = create_communicator("shared_memory")
-    color = NODES[request.param]
+    communicator = create_communicator(kind)
+    color = NODES[layout]
     communicator._node_comm.Free()
     communicator._node_comm = communicator.mpi_comm.Split(
         color(communicator.rank), communicator.rank
     )
     communicator._inter_rank = color(communicator.rank)
     communicator._inter_size = len({color(rank) for rank in range(communicator.size)})
+    return communicator
+
+
+@pytest.fixture(params=NODES)
+def grouped(request):
+    """Return a shared_memory communicator whose real ranks are taken to be on several nodes."""
+    communicator = _on_nodes("shared_memory", request.param)
+    yield communicator
+    communicator.finalize()
+
+
+@pytest.fixture(
+    params=[(kind, layout) for kind in KINDS_THAT_KNOW_NODES for layout in NODES], ids="-".join
+)
+def grouped_kinds(request):
+    """Return a communicator of each kind that knows nodes, with its ranks on several of them."""
+    communicator = _on_nodes(*request.param)
     yield communicator
     communicator.finalize()

@@ -16,11 +16,20 @@ ROOT = Path(chainer_dist.__file__).parent
 
 # Lowest first; a module imports from its own layer and those below.
 LAYERS = [
-    ["_version", "_compat", "_startup", "errors", "_threads", "global_except_hook"],
+    [
+        "_version",
+        "_compat",
+        "_startup",
+        "errors",
+        "_threads",
+        "global_except_hook",
+        "testing",
+        "nccl",
+    ],
     ["communicators"],
-    ["exchange"],
-    ["sharding"],
-    ["optimizers", "datasets", "extensions"],
+    ["exchange", "functions"],
+    ["sharding", "links"],
+    ["optimizers", "datasets", "iterators", "extensions"],
 ]
 # ChainerMN has these two as methods of the communicator; they call the exchange when called.
 DOORS = {("communicators/communicator_base.py", "exchange")}

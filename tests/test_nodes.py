@@ -19,6 +19,14 @@ nodes = 2 if MPI.get_vendor()[0] == "MPICH" else 1
 for name in names():
     if name == "dummy":
         continue
+    if name == "single_node" and nodes > 1:
+        try:
+            chainer_dist.create_communicator(name)
+        except ValueError as error:
+            assert "these are on 2" in str(error)
+        else:
+            raise AssertionError("single_node on two nodes")
+        continue
     with chainer_dist.create_communicator(name) as comm:
         rank, size = comm.rank, comm.size
         assert comm.inter_size == nodes, comm

@@ -1,4 +1,4 @@
-"""What is particular to the shared_memory communicator; the rest is tested with all of them."""
+"""What is particular to communicators that know nodes; the rest is tested with all of them."""
 
 from __future__ import annotations
 
@@ -27,16 +27,16 @@ def values(rank, sizes, dtype):
     sizes=st.lists(st.integers(0, 700), min_size=1, max_size=6),
     dtype=st.sampled_from([np.float16, np.float32, np.float64, np.complex64]),
 )
-def test_any_sizes_on_any_nodes(grouped, sizes, dtype):
+def test_any_sizes_on_any_nodes(grouped_kinds, sizes, dtype):
     """Arrays that end anywhere in a block, over more blocks than there are slots."""
-    arrays = values(grouped.rank, sizes, dtype)
-    grouped.mean_arrays(arrays)
-    everyone = [values(rank, sizes, dtype) for rank in range(grouped.size)]
+    arrays = values(grouped_kinds.rank, sizes, dtype)
+    grouped_kinds.mean_arrays(arrays)
+    everyone = [values(rank, sizes, dtype) for rank in range(grouped_kinds.size)]
     for got, same in zip(arrays, zip(*everyone)):
         want = np.mean([x.astype(np.complex128) for x in same], axis=0)
         np.testing.assert_allclose(got, want, rtol=1e-3 if dtype == np.float16 else 1e-5, atol=2e-3)
     mine = [x.tobytes() for x in arrays]
-    assert grouped.allgather_obj(mine) == [mine] * grouped.size
+    assert grouped_kinds.allgather_obj(mine) == [mine] * grouped_kinds.size
 
 
 def test_ranks_that_are_late(grouped):

@@ -23,6 +23,9 @@ _KINDS = {
     "naive": "chainer_dist.communicators.naive:NaiveCommunicator",
     "flat": "chainer_dist.communicators.flat:FlatCommunicator",
     "shared_memory": "chainer_dist.communicators.shared_memory:SharedMemoryCommunicator",
+    "single_node": "chainer_dist.communicators.single_node:SingleNodeCommunicator",
+    "hierarchical": "chainer_dist.communicators.hierarchical:HierarchicalCommunicator",
+    "two_dimensional": "chainer_dist.communicators.two_dimensional:TwoDimensionalCommunicator",
     "dummy": "chainer_dist.communicators.dummy:DummyCommunicator",
 }
 
@@ -46,9 +49,11 @@ def create_communicator(
 
     Args:
         communicator_name: ``auto`` takes the one that is fastest in general, ``shared_memory``.
-            That one averages in memory which the ranks of a node share, ``naive`` makes one MPI
-            call for each parameter, ``flat`` packs all gradients of a dtype into one buffer, and
-            ``dummy`` exchanges nothing (for measurements).
+            That one averages in memory which the ranks of a node share; ``single_node`` is the
+            same and refuses a second node. ``naive`` makes one MPI call for each parameter.
+            ``flat`` packs all gradients of a dtype into one buffer, and so do ``hierarchical``,
+            in which one rank a node talks to other nodes, and ``two_dimensional``, in which
+            each rank of a node does with a slice. ``dummy`` exchanges nothing (for measurements).
         mpi_comm: mpi4py intracommunicator, by default ``MPI.COMM_WORLD``. It is duplicated.
         allreduce_grad_dtype: None. ChainerMN took a dtype with ``pure_nccl`` only.
         batched_copy: Accepted for ChainerMN scripts; packing is always batched.
@@ -58,7 +63,8 @@ def create_communicator(
         end of the block.
 
     Raises:
-        ValueError: If the name is not known, or ``allreduce_grad_dtype`` is given.
+        ValueError: If the name is not known, ``allreduce_grad_dtype`` is given, or a
+            ``single_node`` communicator is to span nodes.
         ImportError: If mpi4py finds no MPI library.
     """
     name = _AUTO if communicator_name == "auto" else communicator_name

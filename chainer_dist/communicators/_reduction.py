@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
 
     from mpi4py import MPI
 
@@ -63,12 +63,18 @@ def mean_in_place(mpi_comm: MPI.Intracomm, x: Array) -> None:
     np.multiply(work, 1.0 / mpi_comm.size, out=x, casting="same_kind")
 
 
+def pieces(x: Array) -> Iterator[Array]:
+    """Yield a C-contiguous array in parts, 1-dimensional views, that MPI can count."""
+    flat = x.reshape(-1)
+    for start in range(0, flat.size, MAX_COUNT):
+        yield flat[start : start + MAX_COUNT]
+
+
 def _in_place(mpi_comm: MPI.Intracomm, x: Array, op: MPI.Op) -> None:
     from mpi4py import MPI
 
-    flat = x.reshape(-1)
-    for start in range(0, flat.size, MAX_COUNT):
-        mpi_comm.Allreduce(MPI.IN_PLACE, flat[start : start + MAX_COUNT], op)
+    for piece in pieces(x):
+        mpi_comm.Allreduce(MPI.IN_PLACE, piece, op)
 
 
 def _mpi_op(op: str, dtype: np.dtype[Any]) -> MPI.Op:

@@ -44,7 +44,7 @@ class FlatCommunicator(CommunicatorBase):
             np.multiply(slot, scale, out=array, casting="same_kind")
 
     def _reduce(self, buffer: Array) -> float:
-        """Sum the buffer over the ranks in place; return what makes a mean of it."""
+        """Sum the buffer over the ranks in place; return what makes a mean of it. Collective."""
         _reduction.sum_in_place(self.mpi_comm, buffer)
         return 1.0 / self.size
 
