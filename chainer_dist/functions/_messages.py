@@ -1,0 +1,223 @@
+"""Messages of :func:`~chainer_dist.functions.send`, which never wait, and the gradients they bring back.
+
+A message is posted as a copy and sent while the rank goes on computing. This is what lets the
+stages of a pipeline work at the same time, and two ranks that send to each other can never wait
+for each other. Each message that wants a gradient has a number, which comes back with it: however
+many messages are under way, each gets its own gradient. :meth:`CommunicatorBase.recv` takes such
+messages as well, and :func:`take` those of :meth:`CommunicatorBase.send`.
+"""
+
+from __future__ import annotations
+
+import atexit
+import itertools
+import operator
+import sys
+import time
+import weakref
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+
+from chainer_dist.communicators.agreement import describe_error, raise_first
+
+if TYPE_CHECKING:
+    import pickle
+    from collections.abc import Callable, Sequence
+
+    from chainer_dist.communicators import CommunicatorBase
+    from chainer_dist.communicators.agreement import Failure
+
+# Bytes that may be on their way from a rank before its next send() waits for them to arrive.
+ROOM = 1 << 30
+# Seconds that a rank waits at its end for its messages to be received.
+_PATIENCE = 60.0
+
+_numbers = itertools.count()
+
+
+class _Numbered(NamedTuple):
+    """A pickled message as communicators send it, with the number of its gradient, if it wants one."""
+
+    data: pickle.PickleBuffer
+    buffers: list[pickle.PickleBuffer]
+    number: int | None
+
+
+class _Posted(NamedTuple):
+    """A message on its way; the request holds on to its memory."""
+
+    request: Any
+    n_bytes: int
+    description: str
+
+
+_posted: list[_Posted] = []
+
+# By communicator and number: gradients that came before the one that was waited for.
+_early: weakref.WeakKeyDictionary[CommunicatorBase, dict[int, list[tuple[list[Any], Failure]]]] = (
+    weakref.WeakKeyDictionary()
+)
+
+
+def new_number() -> int:
+    """Return a number that no other message of this process has."""
+    return next(_numbers)
+
+
+def check_peer(comm: CommunicatorBase, rank: Any, tag: Any) -> tuple[int, int]:
+    """Return another rank and a tag as ints. Local.
+
+    Raises:
+        ValueError: If ``rank`` is this rank or none, or the tag is out of range.
+        TypeError: If they are no integers.
+    """
+    rank, tag = operator.index(rank), operator.index(tag)
+    if rank == comm.rank:
+        raise ValueError(f"rank is {rank}, which is this rank itself; expected another one")
+    if not 0 <= rank < comm.size:
+        raise ValueError(f"rank is {rank}, expected 0 to {comm.size - 1}")
+    if not 0 <= tag < _gradient_tag(comm):
+        raise ValueError(f"tag is {tag}, expected 0 to {_gradient_tag(comm) - 1}")
+    return rank, tag
+
+
+def post(
+    comm: CommunicatorBase,
+    make: Callable[[], Any],
+    dest: int,
+    tag: int,
+    number: int | None = None,
+) -> None:
+    """Start sending an array or a tuple of arrays to rank ``dest``. Local.
+
+    Args:
+        comm: Communicator.
+        make: Returns what to send, or raises what is wrong with it, which ``dest`` is told.
+        dest: Receiving rank.
+        tag: Message tag.
+        number: What the gradient will be known by, or None for no gradient.
+
+    Raises:
+        Exception: What ``make`` raised.
+    """
+    message: Any
+    message, error = comm._attempt(lambda: _copied(make()))
+    if error is None:
+        message = _Numbered(message.data, message.buffers, number)
+    _start(comm, message, dest, tag)
+    if error is not None:
+        raise error
+
+
+def take(comm: CommunicatorBase, source: int, tag: int) -> tuple[Any, int | None]:
+    """Receive what rank ``source`` posted. Waits for it.
+
+    Returns:
+        A writable array or a tuple of them, and the number of the gradient or None.
+
+    Raises:
+        Exception: What the sender could not send it for.
+    """
+    message = comm._pkl5.recv(source=source, tag=tag)
+    received = comm._opened(message)
+    if isinstance(received, tuple):
+        received = tuple(np.require(each, requirements="W") for each in received)
+    else:
+        received = np.require(received, requirements="W")
+    return received, getattr(message, "number", None)
+
+
+def post_gradient(
+    comm: CommunicatorBase,
+    gradients: Sequence[Any],
+    dest: int,
+    number: int,
+    error: Exception | None = None,
+) -> None:
+    """Start sending the gradients of a message back to rank ``dest``. Local.
+
+    Args:
+        comm: Communicator.
+        gradients: Arrays.
+        dest: Rank that the message came from.
+        number: The number of the message.
+        error: Why there is no gradient; ``dest`` then raises it.
+    """
+    answer = (number, [np.array(each) for each in gradients], describe_error(error))
+    message, failure = comm._attempt(lambda: answer)
+    if failure is not None:  # the error's class cannot be pickled
+        text = f"{type(error).__name__}: {error}"
+        message, _ = comm._attempt(lambda: (number, [], (RuntimeError, text)))
+    _start(comm, message, dest, _gradient_tag(comm))
+
+
+def take_gradient(comm: CommunicatorBase, source: int, number: int) -> list[Any]:
+    """Receive the gradients of the message with this number from rank ``source``. Waits for it.
+
+    Raises:
+        Exception: The error that ``source`` has instead of a gradient.
+    """
+    early = _early.setdefault(comm, {})
+    while number not in early:
+        got, gradients, failure = comm.recv_obj(source, tag=_gradient_tag(comm))
+        early.setdefault(got, []).append((gradients, failure))  # several if backward runs twice
+    gradients, failure = early[number].pop(0)
+    if not early[number]:
+        del early[number]
+    raise_first({source: failure}, None)
+    return gradients
+
+
+def make_room() -> None:
+    """Wait until not too much is on its way from this rank."""
+    _forget_received()
+    while sum(each.n_bytes for each in _posted) > ROOM:
+        _posted[0].request.wait()
+        _forget_received()
+
+
+def _start(comm: CommunicatorBase, message: Any, dest: int, tag: int) -> None:
+    _forget_received()
+    request = comm._pkl5.isend(message, dest=dest, tag=tag)
+    buffers = [message.data, *message.buffers] if hasattr(message, "data") else []
+    n_bytes = sum(buffer.raw().nbytes for buffer in buffers)
+    _posted.append(_Posted(request, n_bytes, f"rank {comm.rank} to rank {dest}"))
+
+
+def _forget_received() -> None:
+    """Release the memory of messages that have arrived."""
+    _posted[:] = [each for each in _posted if not each.request.test()[0]]
+
+
+def _copied(data: Any) -> Any:
+    """Return copies: the rank goes on and may write to its arrays (the optimizer does)."""
+    if isinstance(data, tuple):
+        return tuple(np.array(each) for each in data)
+    return np.array(data)
+
+
+def _gradient_tag(comm: CommunicatorBase) -> int:
+    from mpi4py import MPI
+
+    return int(comm.mpi_comm.Get_attr(MPI.TAG_UB) or 0)
+
+
+def _finish() -> None:
+    """Wait at the end of the process for messages to be received: their memory is about to go."""
+    if not _posted:
+        return
+    from mpi4py import MPI
+
+    if MPI.Is_finalized():
+        return
+    deadline = time.monotonic() + _PATIENCE
+    _forget_received()
+    while _posted and time.monotonic() < deadline:
+        time.sleep(0.001)
+        _forget_received()
+    for each in _posted:
+        sys.stderr.write(f"chainer_dist: a message from {each.description} was never received\n")
+
+
+atexit.register(_finish)
