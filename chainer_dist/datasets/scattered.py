@@ -34,7 +34,8 @@ class ScatteredDataset(datasets.SubDataset):  # type: ignore[misc]  # Chainer ha
     def n_own(self) -> int:
         """How many leading samples are no other rank's.
 
-        What follows them duplicates samples of the next rank, so that all parts are equally long.
+        What follows them duplicates other samples, of the next rank or of this one, so that all
+        parts are equally long.
         """
         return self._n_own
 

@@ -1,0 +1,225 @@
+"""One shuffled order of a dataset for all ranks, which a resume on more or fewer ranks goes on with."""
+
+from __future__ import annotations
+
+import operator
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from chainer import iterators
+from chainer.dataset import Iterator
+
+from chainer_dist.communicators.agreement import agree, digest, raise_mismatch, raise_together
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from chainer_dist.communicators import CommunicatorBase
+
+    Indices = np.ndarray[Any, np.dtype[np.int64]]
+
+_SEEDS = 1 << 32
+
+
+class DistributedIterator(Iterator):  # type: ignore[misc]  # Chainer has no types
+    """Iterates over one dataset on all ranks together, each sample once an epoch.
+
+    For training on data that every rank can read: files, a mapped array, something generated.
+    In each epoch all samples are shuffled anew, over all ranks, and every batch is a part of that
+    order, of ``batch_size`` samples on each of the ranks: ``size * batch_size`` in all. The batches
+    of all ranks in the order of rank are those that one process has with a batch of that size. As in
+    Chainer's iterators the batch that completes an epoch is filled up from the next one, so that
+    all batches are full, on all ranks, and epochs end in the same step everywhere. It repeats for
+    ever; evaluate on parts that :func:`~chainer_dist.datasets.shard_array` or
+    :func:`~chainer_dist.scatter_index` give.
+
+    Epoch and position count samples of all ranks. A snapshot that any single rank took goes on, on
+    any number of ranks and with any batch size, with exactly the samples of the epoch that were
+    not seen yet, in the same order. Load it on every rank.
+
+    The samples are loaded by one of Chainer's iterators, which may prefetch them::
+
+        DistributedIterator(
+            chainer_dist.datasets.FilesDataset(paths), 32, comm,
+            make_iterator=functools.partial(MultiprocessIterator, n_processes=4))
+
+    Creating it is collective; all else is local and must be done by every rank alike. At the
+    beginning of about every epoch each rank computes the order of the whole dataset, 8 bytes a sample
+    for a moment, and keeps its own indices.
+
+    Args:
+        dataset: Of the same samples in the same order on every rank, with ``__len__`` and
+            ``__getitem__(int)``.
+        batch_size: Samples in a batch of one rank, the same on every rank.
+        comm: Communicator.
+        shuffle: Whether to shuffle; otherwise every epoch has the order of the dataset. The same
+            on every rank.
+        seed: From 0 to 2**32 - 1. Seed and number of the epoch determine an epoch's order,
+            whatever the number of ranks. None draws one from ``numpy.random`` on every rank,
+            of which rank 0's counts. The same on every rank.
+        make_iterator: Called with ``dataset``, ``batch_size`` and ``order_sampler=``; returns a
+            Chainer iterator that goes by that sampler: Serial-, Multithread- or
+            MultiprocessIterator. It is called for the first batch, and again after ``reset()``,
+            loading and ``finalize()``.
+
+    Raises:
+        ValueError: On every rank, if the dataset is empty, or a number is out of range.
+        TypeError: On every rank, if a number is no integer.
+        RankMismatchError: On every rank, if the length of the dataset or an option differ.
+    """
+
+    repeat = True  # Chainer's Evaluator looks at it
+    _loader: Iterator | None = None
+
+    def __init__(
+        self,
+        dataset: Any,
+        batch_size: int,
+        comm: CommunicatorBase,
+        *,
+        shuffle: bool = True,
+        seed: int | None = None,
+        make_iterator: Callable[..., Iterator] = iterators.SerialIterator,
+    ) -> None:
+        error: Exception | None = None
+        lines: list[tuple[str, str]] = []
+        try:
+            self._n_samples = _integer("the length of the dataset", len(dataset), 1)
+            batch_size = _integer("batch_size", batch_size, 1)
+            if seed is not None:
+                seed = _integer("seed", seed, 0, _SEEDS)
+            lines = [
+                ("the length of the dataset", str(self._n_samples)),
+                ("batch_size", str(batch_size)),
+                ("shuffle", str(bool(shuffle))),
+                ("seed", str(seed)),
+            ]
+        except Exception as caught:  # noqa: BLE001 - a dataset's length may raise anything
+            error = caught
+        raise_together(comm, error)
+        if not all(agree(comm, digest(lines))):
+            raise_mismatch(comm, lines)
+        if seed is None:
+            drawn = np.random.randint(_SEEDS, dtype=np.int64)  # noqa: NPY002 - as Chainer draws
+            seed = comm.bcast_obj(int(drawn))
+
+        self._seed: int = seed
+        self.dataset = dataset
+        self.batch_size = batch_size
+        self._shuffle = bool(shuffle)
+        self._make_iterator = make_iterator
+        self._rank, self._size = comm.rank, comm.size
+        self.reset()
+
+    @property
+    def epoch(self) -> int:
+        """How many times all samples were seen."""
+        return self._position // self._n_samples
+
+    @property
+    def current_position(self) -> int:
+        """How many samples of this epoch all ranks together have seen."""
+        return self._position % self._n_samples
+
+    @property
+    def epoch_detail(self) -> float:
+        """Epochs, and the part of the present one, that all ranks together have seen."""
+        return self._position / self._n_samples
+
+    @property
+    def previous_epoch_detail(self) -> float | None:
+        """What :attr:`epoch_detail` was before the last batch, None before the first."""
+        return None if self._previous_epoch_detail < 0 else self._previous_epoch_detail
+
+    @property
+    def is_new_epoch(self) -> bool:
+        """Whether the last batch completed an epoch."""
+        return self._is_new_epoch
+
+    @property
+    def seed(self) -> int:
+        """The seed of all orders."""
+        return self._seed
+
+    def __next__(self) -> list[Any]:
+        if self._loader is None:
+            order = _OwnOrder(self)
+            self._loader = self._make_iterator(self.dataset, self.batch_size, order_sampler=order)
+        batch: list[Any] = next(self._loader)
+        epoch, self._previous_epoch_detail = self.epoch, self.epoch_detail
+        self._position += self._size * self.batch_size
+        self._is_new_epoch = self.epoch > epoch
+        return batch
+
+    def reset(self) -> None:
+        """Go back to the beginning of the first epoch, with the same seed. Local."""
+        self.finalize()
+        self._position = 0
+        self._is_new_epoch = False
+        self._previous_epoch_detail = -1.0
+
+    def finalize(self) -> None:
+        """End what prefetches samples. Local. The iterator can be used further."""
+        if self._loader is not None:
+            self._loader.finalize()
+            self._loader = None
+
+    def serialize(self, serializer: Any) -> None:
+        """Save position and seed, or go on from those saved. Local; load it on every rank.
+
+        Raises:
+            ValueError: If what is loaded belongs to a dataset of another length.
+        """
+        n_samples = serializer("n_samples", self._n_samples)
+        if n_samples != self._n_samples:
+            raise ValueError(
+                f"the iterator was saved with a dataset of {n_samples} samples, and this one has "
+                f"{self._n_samples}: its position means nothing here"
+            )
+        epoch = serializer("epoch", self.epoch)
+        position = epoch * n_samples + serializer("current_position", self.current_position)
+        seed = serializer("seed", self._seed)
+        if (position, seed) != (self._position, self._seed):
+            self.finalize()  # it has prefetched something else
+        self._position, self._seed = position, seed
+        self._is_new_epoch = serializer("is_new_epoch", self._is_new_epoch)
+        self._previous_epoch_detail = serializer(
+            "previous_epoch_detail", self._previous_epoch_detail
+        )
+
+
+class _OwnOrder:
+    """An order sampler: the indices of one rank, about as many at a time as it has in an epoch."""
+
+    def __init__(self, iterator: DistributedIterator) -> None:
+        self._n_samples = iterator._n_samples
+        self._seed = iterator._seed if iterator._shuffle else None
+        self._batch = np.arange(iterator.batch_size) + iterator._rank * iterator.batch_size
+        self._step = iterator._size * iterator.batch_size
+        self._n_batches = max(1, self._n_samples // self._step)
+        self._position = iterator._position
+
+    def __call__(self, current_order: Indices, current_position: int) -> Indices:
+        del current_order, current_position  # Chainer's, which mean nothing here
+        starts = self._position + self._step * np.arange(self._n_batches)
+        self._position += self._step * self._n_batches
+        epochs, order = np.divmod((starts[:, None] + self._batch).ravel(), self._n_samples)
+        if self._seed is not None:
+            for epoch in np.unique(epochs):
+                # What a RandomState of a seed draws never changes, on any NumPy.
+                random = np.random.RandomState([self._seed, epoch])
+                permutation = random.permutation(self._n_samples)
+                order[epochs == epoch] = permutation[order[epochs == epoch]]
+        return order
+
+
+def _integer(name: str, value: Any, least: int, end: int | None = None) -> int:
+    """Return ``value`` as an int if it is one from ``least`` on, and below ``end``."""
+    try:
+        number = operator.index(value)
+    except TypeError:
+        raise TypeError(f"{name} is {value!r}, expected an integer") from None
+    if number < least or (end is not None and number >= end):
+        limits = f"{least} or more" if end is None else f"{least} to {end - 1}"
+        raise ValueError(f"{name} is {number}, expected {limits}")
+    return number
