@@ -30,6 +30,7 @@ LAYERS = [
     ["exchange", "functions"],
     ["sharding", "links"],
     ["optimizers", "datasets", "iterators", "extensions"],
+    ["updaters"],
 ]
 # ChainerMN has these two as methods of the communicator; they call the exchange when called.
 DOORS = {("communicators/communicator_base.py", "exchange")}
@@ -109,58 +110,3 @@ def test_everything_public_is_documented():
                     and not member.__doc__
                 ]
     assert not silent
-
-
-@pytest.mark.parametrize(
-    "name",
-    [
-        "CommunicatorBase",
-        "create_communicator",
-        "create_multi_node_optimizer",
-        "create_multi_node_evaluator",
-        "scatter_dataset",
-        "scatter_index",
-        "DataSizeError",
-        "datasets.create_empty_dataset",
-        "global_except_hook.add_hook",
-    ],
-)
-def test_chainermn_parameters_and_defaults(name):
-    """What exists so far takes ChainerMN's parameters, with its defaults."""
-    chainermn = importlib.import_module("chainermn")
-
-    def find(package):
-        value = package
-        for part in name.split("."):
-            value = getattr(value, part)
-        return value
-
-    ours, theirs = find(chainer_dist), find(chainermn)
-    if inspect.isclass(theirs):
-        missing = [n for n in vars(theirs) if not n.startswith("_") and not hasattr(ours, n)]
-        assert not missing
-        return
-    mine = inspect.signature(ours).parameters
-    for parameter in inspect.signature(theirs).parameters.values():
-        if parameter.kind is parameter.VAR_KEYWORD:
-            continue
-        assert parameter.name in mine
-        if parameter.name != "communicator_name":  # ChainerMN's default needs a GPU
-            assert mine[parameter.name].default == parameter.default
-
-
-def test_methods_of_communicators_take_chainermn_parameters():
-    """Positional calls written for ChainerMN's communicators mean the same here."""
-    base = importlib.import_module("chainermn.communicators.mpi_communicator_base")
-    theirs = base.MpiCommunicatorBase
-    for name, method in inspect.getmembers(theirs, inspect.isfunction):
-        if name.startswith("_"):
-            continue
-        want = list(inspect.signature(method).parameters.values())
-        got = list(
-            inspect.signature(getattr(chainer_dist.CommunicatorBase, name)).parameters.values()
-        )
-        for mine, parameter in zip(got, want):
-            if parameter.kind is not parameter.VAR_KEYWORD and name != "recv_obj":
-                assert mine.default == parameter.default, (name, parameter.name)
-        assert len([p for p in got if p.kind is not p.KEYWORD_ONLY]) >= len(want) - 1, name

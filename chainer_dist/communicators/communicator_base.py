@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     import chainer
+    from typing_extensions import Self
 
 
 class CommunicatorBase(ArrayCommunicator, abc.ABC):
@@ -31,6 +32,12 @@ class CommunicatorBase(ArrayCommunicator, abc.ABC):
                 same order on every rank (which the caller has made sure of). Two of them may be
                 one and the same object. float16 is summed in float32.
         """
+
+    def background(self) -> Self:
+        """Return a communicator over the same ranks for a thread beside the main one. Collective."""
+        twin = self.split(0, self.rank)
+        assert twin is not None  # noqa: S101 - no rank is left out
+        return twin
 
     def bcast_data(self, model: chainer.Link) -> None:
         """Make the parameters of all ranks equal to rank 0's. Collective.

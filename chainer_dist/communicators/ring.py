@@ -94,6 +94,8 @@ class Ring:
     Attributes:
         scale: What makes the sum over all ranks a mean.
         scratch: Where the sum of a slice is while :meth:`run` has it worked on, as bytes.
+        patient: Whether to sleep rather than spin while waiting, so that a thread that computes
+            has the core and Python's lock.
     """
 
     def __init__(self, comm: CommunicatorBase) -> None:
@@ -123,6 +125,7 @@ class Ring:
         for counter in (_PACKED, _REDUCED, _UNPACKED, _FAILED):
             self._counters[self._rank][counter] = 0
         self.scratch = np.empty(BLOCK_BYTES, dtype=np.uint8)
+        self.patient = False
         self._done = 0  # blocks in all calls so far
         self._error: Exception | None = None
         self._window.Lock_all(MPI.MODE_NOCHECK)
@@ -246,7 +249,7 @@ class Ring:
         for counters in self._counters[:ranks]:
             while counters[counter] < value:
                 tries += 1
-                if tries > _YIELDS:
+                if self.patient or tries > _YIELDS:
                     time.sleep(5e-5)  # somebody is far behind, and may want this core
                 elif tries > self._spins:
                     os.sched_yield()

@@ -13,6 +13,8 @@ from chainer_dist.communicators.ring import Ring
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from typing_extensions import Self
+
     from chainer_dist.communicators.arrays import Array
 
 
@@ -26,6 +28,7 @@ class SharedMemoryCommunicator(CommunicatorBase):
     """
 
     name = "shared_memory"
+    _patient = False
 
     @property
     def ring(self) -> Ring:
@@ -33,7 +36,14 @@ class SharedMemoryCommunicator(CommunicatorBase):
         ring: Ring | None = self.__dict__.get("_ring")
         if ring is None:
             ring = self._ring = Ring(self)
+            ring.patient = self._patient
         return ring
+
+    def background(self) -> Self:
+        """See :meth:`CommunicatorBase.background`."""
+        twin = super().background()
+        twin._patient = True
+        return twin
 
     def mean_arrays(self, arrays: Sequence[Array]) -> None:
         """See :meth:`CommunicatorBase.mean_arrays`."""

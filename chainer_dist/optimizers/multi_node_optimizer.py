@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import logging
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import numpy as np
 
@@ -21,24 +21,30 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
     from chainer_dist.communicators import CommunicatorBase
+    from chainer_dist.optimizers.join import Join
 
-__all__ = ["create_multi_node_optimizer"]
+__all__ = ["MultiNodeOptimizer", "Options"]
 
 _logger = logging.getLogger("chainer_dist")
 
-_UNSHARED: dict[str, Any] = {"_shards": None, "_signature": None}  # what copies start with
 
-
-class _Options(NamedTuple):
-    """How the update is to be shared out; see :func:`create_multi_node_optimizer`."""
+class Options(NamedTuple):
+    """How the update is shared out; see :func:`chainer_dist.create_multi_node_optimizer`."""
 
     sharded_update: bool | None
     mean_grad: bool
     share_parameters: bool
 
 
-class _MultiNodeOptimizer:
-    """Wraps an optimizer; everything but the few names below is the wrapped optimizer's own."""
+class MultiNodeOptimizer:
+    """Wraps an optimizer; everything but the few names below is the wrapped optimizer's own.
+
+    Attributes:
+        actual_optimizer: The wrapped one.
+        communicator: Over whose ranks gradients are averaged.
+        zero_fill: Whether a gradient that is None on this rank counts as zero.
+        join: What lets ranks that have run out of data take part, or None.
+    """
 
     _OWN = frozenset(
         {
@@ -53,15 +59,19 @@ class _MultiNodeOptimizer:
             "_shards",
             "_signature",
             "_reported",
+            "join",
         }
     )
+
+    # What copies start with.
+    _FRESH: ClassVar[dict[str, Any]] = {"_shards": None, "_signature": None, "join": None}
 
     def __init__(
         self,
         actual_optimizer: chainer.Optimizer,
         communicator: CommunicatorBase,
         zero_fill: bool,
-        options: _Options,
+        options: Options,
     ) -> None:
         self.actual_optimizer = actual_optimizer
         self.communicator: CommunicatorBase | None = communicator
@@ -74,6 +84,7 @@ class _MultiNodeOptimizer:
         self._shards: ShardedUpdate | None = None  # None while every rank updates everything
         self._signature: Signature | None = None  # what that was chosen for
         self._reported: str | None = ""  # why the update was last said not to be sharded
+        self.join: Join | None = None
         if actual_optimizer.target is not None:
             self._make_equal()
 
@@ -108,15 +119,37 @@ class _MultiNodeOptimizer:
         Raises:
             RankMismatchError: On every rank, naming the rank and the parameter, if ranks differ.
         """
+        if self.join is None:
+            self.take_part(lossfun, args, kwds, 1.0)
+        else:
+            self.join.update(self, lossfun, args, kwds)
+
+    def take_part(
+        self,
+        lossfun: Callable[..., Any] | None,
+        args: tuple[Any, ...],
+        kwds: dict[str, Any],
+        weight: float,
+    ) -> None:
+        """Do what :meth:`update` does, with gradients that count more or not at all. Collective.
+
+        Args:
+            lossfun: See :meth:`update`.
+            args: See :meth:`update`.
+            kwds: See :meth:`update`.
+            weight: What this rank's gradients are multiplied by; 0 for a rank that has none. It is
+                1 on all ranks or on none.
+        """
         if not self._started:
             self._make_equal()
             self._started = True
-        comm, target = self._connected(), self.target
-        persistents = None
+        target, persistents = self.target, None
         if lossfun is not None:
             if any(spec is None for _, spec in self._structure or ()):
                 persistents = _persistent_values(target)
             self._backward(lossfun, args, kwds)
+        elif not weight:
+            target.cleargrads()
         parameters, same_grads, changed = self._agree()
         if changed:
             self._make_equal()
@@ -125,16 +158,42 @@ class _MultiNodeOptimizer:
                     _restore(persistents)
                 self._backward(lossfun, args, kwds)
             parameters, same_grads, _ = self._agree()
+        if weight != 1:
+            same_grads = self._weigh(parameters, weight, same_grads=same_grads)
         self._allow_missing_grads(parameters, same_grads=same_grads)
+        self._step(parameters, same_grads=same_grads)
+
+    def _step(self, parameters: exchange.ParameterSet, *, same_grads: bool) -> None:
+        """Average the gradients and update the parameters. Collective."""
         if self._shards is not None:
             parameters.fill_zeros()
-            if comm.size == 1:  # hooks change the gradients where they are
+            if self._connected().size == 1:  # hooks change the gradients where they are
                 exchange.private_grads(parameters)
             self._shards.update(parameters)
             return
-        exchange.mean_agreed_grad(comm, parameters, same_grads=same_grads, zero_fill=self.zero_fill)
+        exchange.mean_agreed_grad(
+            self._connected(), parameters, same_grads=same_grads, zero_fill=self.zero_fill
+        )
         with self._equal_randomness():
-            self.actual_optimizer.update(None, *args, **kwds)
+            self.actual_optimizer.update(None)
+
+    def _weigh(self, parameters: exchange.ParameterSet, weight: float, *, same_grads: bool) -> bool:
+        """Multiply the gradients; return whether the same ones are there on every rank. Collective.
+
+        A rank of weight 0 has those that the others have, if a gradient must be everywhere or
+        nowhere.
+        """
+        for grad in exchange.private_grads(parameters):
+            grad[...] = grad * weight if weight else 0  # 0 times NaN is NaN
+        if self.zero_fill:
+            return same_grads
+        patterns = self._connected().allgather_obj(parameters.has_grad if weight else None)
+        known = [pattern for pattern in patterns if pattern is not None]
+        if not weight:
+            for param, has in zip(parameters.params, known[0]):
+                param.grad = np.zeros_like(param.array) if has else None
+            parameters.look_at_grads()
+        return len(set(known)) == 1
 
     def _allow_missing_grads(self, parameters: exchange.ParameterSet, *, same_grads: bool) -> None:
         if not self.zero_fill:
@@ -305,7 +364,7 @@ class _MultiNodeOptimizer:
         return sorted({*super().__dir__(), *dir(self.actual_optimizer)})
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, **_UNSHARED, "communicator": None}
+        return {**self.__dict__, **self._FRESH, "communicator": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
@@ -318,73 +377,9 @@ class _MultiNodeOptimizer:
 
     def _copied(self, copy_one: Callable[[Any], Any]) -> Self:
         twin = type(self).__new__(type(self))
-        own = {**self.__dict__, **_UNSHARED}
+        own = {**self.__dict__, **self._FRESH}
         twin.__dict__.update({key: copy_one(value) for key, value in own.items()})
         return twin
-
-
-def create_multi_node_optimizer(
-    actual_optimizer: chainer.Optimizer,
-    communicator: CommunicatorBase,
-    double_buffering: bool = False,
-    zero_fill: bool = True,
-    *,
-    sharded_update: bool | None = None,
-    mean_grad: bool = False,
-    share_parameters: bool = False,
-) -> _MultiNodeOptimizer:
-    """Make an optimizer that averages gradients over the ranks before each of its updates.
-
-    Use it exactly like the optimizer it wraps, on every rank. ``setup`` and ``update`` become
-    collective. Attributes read and set, hooks added, and what is saved are the wrapped
-    optimizer's, so that hyperparameter schedules and snapshots need no change.
-
-    Training on N ranks then gives what one process gives on the concatenated batch, if each rank's
-    loss is a mean over an equally large batch.
-
-    With the communicator ``shared_memory`` the update is sharded where that provably gives the same
-    parameters: each rank of a node runs Chainer's update rules on a slice of the parameters, and the
-    others copy the result. So it is for Chainer's rules (except MSVAG) with the hooks ``WeightDecay``,
-    ``Lasso``, ``GradientHardClipping`` and ``GradientClipping``, whose norm is summed over slices, and
-    with no other hooks. In any other case every rank updates all parameters, as in ChainerMN, and
-    rank 0 logs the reason, once, as a warning of the logger ``chainer_dist``. ``optimizer.sharded``
-    tells which it is. What a sharded update changes:
-
-    - ``param.grad`` stays this rank's own gradient (of ChainerMN's updates it is the average); see
-      ``mean_grad``. Hooks see the average in any case.
-    - The state of the update rules exists once per node, in arrays that cannot be written. Any rank
-      can save it. Load it on every rank, through this optimizer.
-    - Parameters are updated in place in each rank's own arrays; see ``share_parameters``.
-
-    Args:
-        actual_optimizer: Any Chainer optimizer, set up or not. It is changed by the updates.
-        communicator: Over whose ranks gradients are averaged.
-        double_buffering: Not supported yet; must be False.
-        zero_fill: Whether a gradient that is None on this rank counts as zero. If False it must
-            be None on all ranks or on none.
-        sharded_update: False to have every rank update all parameters, True to raise ValueError
-            where the update cannot be sharded.
-        mean_grad: Whether a sharded update leaves the average in ``param.grad``, as the hooks left
-            it: the same on every rank, kept once per node, and read-only for that. It stays as it
-            is until this rank's next update; keep a copy for longer.
-        share_parameters: Whether a sharded update keeps parameters, too, once per node. It saves
-            time and memory. From the first update on ``param.array`` is then memory of all ranks
-            of the node: what one rank writes there all of them see, so that ``param.array *= 2``
-            on every rank doubles it once for each rank; and arrays held elsewhere since before,
-            as those of ``model.copy()``, are no longer the model's.
-
-    Returns:
-        The optimizer to use in place of ``actual_optimizer``. Pickled, it leaves its communicator
-        behind; deep-copied, it keeps it.
-
-    Raises:
-        ValueError: If ``double_buffering`` is asked for. From updates, if ``sharded_update`` is True
-            and the update cannot be sharded.
-    """
-    if double_buffering:
-        raise ValueError("double_buffering is not supported by this communicator; leave it False")
-    options = _Options(sharded_update, mean_grad, share_parameters)
-    return _MultiNodeOptimizer(actual_optimizer, communicator, zero_fill, options)
 
 
 def _settings(

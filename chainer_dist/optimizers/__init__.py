@@ -1,0 +1,88 @@
+"""Optimizers that all ranks step together."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from chainer_dist.optimizers.double_buffering import DoubleBufferingOptimizer
+from chainer_dist.optimizers.join import Join
+from chainer_dist.optimizers.multi_node_optimizer import MultiNodeOptimizer, Options
+
+if TYPE_CHECKING:
+    import chainer
+
+    from chainer_dist.communicators import CommunicatorBase
+
+__all__ = ["Join", "create_multi_node_optimizer"]
+
+
+def create_multi_node_optimizer(
+    actual_optimizer: chainer.Optimizer,
+    communicator: CommunicatorBase,
+    double_buffering: bool = False,
+    zero_fill: bool = True,
+    *,
+    sharded_update: bool | None = None,
+    mean_grad: bool = False,
+    share_parameters: bool = False,
+) -> MultiNodeOptimizer:
+    """Make an optimizer that averages gradients over the ranks before each of its updates.
+
+    Use it exactly like the optimizer it wraps, on every rank. ``setup`` and ``update`` become
+    collective. Attributes read and set, hooks added, and what is saved are the wrapped
+    optimizer's, so that hyperparameter schedules and snapshots need no change.
+
+    Training on N ranks then gives what one process gives on the concatenated batch, if each rank's
+    loss is a mean over an equally large batch.
+
+    With the communicator ``shared_memory`` the update is sharded where that provably gives the same
+    parameters: each rank of a node runs Chainer's update rules on a slice of the parameters, and the
+    others copy the result. So it is for Chainer's rules (except MSVAG) with the hooks ``WeightDecay``,
+    ``Lasso``, ``GradientHardClipping`` and ``GradientClipping``, whose norm is summed over slices, and
+    with no other hooks. In any other case every rank updates all parameters, as in ChainerMN, and
+    rank 0 logs the reason, once, as a warning of the logger ``chainer_dist``. ``optimizer.sharded``
+    tells which it is. What a sharded update changes:
+
+    - ``param.grad`` stays this rank's own gradient (of ChainerMN's updates it is the average); see
+      ``mean_grad``. Hooks see the average in any case.
+    - The state of the update rules exists once per node, in arrays that cannot be written. Any rank
+      can save it. Load it on every rank, through this optimizer.
+    - Parameters are updated in place in each rank's own arrays; see ``share_parameters``.
+
+    Args:
+        actual_optimizer: Any Chainer optimizer, set up or not. It is changed by the updates.
+        communicator: Over whose ranks gradients are averaged.
+        double_buffering: Whether gradients are exchanged in the background while the next step
+            computes. Each update then uses the gradients of the step before it: the first call
+            of ``update`` only starts an exchange, and the last gradients are never used. It pays
+            where the network is slow, if training bears gradients that are one step old. Every rank
+            updates all parameters then, and a snapshot has no gradients under way.
+        zero_fill: Whether a gradient that is None on this rank counts as zero. If False it must
+            be None on all ranks or on none.
+        sharded_update: False to have every rank update all parameters, True to raise ValueError
+            where the update cannot be sharded.
+        mean_grad: Whether a sharded update leaves the average in ``param.grad``, as the hooks left
+            it: the same on every rank, kept once per node, and read-only for that. It stays as it
+            is until this rank's next update; keep a copy for longer.
+        share_parameters: Whether a sharded update keeps parameters, too, once per node. It saves
+            time and memory. From the first update on ``param.array`` is then memory of all ranks
+            of the node: what one rank writes there all of them see, so that ``param.array *= 2``
+            on every rank doubles it once for each rank; and arrays held elsewhere since before,
+            as those of ``model.copy()``, are no longer the model's.
+
+    Returns:
+        The optimizer to use in place of ``actual_optimizer``. Pickled, it leaves its communicator
+        behind; deep-copied, it keeps it.
+
+    Raises:
+        ValueError: If ``double_buffering`` is asked for together with ``sharded_update=True``, or
+            with an MPI library that was not built, or not started, for several threads. From
+            updates, if ``sharded_update`` is True and the update cannot be sharded.
+    """
+    if double_buffering:
+        if sharded_update:
+            raise ValueError("double_buffering updates on every rank; leave sharded_update out")
+        options = Options(sharded_update=False, mean_grad=False, share_parameters=False)
+        return DoubleBufferingOptimizer(actual_optimizer, communicator, zero_fill, options)
+    options = Options(sharded_update, mean_grad, share_parameters)
+    return MultiNodeOptimizer(actual_optimizer, communicator, zero_fill, options)

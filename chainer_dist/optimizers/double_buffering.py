@@ -1,0 +1,91 @@
+"""Updates from the gradients of the step before, which are exchanged while this one computes."""
+
+from __future__ import annotations
+
+import concurrent.futures
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
+
+from chainer_dist import exchange
+from chainer_dist.optimizers.multi_node_optimizer import MultiNodeOptimizer
+
+if TYPE_CHECKING:
+    import chainer
+
+    from chainer_dist.communicators import CommunicatorBase
+    from chainer_dist.communicators.arrays import Array
+
+__all__ = ["DoubleBufferingOptimizer"]
+
+
+class DoubleBufferingOptimizer(MultiNodeOptimizer):
+    """A multi-node optimizer whose gradients are one step old.
+
+    A thread of its own, on a communicator of its own, averages the gradients of one step while the
+    main thread computes those of the next. ChainerMN's ``double_buffering=True``, there with GPUs.
+    """
+
+    _OWN = MultiNodeOptimizer._OWN | {"_background", "_pending"}
+    _FRESH: ClassVar[dict[str, Any]] = {
+        **MultiNodeOptimizer._FRESH,
+        "_background": None,
+        "_pending": None,
+    }
+
+    def __init__(self, *args: Any) -> None:
+        from mpi4py import MPI
+
+        if MPI.Query_thread() < MPI.THREAD_MULTIPLE:
+            raise ValueError(
+                "double_buffering needs MPI started with THREAD_MULTIPLE; leave mpi4py.rc.threads "
+                "and mpi4py.rc.thread_level as they are, or use another MPI library"
+            )
+        self._background: _Background | None = None
+        self._pending: _Pending | None = None
+        super().__init__(*args)
+
+    def wait(self) -> None:
+        """Wait until the gradients under way are averaged. Local."""
+        if self._pending is not None:
+            self._pending.done.result()
+
+    def _step(self, parameters: exchange.ParameterSet, *, same_grads: bool) -> None:
+        if self._background is None:
+            self._background = _Background(self._connected())
+        if not same_grads:
+            parameters.fill_zeros()
+        grads = exchange.private_grads(parameters)
+        having = [param for param, has in zip(parameters.params, parameters.has_grad) if has]
+        self.wait()
+        stale, self._pending = self._pending, self._background.start(having, grads)
+        if stale is None:
+            return
+        means = dict(zip(map(id, stale.params), stale.grads))
+        for param in parameters.params:
+            param.grad = means.get(id(param))
+        with self._equal_randomness():
+            self.actual_optimizer.update(None)
+
+    def _make_equal(self) -> None:
+        self.wait()
+        self._pending = None  # of parameters that are no more
+        super()._make_equal()
+
+
+class _Pending(NamedTuple):
+    """Gradients that are being averaged, and what they are the gradients of."""
+
+    params: list[chainer.Parameter]
+    grads: list[Array]
+    done: concurrent.futures.Future[None]
+
+
+class _Background:
+    """A thread that averages arrays over ranks of its own. Creating one is collective."""
+
+    def __init__(self, comm: CommunicatorBase) -> None:
+        self._comm = comm.background()
+        self._thread = concurrent.futures.ThreadPoolExecutor(1, "chainer_dist exchange")
+
+    def start(self, params: list[chainer.Parameter], grads: list[Array]) -> _Pending:
+        """Begin to average arrays in place. Collective: as often, and in the same order, everywhere."""
+        return _Pending(params, grads, self._thread.submit(self._comm.mean_arrays, grads))
