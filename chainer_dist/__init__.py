@@ -6,7 +6,7 @@ Two lines make an ordinary Chainer script distributed::
     optimizer = chainer_dist.create_multi_node_optimizer(optimizer, comm)
 
 One training step is four files, in the order in which it runs through them:
-:mod:`~chainer_dist.optimizers` (backward, then the mean, then the update),
+:mod:`~chainer_dist.optimizers.multi_node_optimizer` (backward, then the mean, then the update),
 :mod:`~chainer_dist.exchange` (which gradients there are, and whether the ranks agree on that),
 :mod:`~chainer_dist.communicators.agreement` (how they find out), and a communicator such as
 :mod:`~chainer_dist.communicators.flat` (how the mean is computed).
@@ -22,8 +22,12 @@ from chainer_dist import (
     errors,
     exchange,
     extensions,
+    functions,
     global_except_hook,
+    iterators,
+    links,
     optimizers,
+    updaters,
 )
 from chainer_dist._version import __version__
 from chainer_dist.communicators import CommunicatorBase, create_communicator
@@ -34,27 +38,37 @@ from chainer_dist.datasets import (
     scatter_index,
 )
 from chainer_dist.errors import RankMismatchError
-from chainer_dist.extensions import create_multi_node_evaluator
-from chainer_dist.optimizers import create_multi_node_optimizer
+from chainer_dist.extensions import create_multi_node_checkpointer, create_multi_node_evaluator
+from chainer_dist.links import MultiNodeChainList
+from chainer_dist.optimizers import Join, create_multi_node_optimizer
+from chainer_dist.updaters import create_multi_node_updater
 
 __all__ = [
     "CommunicatorBase",
     "DataSizeError",
+    "Join",
+    "MultiNodeChainList",
     "RankMismatchError",
     "__version__",
     "communicators",
     "create_communicator",
     "create_empty_dataset",
+    "create_multi_node_checkpointer",
     "create_multi_node_evaluator",
     "create_multi_node_optimizer",
+    "create_multi_node_updater",
     "datasets",
     "errors",
     "exchange",
     "extensions",
+    "functions",
     "global_except_hook",
+    "iterators",
+    "links",
     "optimizers",
     "scatter_dataset",
     "scatter_index",
+    "updaters",
 ]
 
 global_except_hook._add_hook_if_enabled()

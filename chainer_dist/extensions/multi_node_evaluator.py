@@ -15,11 +15,18 @@ from chainer.training.extensions.evaluator import _IteratorProgressBar
 
 from chainer_dist.communicators.agreement import raise_together
 from chainer_dist.datasets.scattered import own_samples
+from chainer_dist.extensions.generic_multi_node_evaluator import (
+    GenericMultiNodeEvaluator,
+    call_with,
+    has_no_samples,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from chainer_dist.communicators import CommunicatorBase
+
+__all__ = ["GenericMultiNodeEvaluator", "create_multi_node_evaluator"]
 
 # Iterators that yield the samples in the order that they hold in their state.
 _ORDERED_ITERATORS = (
@@ -126,7 +133,7 @@ def _evaluate_batches(evaluator: Evaluator, means: _WeightedMeans) -> None:
             stacklevel=2,
         )
         iterator = copy.copy(iterator)
-    if _has_no_samples(iterator):
+    if has_no_samples(iterator):
         return
 
     bar = _IteratorProgressBar(iterator=iterator) if evaluator._progress_bar else None
@@ -135,12 +142,7 @@ def _evaluate_batches(evaluator: Evaluator, means: _WeightedMeans) -> None:
         with reporter.report_scope(observation):
             arrays = convert._call_converter(evaluator.converter, batch, evaluator.device)
             with function.no_backprop_mode():
-                if isinstance(arrays, tuple):
-                    eval_func(*arrays)
-                elif isinstance(arrays, dict):
-                    eval_func(**arrays)
-                else:
-                    eval_func(arrays)
+                call_with(eval_func, arrays)
         if n_own:
             _add_observation(means, observation, n_own)
         if bar is not None:
@@ -198,7 +200,7 @@ def _warn_of_duplicates(evaluator: Evaluator, iterator: Any) -> None:
 def _evaluate_by(original: Any, evaluator: Evaluator, means: _WeightedMeans) -> None:
     """Let a class that overrides ``evaluate`` do it. Local."""
     iterator = getattr(evaluator, "_iterators", {}).get("main")
-    if _has_no_samples(iterator):
+    if has_no_samples(iterator):
         return  # Chainer's iterators cannot iterate over nothing
     dataset: Any = getattr(iterator, "dataset", None)
     own = own_samples(dataset)
@@ -207,11 +209,6 @@ def _evaluate_by(original: Any, evaluator: Evaluator, means: _WeightedMeans) -> 
     for name, value in original().items():
         if n_own:
             means.add(name, value, n_own)
-
-
-def _has_no_samples(iterator: Any) -> bool:
-    dataset: Any = getattr(iterator, "dataset", None)
-    return hasattr(dataset, "__len__") and len(dataset) == 0
 
 
 def _add_observation(means: _WeightedMeans, observation: dict[str, Any], n_samples: int) -> None:

@@ -1,0 +1,148 @@
+"""Summarizing over all ranks what each of them observes."""
+
+from __future__ import annotations
+
+import pickle
+import warnings
+from typing import TYPE_CHECKING, Any
+
+import chainer
+import numpy as np
+from chainer import backend, variable
+from chainer import serializer as serializers
+from chainer.training import extension, util
+
+from chainer_dist.communicators.agreement import describe_error, raise_first
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from chainer_dist.communicators import CommunicatorBase
+
+
+class ObservationAggregator(extension.Extension):  # type: ignore[misc]  # Chainer has no types
+    """Replaces an observation of the trainer by its summary over all ranks. ChainerMN's extension.
+
+    Each rank collects the values it observes. When the trigger fires, rank 0 summarizes those of
+    all ranks since the last time, and the summary becomes an observation on every rank, for
+    LogReport and others that run after it.
+
+    Every call is collective: extend the trainers of all ranks with it, and leave its own trigger
+    at every iteration. Of ``comm_trigger`` rank 0's counts.
+
+    Args:
+        comm: Communicator.
+        original_key: Name of the observation. Ranks may lack it at any time.
+        aggregated_key: Name of the summary; None replaces the observation itself.
+        comm_trigger: When to summarize: a trigger or a tuple, such as ``(1, "epoch")``.
+        aggregator: Function from the values of all ranks to their summary, or to None for no
+            summary; called on rank 0. It takes a list with one list of values for each rank. A
+            value is a number if it was a scalar of any kind, an array in a new
+            :class:`numpy.ndarray`, and else what it was. Summaries are sent, so they must be
+            picklable. None takes the mean of all values, in double precision: scalars, arrays of
+            one shape, and pairs of such a value and its weight. It is a float or an array; there
+            is none where no rank has a value.
+
+    Raises:
+        Exception: From calls, on every rank, what the aggregator raises.
+    """
+
+    trigger = 1, "iteration"
+    priority = extension.PRIORITY_EDITOR
+    name = None
+
+    def __init__(
+        self,
+        comm: CommunicatorBase,
+        original_key: str,
+        aggregated_key: str | None = None,
+        *,
+        comm_trigger: Any = (1, "iteration"),
+        aggregator: Callable[[list[list[Any]]], Any] | None = None,
+    ) -> None:
+        self.comm = comm
+        self.original_key = original_key
+        self.aggregated_key = original_key if aggregated_key is None else aggregated_key
+        self.comm_trigger = util.get_trigger(comm_trigger)
+        self.observation_history: list[Any] = []
+        self.aggregator = aggregator or _mean
+
+    def compute_summary(self, trainer: chainer.training.Trainer) -> Any:
+        """Take in the observation; return the summary where it is time for it. Collective.
+
+        Returns:
+            The summary on every rank, or None.
+        """
+        if self.original_key in trainer.observation:
+            self.observation_history.append(plain_value(trainer.observation[self.original_key]))
+        # Ranks whose epochs are not equally long would not summarize together.
+        if not self.comm.bcast_obj(self.comm_trigger(trainer)):
+            return None
+        history, self.observation_history = self.observation_history, []
+        error, summary = None, None
+        try:
+            everyone = self.comm.gather_obj(history)
+            if everyone is not None:
+                summary = self.aggregator(everyone)
+        except Exception as caught:  # noqa: BLE001 - aggregators may raise anything
+            error = caught
+        # What rank 0 does not get, it cannot summarize: it knows of every error.
+        failure, summary = self.comm.bcast_obj((describe_error(error), summary))
+        raise_first({0: failure}, error)
+        return summary
+
+    def __call__(self, trainer: chainer.training.Trainer) -> None:
+        """Replace the observation where it is time for it. Collective."""
+        summary = self.compute_summary(trainer)
+        if summary is not None:
+            trainer.observation[self.aggregated_key] = summary
+
+    def serialize(self, serializer: Any, *, unseen: Sequence[Any] = ()) -> None:
+        """Save or load this rank's values since the last summary, and the trigger. Local.
+
+        Args:
+            serializer: Chainer's.
+            unseen: More values to save.
+        """
+        if isinstance(serializer, serializers.Deserializer):
+            try:
+                self.observation_history = pickle.loads(serializer("values", None).tobytes())
+            except KeyError:
+                warnings.warn(
+                    f"there are no values of {self.original_key} in this snapshot, so the next "
+                    "summary is of those observed from now on",
+                    UserWarning,
+                    stacklevel=2,
+                )
+                return
+        else:
+            values = pickle.dumps([*self.observation_history, *unseen])
+            serializer("values", np.frombuffer(values, dtype=np.uint8))
+        if hasattr(self.comm_trigger, "serialize"):
+            self.comm_trigger.serialize(serializer["comm_trigger"])
+
+
+def plain_value(value: Any) -> Any:
+    """Return an observed value as numbers and NumPy arrays that nobody else changes. Local."""
+    if isinstance(value, tuple):
+        return tuple(plain_value(each) for each in value)
+    if isinstance(value, variable.Variable):
+        value = value.array
+    if isinstance(value, chainer.get_array_types()):
+        value = np.array(backend.CpuDevice().send(value))
+    if isinstance(value, (np.ndarray, np.generic)) and value.ndim == 0:
+        return value.item()
+    return value
+
+
+def _mean(everyone: list[list[Any]]) -> Any:
+    """Return the mean of all ranks' values, or None if there are none."""
+    pairs = [
+        value if isinstance(value, tuple) else (value, 1) for values in everyone for value in values
+    ]
+    if not pairs:
+        return None
+    values = np.asarray([value for value, _ in pairs])
+    wide = values.astype(np.result_type(values, np.float64))
+    mean = np.average(wide, axis=0, weights=[weight for _, weight in pairs])
+    return mean.item() if np.ndim(mean) == 0 else mean
