@@ -27,6 +27,16 @@ KINDS_THAT_KNOW_NODES = ["shared_memory", "hierarchical", "two_dimensional"]
 
 
 @pytest.fixture
+def float64():
+    """Compute in float64, where only a wrong result differs by more than rounding."""
+    import chainer
+    import numpy as np
+
+    with chainer.using_config("dtype", np.float64):
+        yield
+
+
+@pytest.fixture
 def comm():
     """Return a new naive communicator over all ranks."""
     from chainer_dist import create_communicator

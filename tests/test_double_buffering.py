@@ -20,11 +20,7 @@ BATCH = 12
 STEPS = 5
 
 
-@pytest.fixture(autouse=True)
-def float64():
-    """Compute in float64, where only a wrong result differs by more than rounding."""
-    with chainer.using_config("dtype", np.float64):
-        yield
+pytestmark = pytest.mark.usefixtures("float64")
 
 
 def make_model(seed):

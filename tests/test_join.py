@@ -25,11 +25,7 @@ from chainer_dist.links import MultiNodeBatchNormalization
 COUNTS = [3, 1, 4, 0]  # batches of ranks 0 to 3
 
 
-@pytest.fixture(autouse=True)
-def float64():
-    """Compute in float64, where only a wrong result differs by more than rounding."""
-    with chainer.using_config("dtype", np.float64):
-        yield
+pytestmark = pytest.mark.usefixtures("float64")
 
 
 @pytest.fixture(params=["naive", "shared_memory"])

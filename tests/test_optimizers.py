@@ -42,11 +42,7 @@ HOOKS = {
 BATCH = 12  # divides by 1, 2, 3 and 4 ranks
 
 
-@pytest.fixture(autouse=True)
-def float64():
-    """Compute in float64, where only a wrong result differs by more than rounding."""
-    with chainer.using_config("dtype", np.float64):
-        yield
+pytestmark = pytest.mark.usefixtures("float64")
 
 
 @pytest.fixture(params=["naive", "shared_memory"])
@@ -561,12 +557,6 @@ def test_copies_and_pickles(comm):
         for name, want in values(model).items():
             np.testing.assert_array_equal(values(other.target)[name], want)
     assert copy.copy(optimizer).target is model
-
-
-def test_double_buffering_is_refused(comm):
-    """As ChainerMN does for its CPU communicators."""
-    with pytest.raises(ValueError, match="double_buffering"):
-        create_multi_node_optimizer(optimizers.SGD(), comm, double_buffering=True)
 
 
 def test_trainer_with_updater_and_shift(comm, tmp_path):

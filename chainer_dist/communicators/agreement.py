@@ -8,6 +8,7 @@ what they raise they raise everywhere.
 from __future__ import annotations
 
 import hashlib
+import operator
 from typing import TYPE_CHECKING, NoReturn, Optional
 
 import numpy as np
@@ -52,6 +53,36 @@ def agree(comm: ObjectCommunicator, *digests: int) -> tuple[bool, ...]:
     np.negative(extremes[:count], out=extremes[count:])
     comm.mpi_comm.Allreduce(MPI.IN_PLACE, extremes, MPI.MAX)
     return tuple((extremes[:count] == -extremes[count:]).tolist())
+
+
+def agreed_rank(comm: ObjectCommunicator, rank: object, name: str) -> int:
+    """Return ``rank`` if it is the same valid rank on all ranks. Collective.
+
+    Args:
+        comm: The communicator that it is a rank of.
+        rank: What a user gave.
+        name: The parameter, for errors.
+
+    Raises:
+        ValueError: On every rank, if it is no rank of ``comm`` on some.
+        RankMismatchError: On every rank, if ranks differ.
+    """
+    try:
+        mine: int | str = operator.index(rank)  # type: ignore[arg-type]  # the error is caught
+    except TypeError:
+        mine = repr(rank)
+    ranks = comm.allgather_obj(mine)
+    for number, each in enumerate(ranks):
+        if not isinstance(each, int) or not 0 <= each < comm.size:
+            raise ValueError(
+                f"rank {number}: {name} is {each}, expected a rank: 0 to {comm.size - 1}"
+            )
+        if each != ranks[0]:
+            raise RankMismatchError(
+                f"rank {number}: {name} is {each}, expected {ranks[0]} as on rank 0"
+            )
+    agreed: int = ranks[0]
+    return agreed
 
 
 def raise_mismatch(comm: ObjectCommunicator, lines: Sequence[tuple[str, str]]) -> NoReturn:

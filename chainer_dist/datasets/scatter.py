@@ -8,12 +8,11 @@ from typing import TYPE_CHECKING, Any, SupportsIndex
 
 import numpy as np
 
-from chainer_dist.communicators.agreement import raise_together
+from chainer_dist.communicators.agreement import agreed_rank, raise_together
 from chainer_dist.datasets.intervals import Part, split_evenly
 from chainer_dist.datasets.node_shared import scatter_parts
 from chainer_dist.datasets.scattered import ScatteredDataset
 from chainer_dist.datasets.take import take
-from chainer_dist.errors import RankMismatchError
 
 if TYPE_CHECKING:
     from collections.abc import Sized
@@ -68,7 +67,7 @@ def scatter_dataset(  # noqa: PLR0917 - ChainerMN's positional parameters
         Exception: On every rank, if the dataset cannot be pickled.
     """
     del max_buf_len
-    root = _agreed_root(comm, root)
+    root = agreed_rank(comm, root, "root")
     error: Exception | None = None
     order, parts = None, []
     try:
@@ -111,7 +110,7 @@ def scatter_index(
             rank or not the same on all ranks.
         TypeError: On every rank, if root's ``n_total_samples`` is not an integer.
     """
-    root = _agreed_root(comm, root)
+    root = agreed_rank(comm, root, "root")
     error: Exception | None = None
     intervals = None
     try:
@@ -172,24 +171,6 @@ def get_epoch_trigger(
 def _n_iterations(dataset: Sized, local_batch_size: int, comm: CommunicatorBase) -> int:
     n_iterations: int = comm.bcast_obj(-(-len(dataset) // local_batch_size))
     return n_iterations
-
-
-def _agreed_root(comm: CommunicatorBase, root: SupportsIndex) -> int:
-    """Return ``root`` if it is the same valid rank on all ranks. Collective."""
-    try:
-        mine: int | str = operator.index(root)
-    except TypeError:
-        mine = repr(root)
-    roots = comm.allgather_obj(mine)
-    for rank, each in enumerate(roots):
-        if not isinstance(each, int) or not 0 <= each < comm.size:
-            raise ValueError(f"rank {rank}: root is {each}, expected a rank: 0 to {comm.size - 1}")
-        if each != roots[0]:
-            raise RankMismatchError(
-                f"rank {rank}: root is {each}, expected {roots[0]} as on rank 0"
-            )
-    agreed: int = roots[0]
-    return agreed
 
 
 def _count(n_total_samples: SupportsIndex) -> int:

@@ -3,20 +3,12 @@
 from __future__ import annotations
 
 import contextlib
-import operator
 from typing import TYPE_CHECKING, Any
 
 from chainer import serializer as serializers
 from chainer.dataset import Iterator
 
-from chainer_dist.communicators.agreement import (
-    agree,
-    describe_error,
-    digest,
-    raise_first,
-    raise_mismatch,
-    raise_together,
-)
+from chainer_dist.communicators.agreement import agreed_rank, describe_error, raise_first
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -197,32 +189,12 @@ def create_multi_node_iterator(
 
     Raises:
         RankMismatchError: On every rank, if ``rank_master`` differs.
-        ValueError, TypeError: On every rank, if it is no rank, or there is no iterator there.
+        ValueError, TypeError: On every rank, if it is no rank, or there is no iterator on it.
         Exception: From ``next()`` and ``reset()``, on every rank: whatever the master's iterator
             raises, or its batch when it is pickled.
     """
-    rank_master = _agreed_master(communicator, rank_master)
+    rank_master = agreed_rank(communicator, rank_master, "rank_master")
     return _MultiNodeIterator(actual_iterator, communicator, rank_master)
-
-
-def _agreed_master(comm: CommunicatorBase, rank_master: Any) -> int:
-    error: Exception | None = None
-    master = -1
-    try:
-        master = _rank(rank_master, comm.size)
-    except (TypeError, ValueError) as caught:
-        error = caught
-    raise_together(comm, error)
-    if not all(agree(comm, digest(master))):
-        raise_mismatch(comm, [("rank_master", str(master))])
-    return master
-
-
-def _rank(rank_master: Any, size: int) -> int:
-    rank = operator.index(rank_master)
-    if not 0 <= rank < size:
-        raise ValueError(f"rank_master is {rank}, expected a rank: 0 to {size - 1}")
-    return rank
 
 
 def _epoch_size(iterator: Any) -> int | None:
