@@ -18,6 +18,7 @@ from chainer_dist import _compat  # isort: skip  # noqa: F401 - repairs Chainer 
 
 from chainer_dist import (
     communicators,
+    compression,
     datasets,
     errors,
     exchange,
@@ -51,6 +52,7 @@ __all__ = [
     "RankMismatchError",
     "__version__",
     "communicators",
+    "compression",
     "create_communicator",
     "create_empty_dataset",
     "create_multi_node_checkpointer",

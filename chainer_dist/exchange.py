@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
     from chainer_dist.communicators import CommunicatorBase
     from chainer_dist.communicators.arrays import Array
+    from chainer_dist.compression import Compression
 
 __all__ = [
     "ParameterSet",
@@ -198,7 +199,12 @@ def mean_grad(comm: CommunicatorBase, model: chainer.Link, *, zero_fill: bool = 
 
 
 def mean_agreed_grad(
-    comm: CommunicatorBase, parameters: ParameterSet, *, same_grads: bool, zero_fill: bool
+    comm: CommunicatorBase,
+    parameters: ParameterSet,
+    *,
+    same_grads: bool,
+    zero_fill: bool,
+    compression: Compression | None = None,
 ) -> None:
     """Do what :func:`mean_grad` does, for parameters that the ranks agree on. Collective.
 
@@ -207,10 +213,16 @@ def mean_agreed_grad(
         parameters: Of equal structure on every rank, and NumPy arrays.
         same_grads: Whether the same parameters have a gradient on every rank; if not, ``zero_fill``.
         zero_fill: See :func:`mean_grad`.
+        compression: How to average with fewer bytes between nodes; None for exactly.
     """
     if not same_grads:
         parameters.fill_zeros()
-    comm.mean_arrays(private_grads(parameters))
+    grads = private_grads(parameters)
+    if compression is None:
+        comm.mean_arrays(grads)
+    else:
+        names = [name for name, has in zip(parameters.names, parameters.has_grad) if has]
+        compression.mean(comm, dict(zip(names, grads)))
     if same_grads and zero_fill:
         parameters.fill_zeros()
 

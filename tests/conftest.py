@@ -65,7 +65,7 @@ NODES = {
 }
 
 
-def _on_nodes(kind, layout):
+def on_nodes(kind, layout):
     """Return a communicator whose real ranks are taken to be on several nodes."""
     from chainer_dist import create_communicator
 
@@ -83,7 +83,7 @@ def _on_nodes(kind, layout):
 @pytest.fixture(params=NODES)
 def grouped(request):
     """Return a shared_memory communicator whose real ranks are taken to be on several nodes."""
-    communicator = _on_nodes("shared_memory", request.param)
+    communicator = on_nodes("shared_memory", request.param)
     yield communicator
     communicator.finalize()
 
@@ -93,6 +93,6 @@ def grouped(request):
 )
 def grouped_kinds(request):
     """Return a communicator of each kind that knows nodes, with its ranks on several of them."""
-    communicator = _on_nodes(*request.param)
+    communicator = on_nodes(*request.param)
     yield communicator
     communicator.finalize()

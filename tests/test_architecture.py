@@ -27,6 +27,7 @@ LAYERS = [
         "nccl",
     ],
     ["communicators"],
+    ["compression"],
     ["exchange", "functions"],
     ["sharding", "links"],
     ["optimizers", "datasets", "iterators", "extensions"],

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     import chainer
 
     from chainer_dist.communicators import CommunicatorBase
+    from chainer_dist.compression import Compression
 
 __all__ = ["Join", "create_multi_node_optimizer"]
 
@@ -25,6 +26,7 @@ def create_multi_node_optimizer(
     sharded_update: bool | None = None,
     mean_grad: bool = False,
     share_parameters: bool = False,
+    compression: Compression | None = None,
 ) -> MultiNodeOptimizer:
     """Make an optimizer that averages gradients over the ranks before each of its updates.
 
@@ -69,20 +71,28 @@ def create_multi_node_optimizer(
             of the node: what one rank writes there all of them see, so that ``param.array *= 2``
             on every rank doubles it once for each rank; and arrays held elsewhere since before,
             as those of ``model.copy()``, are no longer the model's.
+        compression: One of :mod:`chainer_dist.compression`, to average gradients with fewer bytes
+            between nodes, approximately; the same kind on every rank, and an object of this
+            optimizer alone. Every rank updates all parameters then. Its state is saved with the
+            optimizer's.
 
     Returns:
         The optimizer to use in place of ``actual_optimizer``. Pickled, it leaves its communicator
         behind; deep-copied, it keeps it.
 
     Raises:
-        ValueError: If ``double_buffering`` is asked for together with ``sharded_update=True``, or
-            with an MPI library that was not built, or not started, for several threads. From
-            updates, if ``sharded_update`` is True and the update cannot be sharded.
+        ValueError: If ``double_buffering`` and ``compression`` are asked for together, or one of
+            them with ``sharded_update=True``, or ``double_buffering`` with an MPI library that was
+            not built, or not started, for several threads. From updates, if ``sharded_update`` is
+            True and the update cannot be sharded.
     """
-    if double_buffering:
-        if sharded_update:
-            raise ValueError("double_buffering updates on every rank; leave sharded_update out")
-        options = Options(sharded_update=False, mean_grad=False, share_parameters=False)
-        return DoubleBufferingOptimizer(actual_optimizer, communicator, zero_fill, options)
-    options = Options(sharded_update, mean_grad, share_parameters)
-    return MultiNodeOptimizer(actual_optimizer, communicator, zero_fill, options)
+    if sharded_update and (double_buffering or compression is not None):
+        option = "double_buffering" if double_buffering else "compression"
+        raise ValueError(f"{option} updates on every rank; leave sharded_update out")
+    if double_buffering and compression is not None:
+        raise ValueError("double_buffering exchanges gradients exactly; leave compression out")
+    if double_buffering or compression is not None:
+        sharded_update = False
+    options = Options(sharded_update, mean_grad, share_parameters, compression)
+    kind = DoubleBufferingOptimizer if double_buffering else MultiNodeOptimizer
+    return kind(actual_optimizer, communicator, zero_fill, options)

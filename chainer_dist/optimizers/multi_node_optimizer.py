@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
     from chainer_dist.communicators import CommunicatorBase
+    from chainer_dist.compression import Compression
     from chainer_dist.optimizers.join import Join
 
 __all__ = ["MultiNodeOptimizer", "Options"]
@@ -34,6 +35,7 @@ class Options(NamedTuple):
     sharded_update: bool | None
     mean_grad: bool
     share_parameters: bool
+    compression: Compression | None = None
 
 
 class MultiNodeOptimizer:
@@ -172,7 +174,11 @@ class MultiNodeOptimizer:
             self._shards.update(parameters)
             return
         exchange.mean_agreed_grad(
-            self._connected(), parameters, same_grads=same_grads, zero_fill=self.zero_fill
+            self._connected(),
+            parameters,
+            same_grads=same_grads,
+            zero_fill=self.zero_fill,
+            compression=self._options.compression,
         )
         with self._equal_randomness():
             self.actual_optimizer.update(None)
@@ -218,6 +224,9 @@ class MultiNodeOptimizer:
             if self._shards is not None:
                 stack.enter_context(self._shards.copied_states())
             self.actual_optimizer.serialize(serializer)
+        if self._options.compression is not None:
+            rank = self._connected().rank
+            self._options.compression.serialize(serializer["compression"], rank)
 
     def _backward(
         self, lossfun: Callable[..., Any], args: tuple[Any, ...], kwds: dict[str, Any]

@@ -1,0 +1,17 @@
+"""Averaging gradients over the network in fewer bytes, at the price of exactness.
+
+Read :mod:`~chainer_dist.compression.compression` for what all ways have in common; each is one small
+file. Give one of them to :func:`~chainer_dist.create_multi_node_optimizer`::
+
+    optimizer = chainer_dist.create_multi_node_optimizer(
+        optimizer, comm, compression=chainer_dist.compression.PowerSGD(rank=4))
+"""
+
+from __future__ import annotations
+
+from chainer_dist.compression.compression import Compression
+from chainer_dist.compression.low_rank import PowerSGD
+from chainer_dist.compression.quantized import BFloat16, Float16, Int8
+from chainer_dist.compression.sparse import TopK
+
+__all__ = ["BFloat16", "Compression", "Float16", "Int8", "PowerSGD", "TopK"]

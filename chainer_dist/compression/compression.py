@@ -1,0 +1,196 @@
+"""What all ways of compressing have in common: where they act, their error feedback, their state."""
+
+from __future__ import annotations
+
+import abc
+import contextlib
+import copy
+import json
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
+
+import numpy as np
+
+from chainer_dist.communicators import _reduction
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    import chainer
+    from mpi4py import MPI
+
+    from chainer_dist.communicators import CommunicatorBase
+    from chainer_dist.communicators.arrays import Array
+
+
+class Nodes(NamedTuple):
+    """One rank of each node, which compresses for it."""
+
+    mpi_comm: MPI.Intracomm
+    weights: list[float]  # of the nodes' means in the mean over all ranks
+
+    @property
+    def weight(self) -> float:
+        """The weight of this node."""
+        return self.weights[self.mpi_comm.rank]
+
+
+class Compression(abc.ABC):
+    """Averages gradients with fewer bytes between nodes.
+
+    Gradients are first averaged exactly on each node. Then one rank of each node exchanges what
+    :meth:`mean_over_nodes` makes of them, and the others of the node get the result: the same bits
+    on every rank. On a single node nothing is compressed.
+
+    A new way is a subclass in a file of its own. One object serves one optimizer.
+
+    Attributes:
+        sent: Bytes that this rank gave MPI to send to other nodes in the last exchange.
+    """
+
+    def __init__(self) -> None:
+        self.sent = 0
+        self._comm: CommunicatorBase | None = None
+        self._node: CommunicatorBase | None = None
+        self._nodes: Nodes | None = None  # None on ranks that do not compress
+        self._residual = Residual()
+
+    @abc.abstractmethod
+    def mean_over_nodes(self, nodes: Nodes, grads: dict[str, Array]) -> None:
+        """Replace arrays by their approximate weighted means over the nodes, in place. Collective.
+
+        Args:
+            nodes: Over which ranks, and with which weights.
+            grads: By parameter name, in the same order everywhere: writable arrays of any layout,
+                float32 or float64.
+        """
+
+    def mean(self, comm: CommunicatorBase, grads: dict[str, Array]) -> None:
+        """Replace gradients by their approximate means over the ranks, in place. Collective.
+
+        Args:
+            comm: Over whose ranks; the same at every call.
+            grads: By parameter name, in the same order, shapes and dtypes on every rank: writable
+                float arrays of any layout, no two of which share memory.
+        """
+        self.sent = 0
+        if comm.inter_size == 1:
+            comm.mean_arrays(list(grads.values()))
+            return
+        if self._comm is not comm:
+            self._connect(comm)
+        wide = {
+            name: np.ascontiguousarray(grad, _reduction.wire_dtype(grad.dtype)).reshape(grad.shape)
+            for name, grad in grads.items()
+        }
+        node = cast("CommunicatorBase", self._node)
+        node.mean_arrays(list(wide.values()))
+        if self._nodes is not None:
+            self.mean_over_nodes(self._nodes, wide)
+        for name, grad in grads.items():
+            for piece in _reduction.pieces(wide[name]):
+                node.mpi_comm.Bcast(piece, root=0)
+            if wide[name] is not grad:
+                np.copyto(grad, wide[name], casting="same_kind")
+
+    def serialize(self, serializer: chainer.AbstractSerializer, rank: int) -> None:
+        """Save or load what is kept from one exchange to the next. Local.
+
+        Args:
+            serializer: Chainer's.
+            rank: This rank. Another one does not load what only this rank has left out.
+        """
+        self._residual.serialize(serializer["residual"], rank)
+
+    def _connect(self, comm: CommunicatorBase) -> None:
+        """Find out who compresses. Collective."""
+        from mpi4py import MPI
+
+        self._comm = comm
+        self._node = comm.split(comm.inter_rank, comm.rank)
+        is_first = comm.intra_rank == 0
+        mpi_comm = cast(
+            "MPI.Intracomm", comm.mpi_comm.Split(0 if is_first else MPI.UNDEFINED, comm.rank)
+        )
+        if is_first:
+            sizes = mpi_comm.allgather(comm.intra_size)
+            self._nodes = Nodes(mpi_comm, [size / comm.size for size in sizes])
+
+    def __getstate__(self) -> dict[str, Any]:
+        # The copy of an optimizer finds its communicators anew.
+        return {**self.__dict__, "_comm": None, "_node": None, "_nodes": None}
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Compression:
+        twin = type(self).__new__(type(self))
+        twin.__dict__.update(copy.deepcopy(self.__getstate__(), memo))
+        return twin
+
+
+class Kept:
+    """Arrays by parameter name that a way of compressing keeps from one exchange to the next."""
+
+    def __init__(self) -> None:
+        self._arrays: dict[str, Array] = {}
+
+    def get(self, name: str, shape: tuple[int, ...]) -> Array | None:
+        """Return what was kept, if it has this shape. Local."""
+        array = self._arrays.get(name)
+        return None if array is None or array.shape != shape else array
+
+    def keep(self, name: str, array: Array) -> None:
+        """Keep an array, which nobody changes from now on. Local."""
+        self._arrays[name] = array
+
+    def serialize(self, serializer: chainer.AbstractSerializer, rank: int | None = None) -> None:
+        """Save or load the arrays; if they are one rank's own, load them on that rank only. Local."""
+        import chainer
+
+        if not isinstance(serializer, chainer.Deserializer):
+            names = json.dumps([*self._arrays]).encode()
+            serializer("names", np.frombuffer(names, dtype=np.uint8))
+            serializer("rank", -1 if rank is None else rank)
+            for number, array in enumerate(self._arrays.values()):
+                serializer(str(number), array)
+            return
+        self._arrays = {}
+        with contextlib.suppress(KeyError):  # saved without compression
+            names = json.loads(serializer("names", None).tobytes())
+            if rank is None or int(serializer("rank", None)) == rank:
+                loaded = [serializer(str(number), None) for number in range(len(names))]
+                self._arrays = dict(zip(names, loaded))
+
+
+class Residual(Kept):
+    """What compression left out of a rank's gradients, to be added to the next (error feedback).
+
+    Sums of what is exchanged then follow the sums of the gradients (Seide et al., Interspeech 2014;
+    Karimireddy et al., arXiv 1901.09847). Each rank has its own.
+    """
+
+    def add_to(self, grads: Mapping[str, Array]) -> None:
+        """Add it to gradients in place. Local."""
+        for name, grad in grads.items():
+            rest = self.get(name, grad.shape)
+            if rest is not None:
+                np.add(grad, rest, out=grad)
+
+
+def allreduce_mean(nodes: Nodes, arrays: list[Array]) -> int:
+    """Replace arrays by their exact weighted means, in one message. Collective.
+
+    Returns:
+        How many bytes this rank sent.
+    """
+    groups: dict[Any, list[Array]] = {}
+    for array in arrays:
+        groups.setdefault(array.dtype, []).append(array)
+    sent = 0
+    for group in groups.values():
+        packed = np.concatenate([array.reshape(-1) for array in group])
+        packed *= nodes.weight
+        _reduction.sum_in_place(nodes.mpi_comm, packed)
+        sent += packed.nbytes * 2 * (nodes.mpi_comm.size - 1) // nodes.mpi_comm.size
+        start = 0
+        for array in group:
+            array[...] = packed[start : start + array.size].reshape(array.shape)
+            start += array.size
+    return sent

@@ -1,0 +1,88 @@
+"""Matrices of low rank in the place of gradients."""
+
+from __future__ import annotations
+
+import operator
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from chainer_dist.communicators.agreement import digest
+from chainer_dist.compression.compression import Compression, Kept, allreduce_mean
+
+if TYPE_CHECKING:
+    import chainer
+
+    from chainer_dist.communicators.arrays import Array
+    from chainer_dist.compression.compression import Nodes
+
+
+class PowerSGD(Compression):
+    """Approximates each gradient by a matrix of low rank (Vogels et al., arXiv 1905.13727).
+
+    A gradient of shape ``(n, ...)`` is a matrix of ``n`` rows; of an ``(n, m)`` matrix only
+    ``rank * (n + m)`` numbers are sent. One step of a power iteration is made at a time, beginning with
+    the result of the last (warm start), and what was left out is added to the next gradients (error
+    feedback). Vectors, and matrices for which it does not pay, are averaged exactly.
+
+    All ranks compute the approximation by themselves: on machines of different processors their
+    parameters can differ in the last bits.
+
+    Args:
+        rank: Of the approximation.
+
+    Raises:
+        ValueError: If ``rank`` is not at least 1.
+    """
+
+    def __init__(self, rank: int = 2) -> None:
+        super().__init__()
+        self.rank = operator.index(rank)
+        if self.rank < 1:
+            raise ValueError(f"rank is {rank}, expected 1 or more")
+        self._rights = Kept()  # the last right factors, the same on every rank
+
+    def mean_over_nodes(self, nodes: Nodes, grads: dict[str, Array]) -> None:
+        """See :meth:`Compression.mean_over_nodes`."""
+        matrices = {
+            name: grad.reshape(len(grad), -1) for name, grad in grads.items() if self._pays(grad)
+        }
+        rest = [grad for name, grad in grads.items() if name not in matrices]
+        self._residual.add_to(matrices)
+        rights = {name: self._start(name, matrix) for name, matrix in matrices.items()}
+        lefts = {name: matrix @ rights[name] for name, matrix in matrices.items()}
+        self.sent = allreduce_mean(nodes, [*lefts.values(), *rest])
+        for name, left in lefts.items():
+            lefts[name] = _orthonormal(left)
+            rights[name] = np.ascontiguousarray(matrices[name].T @ lefts[name])
+        self.sent += allreduce_mean(nodes, list(rights.values()))
+        for name, matrix in matrices.items():
+            mean = lefts[name] @ rights[name].T
+            self._residual.keep(name, matrix - mean)
+            self._rights.keep(name, rights[name])
+            matrix[...] = mean
+
+    def _pays(self, grad: Array) -> bool:
+        rows = grad.shape[0] if grad.ndim else 1
+        columns = grad.size // max(rows, 1)
+        return self.rank * (rows + columns) < grad.size
+
+    def _start(self, name: str, matrix: Array) -> Array:
+        """Return the right factor to begin with, the same on every rank."""
+        shape = (matrix.shape[1], self.rank)
+        last = self._rights.get(name, shape)
+        if last is not None:
+            return last
+        random = np.random.RandomState(digest((name, shape)) % (1 << 32))
+        return random.standard_normal(shape).astype(matrix.dtype)
+
+    def serialize(self, serializer: chainer.AbstractSerializer, rank: int) -> None:
+        """See :meth:`Compression.serialize`."""
+        super().serialize(serializer, rank)
+        self._rights.serialize(serializer["rights"])
+
+
+def _orthonormal(matrix: Array) -> Array:
+    """Return an orthonormal basis of the columns; zeros for columns that depend on others."""
+    basis = np.linalg.qr(matrix)[0]
+    return np.ascontiguousarray(basis, matrix.dtype)

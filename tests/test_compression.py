@@ -1,0 +1,271 @@
+"""Gradients averaged in fewer bytes, against the exact mean in NumPy."""
+
+from __future__ import annotations
+
+import copy
+
+import chainer
+import chainer.functions as F
+import chainer.links as L
+import numpy as np
+import pytest
+from chainer import optimizers
+from hypothesis import given
+from hypothesis import strategies as st
+
+from chainer_dist import compression, create_multi_node_optimizer
+from conftest import NODES, on_nodes
+
+WAYS = {
+    "float16": compression.Float16,
+    "bfloat16": compression.BFloat16,
+    "int8": lambda: compression.Int8(block=16),
+    "power_sgd": lambda: compression.PowerSGD(rank=2),
+    "top_k": lambda: compression.TopK(density=0.1),
+}
+KEEPING = ["int8", "power_sgd", "top_k"]
+PRECISION = {"float16": 2**-10, "bfloat16": 2**-7, "int8": 0.02}
+SHAPES = {"a": (7, 9), "b": (5,), "c": (3, 4, 6), "d": (), "e": (0, 2)}
+
+
+@pytest.fixture(params=NODES)
+def comm(request):
+    """Return a communicator whose real ranks are taken to be on several nodes."""
+    communicator = on_nodes("shared_memory", request.param)
+    yield communicator
+    communicator.finalize()
+
+
+@pytest.fixture
+def far_apart():
+    """Return a communicator each of whose ranks is taken to be on a node of its own."""
+    communicator = on_nodes("shared_memory", "a node each")
+    yield communicator
+    communicator.finalize()
+
+
+def grads_of(rank, step=0, shapes=SHAPES, dtype=np.float32):
+    """Return the gradients of a rank at a step."""
+    rng = np.random.RandomState([rank, step])
+    return {name: np.array(rng.randn(*shape), dtype) for name, shape in shapes.items()}
+
+
+def exact(comm, step=0, **options):
+    """Return the mean of all ranks' gradients in float64."""
+    everyone = [grads_of(rank, step, **options) for rank in range(comm.size)]
+    return {
+        name: np.mean([grads[name].astype(np.float64) for grads in everyone], axis=0)
+        for name in everyone[0]
+    }
+
+
+def assert_equal_on_all_ranks(comm, grads):
+    """All ranks have the same bits."""
+    mine = {name: grad.tobytes() for name, grad in grads.items()}
+    assert comm.allgather_obj(mine) == [mine] * comm.size
+
+
+@pytest.mark.parametrize("way", PRECISION)
+@pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64])
+def test_fewer_bits(comm, way, dtype):
+    """Numbers are right to the precision of what was sent; on one node exactly."""
+    grads = grads_of(comm.rank, dtype=dtype)
+    WAYS[way]().mean(comm, grads)
+    assert_equal_on_all_ranks(comm, grads)
+    precision = max(PRECISION[way] if comm.inter_size > 1 else 1e-6, np.finfo(dtype).eps)
+    for name, want in exact(comm, dtype=dtype).items():
+        assert grads[name].dtype == dtype
+        np.testing.assert_allclose(grads[name], want, atol=2 * precision, rtol=2 * precision)
+
+
+@given(
+    high=st.lists(st.integers(0, 2**16 - 1), min_size=1, max_size=20),
+    low=st.sampled_from([0, 1, 0x7FFF, 0x8000, 0x8001, 0xFFFF]),
+)
+def test_bfloat16_rounds_to_nearest(high, low):
+    """Any float32 becomes the nearest number of 8 bits of precision, ties to even; NaN stays NaN."""
+    values = np.array([[each << 16 | low for each in high]], np.uint32).view(np.float32)
+    way = compression.BFloat16()
+    got = way.decode(way.encode(values))
+    assert (np.isnan(got) == np.isnan(values)).all()
+    fine = np.isfinite(values) & (abs(values) >= np.finfo(np.float32).tiny)
+    mantissa, exponent = np.frexp(values[fine].astype(np.float64))
+    want = np.ldexp(np.rint(mantissa * 256) / 256, exponent)
+    with np.errstate(over="ignore"):
+        np.testing.assert_array_equal(got[fine], want.astype(np.float32))
+
+
+@pytest.mark.parametrize("way", KEEPING)
+def test_nothing_is_lost(far_apart, way):
+    """What was exchanged, and what is kept, are together the sum of all gradients."""
+    comm, steps = far_apart, 6
+    keeping = WAYS[way]()
+    exchanged = {name: np.zeros(shape) for name, shape in SHAPES.items()}
+    for step in range(steps):
+        grads = grads_of(comm.rank, step)
+        keeping.mean(comm, grads)
+        for name, grad in grads.items():
+            exchanged[name] += grad
+    # One more exchange of zeros only would bring some of the rest: none may be missing.
+    for _ in range(400 if comm.size > 1 else 0):
+        grads = {name: np.zeros(shape, np.float32) for name, shape in SHAPES.items()}
+        keeping.mean(comm, grads)
+        for name, grad in grads.items():
+            exchanged[name] += grad
+    for name in SHAPES:
+        want = sum(exact(comm, step)[name] for step in range(steps))
+        np.testing.assert_allclose(exchanged[name], want, atol=5e-3, err_msg=f"{way} {name}")
+
+
+@pytest.mark.parametrize("way", ["power_sgd", "top_k"])
+def test_nodes_weigh_as_much_as_they_have_ranks(comm, way):
+    """What is exchanged exactly is the mean over ranks, not over nodes."""
+    vector = {"b": np.full(7, float(comm.rank), np.float32)}
+    (compression.TopK(1.0) if way == "top_k" else WAYS[way]()).mean(comm, vector)
+    np.testing.assert_allclose(vector["b"], (comm.size - 1) / 2, rtol=1e-6)
+
+
+def test_what_a_rank_left_out_is_its_own(far_apart):
+    """A snapshot of rank 0 brings back on rank 0 only what had been left out there."""
+    comm = far_apart
+    way = compression.TopK(0.5)
+    way.mean(comm, {"b": np.arange(8, dtype=np.float32) + 1})
+    saved = chainer.serializers.DictionarySerializer()
+    way.serialize(saved, comm.rank)
+    loaded = compression.TopK(1.0)
+    target = comm.bcast_obj(saved.target)
+    loaded.serialize(chainer.serializers.NpzDeserializer(target), comm.rank)
+    rest = {"b": np.zeros(8, np.float32)}
+    loaded.mean(comm, rest)
+    want = [1, 2, 3, 4, 0, 0, 0, 0] if comm.size > 1 else [0] * 8
+    np.testing.assert_allclose(rest["b"], np.array(want) / comm.size)
+
+
+def test_matrices_of_low_rank_are_exact(far_apart):
+    """PowerSGD finds a mean of that rank after few steps, and vectors at once."""
+    comm = far_apart
+    rng = np.random.RandomState(0)
+    left, right = rng.randn(20, 2), rng.randn(2, 30)
+    vector = rng.randn(8).astype(np.float32)
+    way = compression.PowerSGD(rank=2)
+    for _ in range(4):
+        scale = 2 * (1 + comm.rank) / (1 + comm.size)  # the mean over ranks is 1
+        grads = {"W": (left @ right * scale).astype(np.float32), "b": vector * np.float32(scale)}
+        way.mean(comm, grads)
+        np.testing.assert_allclose(grads["b"], vector, rtol=1e-5)
+        way._residual._arrays.clear()  # of ranks that differ
+    np.testing.assert_allclose(grads["W"], left @ right, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_fewer_bytes(far_apart, way):
+    """What is sent is as small as promised."""
+    comm = far_apart
+    if comm.size == 1:
+        pytest.skip("one node sends nothing")
+    shapes = {"W": (400, 300), "b": (400,)}
+    grads = grads_of(comm.rank, shapes=shapes)
+    sending = {**WAYS, "top_k": compression.TopK, "int8": compression.Int8}[way]()
+    sending.mean(comm, grads)
+    exact_bytes = sum(grad.nbytes for grad in grads.values()) * 2 * (comm.size - 1) / comm.size
+    most = {"float16": 0.501, "bfloat16": 0.501, "int8": 0.27, "power_sgd": 0.02, "top_k": 0.05}
+    assert 0 < sending.sent <= exact_bytes * most[way]
+
+
+def batch(rank, step):
+    """Return a rank's batch."""
+    rng = np.random.RandomState([rank, step])
+    x = rng.randn(16, 12).astype(np.float32)
+    return x, (x[:, 0] > x[:, 1]).astype(np.int32)
+
+
+def make_model(seed=0):
+    """Return a classifier."""
+    np.random.seed(seed)
+    return L.Classifier(chainer.Sequential(L.Linear(12, 24), F.relu, L.Linear(24, 2)))
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_training(far_apart, way):
+    """It learns, ranks stay equal, and a resume goes on to the same bits."""
+    comm = far_apart
+    model = make_model(comm.rank)
+    optimizer = create_multi_node_optimizer(optimizers.Adam(1e-2), comm, compression=WAYS[way]())
+    optimizer.setup(model)
+    saved = {}
+    for step in range(80):
+        if step == 75:
+            for name, each in (("model", model), ("optimizer", optimizer)):
+                serializer = chainer.serializers.DictionarySerializer()
+                each.serialize(serializer)
+                saved[name] = copy.deepcopy(serializer.target)
+        optimizer.update(model, *batch(comm.rank, step))
+    assert optimizer.sharded is False
+    grads = {name: param.array for name, param in model.namedparams()}
+    assert_equal_on_all_ranks(comm, grads)
+    with chainer.using_config("train", value=False):
+        model(*batch(99, 0))
+    assert float(model.accuracy.array) > 0.8
+
+    other = make_model(7)
+    resumed = create_multi_node_optimizer(optimizers.Adam(1e-2), comm, compression=WAYS[way]())
+    resumed.setup(other)
+    other.serialize(chainer.serializers.NpzDeserializer(saved["model"]))
+    resumed.serialize(chainer.serializers.NpzDeserializer(saved["optimizer"]))
+    for step in range(75, 80):
+        resumed.update(other, *batch(comm.rank, step))
+    for (name, got), (_, want) in zip(sorted(other.namedparams()), sorted(model.namedparams())):
+        np.testing.assert_array_equal(got.array, want.array, err_msg=f"{way} {name}")
+
+
+@pytest.mark.parametrize("ways", [(None, "power_sgd"), ("top_k", None), ("top_k", "int8")])
+def test_snapshots_of_other_ways(comm, ways):
+    """A snapshot can be resumed with compression, without, or with another one."""
+    model = make_model()
+    first, second = (
+        create_multi_node_optimizer(optimizers.Adam(), comm, compression=way and WAYS[way]())
+        for way in ways
+    )
+    first.setup(model).update(model, *batch(comm.rank, 0))
+    saved = chainer.serializers.DictionarySerializer()
+    first.serialize(saved)
+    second.setup(model).serialize(chainer.serializers.NpzDeserializer(saved.target))
+    second.update(model, *batch(comm.rank, 1))
+    assert second.t == 2
+    assert_equal_on_all_ranks(comm, {name: p.array for name, p in model.namedparams()})
+
+
+def test_copies(far_apart):
+    """The copy of an optimizer keeps what was left out of its own."""
+    comm = far_apart
+    optimizer = create_multi_node_optimizer(
+        optimizers.SGD(), comm, compression=compression.TopK(0.1)
+    ).setup(make_model(comm.rank))
+    optimizer.update(optimizer.target, *batch(comm.rank, 0))
+    twin = copy.deepcopy(optimizer)
+    for each in (optimizer, twin):
+        each.update(each.target, *batch(comm.rank, 1))
+    for (_, one), (_, other) in zip(
+        sorted(optimizer.target.namedparams()), sorted(twin.target.namedparams())
+    ):
+        np.testing.assert_array_equal(one.array, other.array)
+
+
+def test_what_does_not_go_together(comm):
+    """A clear error, for numbers out of range too."""
+    with pytest.raises(ValueError, match="compression updates on every rank"):
+        create_multi_node_optimizer(
+            optimizers.SGD(), comm, sharded_update=True, compression=compression.Float16()
+        )
+    with pytest.raises(ValueError, match="exchanges gradients exactly"):
+        create_multi_node_optimizer(
+            optimizers.SGD(), comm, double_buffering=True, compression=compression.Float16()
+        )
+    for make in (
+        lambda: compression.TopK(0),
+        lambda: compression.TopK(1.5),
+        lambda: compression.PowerSGD(0),
+        lambda: compression.Int8(0),
+    ):
+        with pytest.raises(ValueError, match="expected"):
+            make()
