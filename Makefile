@@ -32,7 +32,7 @@ export OMPI_ALLOW_RUN_AS_ROOT := 1
 export OMPI_ALLOW_RUN_AS_ROOT_CONFIRM := 1
 endif
 
-.PHONY: help install train test lint type bench check clean FORCE
+.PHONY: help install train test test-faults lint type bench check clean FORCE
 .DEFAULT_GOAL := help
 
 help:
@@ -40,6 +40,7 @@ help:
 	@echo "make train      train on handwritten digits on N ranks; ARGS='--model cnn' goes to the script"
 	@echo "make test       run all tests, in one process and on 2, 3 and 4 ranks"
 	@echo "make test-3     run the tests on 3 ranks only (1: in one process)"
+	@echo "make test-faults  kill jobs at random instants and compare what they resume to"
 	@echo "make lint       check style with ruff"
 	@echo "make type       check types with mypy"
 	@echo "make bench      run the benchmarks in scripts/"
@@ -73,6 +74,9 @@ train: $(STAMP)
 
 test: $(STAMP)
 	$(RUN) tests/run.py $(ARGS)
+
+test-faults: $(STAMP)
+	$(RUN) tests/run.py --ranks 1 -- -m faults
 
 test-%: $(STAMP)
 	$(RUN) tests/run.py --ranks $* $(ARGS)

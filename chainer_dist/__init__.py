@@ -17,6 +17,7 @@ One training step is four files, in the order in which it runs through them:
 from chainer_dist import _compat  # isort: skip  # noqa: F401 - repairs Chainer before its first import
 
 from chainer_dist import (
+    checkpoints,
     communicators,
     compression,
     datasets,
@@ -31,6 +32,7 @@ from chainer_dist import (
     updaters,
 )
 from chainer_dist._version import __version__
+from chainer_dist.checkpoints import Checkpoint
 from chainer_dist.communicators import CommunicatorBase, create_communicator
 from chainer_dist.datasets import (
     DataSizeError,
@@ -45,12 +47,14 @@ from chainer_dist.optimizers import Join, create_multi_node_optimizer
 from chainer_dist.updaters import create_multi_node_updater
 
 __all__ = [
+    "Checkpoint",
     "CommunicatorBase",
     "DataSizeError",
     "Join",
     "MultiNodeChainList",
     "RankMismatchError",
     "__version__",
+    "checkpoints",
     "communicators",
     "compression",
     "create_communicator",

@@ -31,7 +31,7 @@ LAYERS = [
     ["exchange", "functions"],
     ["sharding", "links"],
     ["optimizers", "datasets", "iterators", "extensions"],
-    ["updaters"],
+    ["updaters", "checkpoints"],
 ]
 # ChainerMN has these two as methods of the communicator; they call the exchange when called.
 DOORS = {("communicators/communicator_base.py", "exchange")}

@@ -1,0 +1,246 @@
+"""The directory of a run's checkpoints, as all ranks see it."""
+
+from __future__ import annotations
+
+import concurrent.futures
+import contextlib
+import time
+import warnings
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+
+from chainer_dist.checkpoints import generations
+from chainer_dist.checkpoints.generations import COMMON_FILE, File, Manifest, rank_file
+from chainer_dist.checkpoints.state import restore
+from chainer_dist.communicators.agreement import describe_error, raise_first, raise_together
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from pathlib import Path
+
+    from chainer_dist.checkpoints.state import State
+    from chainer_dist.communicators import CommunicatorBase
+
+__all__ = ["Archive", "Pending"]
+
+# How long a rank may take to see what another has written: network file systems remember for a while
+# what was not there.
+_SECONDS_TO_SEE = 10.0
+
+
+class Pending(NamedTuple):
+    """A generation that is being written."""
+
+    iteration: int
+    path: Path
+    written: concurrent.futures.Future[dict[str, File]]  # this rank's files
+
+
+class Archive:
+    """Writes and reads the generations of all ranks. What it raises it raises on every rank.
+
+    Args:
+        comm: Of the ranks.
+        directory: Which they share.
+        keep: How many generations to keep.
+    """
+
+    def __init__(self, comm: CommunicatorBase, directory: Path, keep: int) -> None:
+        self.directory = directory
+        self._comm = comm
+        self._keep = keep
+        self._damaged: set[str] = set()  # names of those that are to be removed
+        self._thread: concurrent.futures.ThreadPoolExecutor | None = None
+
+    # Writing
+
+    def begin(self, iteration: int, state: State) -> Pending:
+        """Begin to write a generation, in another thread. Collective.
+
+        Args:
+            iteration: The same on every rank.
+            state: Of this rank; not changed before it is written.
+
+        Raises:
+            OSError: If there can be no new directory.
+        """
+        path = self._ask_rank_0(lambda: generations.begin(self.directory, iteration))
+        files = {rank_file(self._comm.rank): state.own}
+        if self._comm.rank == 0:
+            files[COMMON_FILE] = state.common
+        if self._thread is None:
+            self._thread = concurrent.futures.ThreadPoolExecutor(1, "chainer_dist checkpoint")
+        written = self._thread.submit(
+            lambda: {
+                name: generations.write_file(path / name, values) for name, values in files.items()
+            }
+        )
+        return Pending(iteration, path, written)
+
+    def complete(self, pending: Pending) -> None:
+        """Wait until a generation is written, and let it count, or remove it. Collective.
+
+        Raises:
+            OSError: If it could not be written.
+        """
+        error: Exception | None = None
+        files: dict[str, File] = {}
+        try:
+            files = pending.written.result()
+        except Exception as caught:  # noqa: BLE001 - file systems may raise anything
+            error = caught
+        everyone = self._comm.allgather_obj((describe_error(error), files))
+        try:
+            raise_first({rank: failure for rank, (failure, _) in enumerate(everyone)}, error)
+            for _, theirs in everyone:
+                files.update(theirs)
+            manifest = Manifest(pending.iteration, self._comm.size, files)
+            self._ask_rank_0(lambda: generations.commit(pending.path, manifest))
+        except Exception:
+            self._tidy(lambda: generations.remove(pending.path))
+            raise
+        self._tidy(self._remove_old)
+
+    def _remove_old(self) -> None:
+        """Remove what is not to be kept. Local, on rank 0."""
+        names = generations.complete(self.directory)
+        whole = [name for name in names if name not in self._damaged]
+        old = [*whole[: -self._keep], *self._damaged, *generations.unfinished(self.directory)]
+        for name in old:
+            generations.remove(self.directory / name)
+        self._damaged.clear()
+
+    def _tidy(self, act: Callable[[], Any]) -> None:
+        """Do something on rank 0 that nothing depends on. Local."""
+        if self._comm.rank == 0:
+            try:
+                act()
+            except OSError as error:
+                warnings.warn(f"could not tidy up among checkpoints: {error}", stacklevel=4)
+
+    # Reading
+
+    def names(self) -> list[str]:
+        """Return the names of all generations, oldest first. Collective.
+
+        Raises:
+            RuntimeError: If not all ranks see the same.
+            OSError: If the directory cannot be read.
+        """
+        end = time.monotonic() + _SECONDS_TO_SEE
+        while True:
+            error: Exception | None = None
+            names: list[str] = []
+            try:
+                if self.directory.is_dir():
+                    names = generations.complete(self.directory)
+            except OSError as caught:
+                error = caught
+            raise_together(self._comm, error)
+            everyone = self._comm.allgather_obj((names, time.monotonic() > end))
+            differ = [rank for rank, (theirs, _) in enumerate(everyone) if theirs != everyone[0][0]]
+            if not differ:
+                return names
+            if any(too_late for _, too_late in everyone):
+                raise self._not_shared(differ[0])
+            time.sleep(0.2)
+
+    def check_shared(self) -> None:
+        """Make sure that what rank 0 writes all ranks see. Collective.
+
+        Raises:
+            RuntimeError: If some do not.
+            OSError: If rank 0 cannot write.
+        """
+        with contextlib.ExitStack() as stack:
+            token: Path = self._ask_rank_0(
+                lambda: stack.enter_context(generations.token_in(self.directory))
+            )
+            sees = self._comm.allgather_obj(_wait_for(self.directory / token.name))
+        if not all(sees):
+            raise self._not_shared(sees.index(False))
+
+    def check(self, name: str) -> Manifest | None:
+        """Read all of a generation; return None, with a warning, if it is damaged. Collective."""
+        comm, path = self._comm, self.directory / name
+        manifest: Manifest | None = None
+        error: Exception | None = None
+        try:
+            manifest = self._ask_rank_0(lambda: generations.read_manifest(path))
+            if manifest.ranks == comm.size:
+                mine = [rank_file(comm.rank), *([COMMON_FILE] if comm.rank == 0 else [])]
+            else:
+                mine = sorted(manifest.files)[comm.rank :: comm.size]
+            generations.check_files(path, manifest, mine)
+        except Exception as caught:  # noqa: BLE001 - file systems may raise anything
+            error = caught
+        failures = [each for each in comm.allgather_obj(describe_error(error)) if each is not None]
+        if not failures:
+            return manifest
+        self._damaged.add(name)
+        if comm.rank == 0:
+            reasons = "; ".join(dict.fromkeys(text for _, text in failures))
+            warnings.warn(
+                f"the checkpoint {path} is damaged ({reasons}) and left out", stacklevel=4
+            )
+        return None
+
+    def load(self, name: str, manifest: Manifest, target: Any) -> None:
+        """Load a generation that is whole. Collective.
+
+        Raises:
+            RuntimeError: If it does not fit to the target.
+        """
+        comm, path = self._comm, self.directory / name
+        new_place = None if manifest.ranks == comm.size else (comm.rank, comm.size)
+        ranks = [comm.rank] if new_place is None else range(manifest.ranks)
+        error: Exception | None = None
+        try:
+            with contextlib.ExitStack() as stack:
+                common, *own = [
+                    stack.enter_context(np.load(path / file, allow_pickle=True))
+                    for file in (COMMON_FILE, *map(rank_file, ranks))
+                ]
+                restore(target, common, own, new_place)
+        except Exception as caught:  # noqa: BLE001 - targets may raise anything
+            text = f"it has no {caught}" if isinstance(caught, KeyError) else str(caught)
+            error = RuntimeError(f"the checkpoint {path} does not fit: {text}")
+            error.__cause__ = caught
+        raise_together(comm, error)
+        if new_place is not None and comm.rank == 0:
+            warnings.warn(
+                f"the checkpoint {path} was saved by {manifest.ranks} ranks, and there are "
+                f"{comm.size}: iterators over a part of the data begin the epoch again, and random "
+                "states are new",
+                stacklevel=4,
+            )
+
+    def _not_shared(self, rank: int) -> RuntimeError:
+        return RuntimeError(
+            f"rank {rank} does not see in {self.directory} what rank 0 sees there: all ranks need "
+            "one directory, on a file system that their machines share"
+        )
+
+    def _ask_rank_0(self, act: Callable[[], Any]) -> Any:
+        """Return what something returns on rank 0, or raise what it raises there. Collective."""
+        error: Exception | None = None
+        result: Any = None
+        try:
+            if self._comm.rank == 0:
+                result = act()
+        except Exception as caught:  # noqa: BLE001 - file systems may raise anything
+            error = caught
+        failure, result = self._comm.bcast_obj((describe_error(error), result))
+        raise_first({0: failure}, error)
+        return result
+
+
+def _wait_for(path: Path) -> bool:
+    """Tell whether a file is there, or soon is. Local."""
+    end = time.monotonic() + _SECONDS_TO_SEE
+    while not path.exists():
+        if time.monotonic() > end:
+            return False
+        time.sleep(0.05)
+    return True

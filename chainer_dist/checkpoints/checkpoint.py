@@ -1,0 +1,438 @@
+"""The checkpoint of all ranks: one call saves, one resumes, and training goes on meanwhile."""
+
+from __future__ import annotations
+
+import concurrent.futures
+import operator
+import os
+import sys
+import warnings
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from chainer.training import extension
+
+from chainer_dist.checkpoints.agreed_trigger import AgreedTrigger
+from chainer_dist.checkpoints.archive import Archive
+from chainer_dist.checkpoints.generations import write_atomically
+from chainer_dist.checkpoints.preemption import STATUS, Preempted, Rounds, Signals
+from chainer_dist.checkpoints.state import check_target, collect, prepare
+from chainer_dist.checkpoints.workers import shield
+from chainer_dist.communicators.agreement import (
+    agree,
+    digest,
+    raise_mismatch,
+    raise_together,
+    rebuild_error,
+)
+
+if TYPE_CHECKING:
+    from types import TracebackType
+
+    import chainer
+    from typing_extensions import Self
+
+    from chainer_dist.checkpoints.archive import Pending
+    from chainer_dist.checkpoints.state import State
+    from chainer_dist.communicators import CommunicatorBase
+
+__all__ = ["Checkpoint"]
+
+PROGRESS_VARIABLE = "CHAINER_DIST_PROGRESS"
+
+
+class Checkpoint(extension.Extension):  # type: ignore[misc]  # Chainer has no types
+    """Saves everything that a resume needs, of all ranks, and goes on from it. Creating it is collective.
+
+    With a Trainer it is an extension::
+
+        checkpoint = chainer_dist.Checkpoint(comm, "checkpoints")
+        trainer.extend(checkpoint, trigger=(500, "iteration"))
+        checkpoint.resume(trainer)  # after all extensions were added
+        trainer.run()
+
+    In a loop of your own it saves a dict of links, optimizers, iterators and whatever else has a
+    ``serialize`` method::
+
+        state = {"model": model, "optimizer": optimizer, "batches": iterator}
+        with chainer_dist.Checkpoint(comm, "checkpoints") as checkpoint:
+            iteration = checkpoint.resume(state)
+            while iteration < 10_000:
+                ...
+                iteration += 1
+                if iteration % 500 == 0:
+                    checkpoint.save(state, iteration)
+                if checkpoint.preempted:
+                    checkpoint.leave(state, iteration)
+
+    **What is saved.** What Chainer serializes, and besides the random states of every rank
+    (``numpy.random`` and ``random``, those of order samplers, and that of the multi-node optimizer),
+    dynamic loss scales, and the float32 copies of ``use_fp32_update``. Parameters under multi-node
+    optimizers, and the state of these, are the same on all ranks: rank 0 writes them. Every rank writes
+    what is its own. A run that was resumed on as many ranks is, to the bit, the one that was not
+    interrupted, with three exceptions: hyperparameters that are set in a loop of your own are what the
+    new process sets them to; with ``double_buffering`` the gradients under way are lost; and iterators
+    with workers need Chainer's own shuffling, or order samplers that do not draw from ``numpy.random``.
+
+    **On another number of ranks** model and optimizer are the same, and a
+    :class:`~chainer_dist.iterators.DistributedIterator` goes on exactly. Iterators over scattered parts
+    begin the epoch again, in a new order, and each rank's random state is a new one that the old ones
+    determine. Models with different parts on different ranks are refused.
+
+    **What is on disk.** A directory ``<iteration>-<time>`` for each checkpoint, with a manifest of the size
+    and SHA-256 of each file. It gets that name when everything in it is on disk: whatever happens before
+    leaves the older ones as they are. A damaged one is left out when resuming, with a warning. A checkpoint
+    counts when all ranks know that it is complete: with ``asynchronous`` that is within about a second in a
+    Trainer and where :attr:`preempted` is asked for, and otherwise when anything else is called.
+    Then its iteration is written into the file that the environment variable ``CHAINER_DIST_PROGRESS``
+    names, if it does.
+
+    **When the job is to end.** On SIGTERM or SIGUSR1, to whichever rank, all ranks save within about a
+    second, or a step if that takes longer, and leave with status 75 (``EX_TEMPFAIL``), finalizers
+    included. A second signal changes nothing. Signals that the program has arranged something for, or
+    that are ignored, are left alone.
+
+    Args:
+        comm: Communicator.
+        directory: Which all ranks share, for this run alone; made where missing.
+        keep: How many checkpoints to keep, 1 or more. Older ones are removed once a newer one is complete.
+        asynchronous: Whether a thread writes, while training goes on. Saving then takes the time and the
+            memory of a copy of what is saved.
+        on_error: What happens if a checkpoint cannot be written, as the disk is full: ``"raise"`` raises on
+            every rank (an asynchronous one later, when the ranks find out), ``"warn"`` has rank 0 warn, and
+            training go on. Either way the older ones stay.
+        preemption: Whether signals are heeded.
+
+    Raises:
+        ValueError, TypeError: On every rank, if an argument is none of these.
+        RankMismatchError: On every rank, if they differ.
+    """
+
+    priority = (
+        -100
+    )  # as Chainer's snapshot: after all others, whose state of this iteration belongs to it
+    trigger = (1, "epoch")
+
+    def __init__(
+        self,
+        comm: CommunicatorBase,
+        directory: str | os.PathLike[str],
+        *,
+        keep: int = 3,
+        asynchronous: bool = True,
+        on_error: str = "raise",
+        preemption: bool = True,
+    ) -> None:
+        error: Exception | None = None
+        lines: list[tuple[str, str]] = []
+        try:
+            self.directory = Path(directory).absolute()
+            lines = _describe_options(keep, asynchronous, on_error, preemption)
+        except Exception as caught:  # noqa: BLE001 - a path may be any object
+            error = caught
+        raise_together(comm, error)
+        if not all(agree(comm, digest(lines))):
+            raise_mismatch(comm, lines)
+        self.comm = comm
+        self.keep = operator.index(keep)
+        self.asynchronous = bool(asynchronous)
+        self.on_error = on_error
+        self.preemption = bool(preemption)
+
+        self._archive = Archive(comm, self.directory, self.keep)
+        self._looked = False  # whether all ranks know what is in the directory
+        self._newest: int | None = None  # iteration of the newest complete checkpoint
+        self._pending: Pending | None = None
+        self._begun: int | None = None  # iteration of the last save
+        self._signals = Signals()
+        self._rounds = Rounds(comm)
+        self._preempted = False
+        self._outer_error: Any = None  # that was being handled when training began
+
+    # Saving and resuming
+
+    def save(self, target: Any, iteration: int) -> None:
+        """Save something on all ranks. Collective.
+
+        Args:
+            target: A trainer, a dict, or anything that Chainer can serialize; of the same structure on every
+                rank, as far as it is the same for all ranks.
+            iteration: How many updates were made, the same on every rank, and not less than in the newest
+                checkpoint.
+
+        Raises:
+            TypeError, ValueError: On every rank, if one is none of these.
+            RankMismatchError: On every rank, if ``iteration`` differs.
+            RuntimeError: On every rank, if the directory has checkpoints and :meth:`resume` was not called.
+            OSError: On every rank, if this checkpoint, or with ``asynchronous`` the one before, cannot
+                be written, and ``on_error`` is ``"raise"``.
+        """
+        self._settle()
+        error: Exception | None = None
+        state: State | None = None
+        number = -1
+        try:
+            number = _iteration(iteration)
+            state = collect(target, self.comm, copy=self.asynchronous)
+        except Exception as caught:  # noqa: BLE001 - targets may raise anything
+            error = caught
+        raise_together(self.comm, error)
+        if not all(agree(self.comm, number)):
+            raise_mismatch(self.comm, [("iteration", str(number))])
+        assert state is not None  # noqa: S101 - or there was an error
+        self._refuse_other_runs()
+        if self._newest is not None and number < self._newest:
+            raise ValueError(
+                f"iteration is {number}, and {self.directory} has a checkpoint of iteration "
+                f"{self._newest}: use another directory to start anew"
+            )
+        self._begun = number
+        try:
+            self._pending = self._archive.begin(number, state)
+        except OSError as caught:
+            self._fail(f"the checkpoint of iteration {number}", caught)
+        if not self.asynchronous:
+            self._settle()
+
+    def resume(self, target: Any) -> int:
+        """Go on from the newest checkpoint that is whole, if there is one. Collective.
+
+        Call it when the target is complete, with all extensions of a trainer, and before the first update.
+
+        Args:
+            target: Of the same kind as what was saved; changed in place.
+
+        Returns:
+            The iteration that it was saved with; 0 if there is none, and nothing was changed.
+
+        Raises:
+            RuntimeError: On every rank, if there are checkpoints but all are damaged; if the ranks do not
+                share the directory; or if a checkpoint does not fit to the target.
+            OSError: On every rank, if the directory cannot be read, or, unless ``on_error`` is
+                ``"warn"``, written to.
+        """
+        self._settle()
+        error: Exception | None = None
+        try:
+            check_target(target)
+            self._prepare(target)
+        except Exception as caught:  # noqa: BLE001 - iterators may raise anything
+            error = caught
+        raise_together(self.comm, error)
+        names = self._look()
+        self._looked = True
+        for name in reversed(names):
+            manifest = self._archive.check(name)
+            if manifest is not None:
+                self._archive.load(name, manifest, target)
+                self._newest = manifest.iteration
+                return manifest.iteration
+        if names:
+            raise RuntimeError(
+                f"no checkpoint in {self.directory} can be read, of {len(names)}; remove them to start "
+                "anew"
+            )
+        return 0
+
+    def close(self) -> None:
+        """Complete what is being written, and heed no signals any more. Collective."""
+        self._end(ended_well=True)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self._end(ended_well=error is None)
+
+    # Preemption
+
+    @property
+    def preempted(self) -> bool:
+        """Whether a rank was told to end. Collective, so ask in every step, on every rank.
+
+        Signals are heeded from the first time on. The answer is the same on every rank. With a Trainer
+        there is no need to ask.
+        """
+        if self.preemption:
+            self._signals.listen()
+        self._meet(wanted=False)
+        return self._preempted
+
+    def leave(self, target: Any, iteration: int) -> None:
+        """Save, wait until that is complete, and leave with status 75. Collective.
+
+        Args:
+            target: As for :meth:`save`.
+            iteration: As for :meth:`save`; nothing is saved if that was the last one.
+
+        Raises:
+            Preempted: On every rank: a ``SystemExit``.
+            Exception: What :meth:`save` raises.
+        """
+        if self._begun != iteration:
+            self.save(target, iteration)
+        self._settle()
+        if self.comm.rank == 0:
+            sys.stderr.write(
+                f"chainer_dist: preempted in iteration {iteration}; the newest complete checkpoint is of "
+                f"iteration {self._newest}; leaving with status {STATUS}.\n"
+            )
+            sys.stderr.flush()
+        raise Preempted(STATUS)
+
+    # As an extension
+
+    def initialize(self, trainer: chainer.training.Trainer) -> None:
+        """Begin to heed signals. Collective; a Trainer calls it.
+
+        Raises:
+            RuntimeError: On every rank, if there are checkpoints and :meth:`resume` was not called.
+        """
+        self._refuse_other_runs()
+        error: Exception | None = None
+        try:
+            self._prepare(trainer)
+            if self.preemption:
+                self._signals.listen()
+        except Exception as caught:  # noqa: BLE001 - iterators may raise anything
+            error = caught
+        raise_together(self.comm, error)
+        entry = trainer._extensions[self.name]
+        entry.trigger = AgreedTrigger(entry.trigger, self.comm, trainer.updater, self._meet)
+        self._outer_error = sys.exc_info()[1]
+
+    def __call__(self, trainer: chainer.training.Trainer) -> None:
+        """Save the trainer, and leave if a rank was told to end. Collective."""
+        iteration = trainer.updater.iteration
+        if self._preempted:
+            self.leave(trainer, iteration)
+        self.save(trainer, iteration)
+
+    def finalize(self) -> None:
+        """Complete what is being written, unless an exception is on its way. Collective."""
+        self._end(ended_well=sys.exc_info()[1] is self._outer_error)
+
+    # What all ranks do together
+
+    def _meet(self, wanted: bool) -> tuple[bool, bool]:
+        """Find out, in some steps, what the other ranks know. Collective.
+
+        Args:
+            wanted: Whether this rank wants to save.
+
+        Returns:
+            Whether rank 0 wants to save, and whether a rank was told to end.
+        """
+        is_writing = self._pending is not None and not self._pending.written.done()
+        answers = self._rounds.step(
+            self._signals.received, int(is_writing), int(wanted and self.comm.rank == 0)
+        )
+        if answers is None:
+            return False, self._preempted
+        signal, still_writing, agreed = answers
+        self._preempted = self._preempted or bool(signal)
+        if not still_writing:
+            self._settle()
+        return bool(agreed), self._preempted
+
+    def _settle(self) -> None:
+        """Complete the checkpoint that is being written, if there is one. Collective."""
+        pending, self._pending = self._pending, None
+        if pending is None:
+            return
+        try:
+            self._archive.complete(pending)
+        except Exception as caught:  # noqa: BLE001 - file systems may raise anything
+            self._fail(f"the checkpoint of iteration {pending.iteration}", caught)
+        else:
+            self._newest = pending.iteration
+            if self.comm.rank == 0:
+                _tell_progress(pending.iteration)
+
+    def _fail(self, what: str, error: Exception) -> None:
+        """Raise or warn of what all ranks know. Local."""
+        newest = "none" if self._newest is None else f"that of iteration {self._newest}"
+        message = (
+            f"{error}; {what} cannot be written to {self.directory}; newest complete one: {newest}"
+        )
+        if self.on_error == "raise":
+            raise rebuild_error(type(error), message) from error
+        if self.comm.rank == 0:
+            warnings.warn(message, stacklevel=4)
+
+    def _prepare(self, target: Any) -> None:
+        """Let iterators with workers be saved exactly, and bear signals. Local."""
+        prepare(target)
+        if self.preemption:
+            shield(target)
+
+    def _look(self) -> list[str]:
+        """Return the names of all checkpoints, when it is sure that all ranks see them. Collective."""
+        names = self._archive.names()
+        if not names:
+            try:
+                self._archive.check_shared()
+            except OSError as caught:
+                self._fail("checkpoints", caught)
+        return names
+
+    def _refuse_other_runs(self) -> None:
+        """Raise RuntimeError if there are checkpoints that nobody asked to go on from. Collective."""
+        if self._looked:
+            return
+        names = self._look()
+        if names:
+            raise RuntimeError(
+                f"{self.directory} has checkpoints, up to {names[-1]}: call resume() before training, or "
+                "give another directory"
+            )
+        self._looked = True
+
+    def _end(self, *, ended_well: bool) -> None:
+        """Heed no signals any more. Collective if all ranks are here: then complete what is written."""
+        self._signals.stop()
+        if ended_well:
+            self._settle()
+        elif self._pending is not None:
+            concurrent.futures.wait([self._pending.written])
+
+
+def _describe_options(
+    keep: Any, asynchronous: Any, on_error: Any, preemption: Any
+) -> list[tuple[str, str]]:
+    """Return what all ranks must say alike, or raise what is wrong. Local."""
+    if operator.index(keep) < 1:
+        raise ValueError(f"keep is {keep}, expected 1 or more")
+    if on_error not in ("raise", "warn"):
+        raise ValueError(f"on_error is {on_error!r}, expected 'raise' or 'warn'")
+    return [
+        ("keep", str(keep)),
+        ("asynchronous", str(bool(asynchronous))),
+        ("on_error", on_error),
+        ("preemption", str(bool(preemption))),
+    ]
+
+
+def _iteration(value: Any) -> int:
+    try:
+        number = operator.index(value)
+    except TypeError:
+        raise TypeError(f"iteration is {value!r}, expected an integer") from None
+    if number < 0:
+        raise ValueError(f"iteration is {number}, expected 0 or more")
+    return number
+
+
+def _tell_progress(iteration: int) -> None:
+    """Tell who has started the job how far it has come. Local."""
+    file = os.environ.get(PROGRESS_VARIABLE)
+    if file:
+        try:
+            write_atomically(Path(file), str(iteration))
+        except OSError as error:
+            warnings.warn(f"{PROGRESS_VARIABLE} cannot be written: {error}", stacklevel=4)
