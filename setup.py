@@ -110,6 +110,8 @@ setup(
     },
     packages=find_packages(include=["chainer_dist", "chainer_dist.*"]),
     package_data={"chainer_dist": ["py.typed"]},
+    # No entry point: that would import the package, with Chainer, before the launcher.
+    scripts=["chainer_dist/launch/chainer-dist"],
     zip_safe=False,
     cmdclass={"build": _Build, "build_pth": _BuildPth},
 )

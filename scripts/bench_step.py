@@ -19,13 +19,11 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import argparse
 import importlib.util
 import json
-import shutil
 import statistics
 import subprocess
 import sys
 import time
 import warnings
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import chainer
@@ -156,12 +154,10 @@ def run(contender: str, optimizer: str, batch: int, steps: int) -> None:
 
 def launch(script: str, ranks: int, *arguments: str) -> str:
     """Run a script under mpiexec and return what it prints."""
-    beside = Path(sys.executable).parent / "mpiexec"
-    mpiexec = str(beside) if beside.exists() else shutil.which("mpiexec")
-    if mpiexec is None:
-        raise SystemExit("no mpiexec found: pip install mpich")
+    from chainer_dist.launch import mpi
+
     job = subprocess.run(  # noqa: S603 - this script itself
-        [mpiexec, "-n", str(ranks), sys.executable, script, *arguments],
+        [mpi.find().mpiexec, "-n", str(ranks), sys.executable, script, *arguments],
         stdout=subprocess.PIPE,
         text=True,
         check=True,

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import functools
 import os
-import shutil
 import signal
 import subprocess
-import sys
 import tempfile
 from pathlib import Path
 from typing import NamedTuple
+
+from chainer_dist.launch import mpi
 
 ROOT = Path(__file__).resolve().parent.parent
 THREAD_VARIABLES = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
@@ -23,30 +24,19 @@ class Job(NamedTuple):
     output: str
 
 
-def mpiexec():
-    """Return the mpiexec beside this Python, or the one on the path."""
-    beside = Path(sys.executable).parent / "mpiexec"
-    found = str(beside) if beside.exists() else shutil.which("mpiexec")
-    if found is None:
-        raise FileNotFoundError("no mpiexec found: pip install mpich, or see the README")
-    return found
+find_mpi = functools.lru_cache(maxsize=None)(mpi.find)
 
 
 def environment(**more):
-    """Return the environment of a job: one thread a rank, and an Open MPI that runs as root."""
+    """Return the environment of a job: one thread a rank, and what this MPI's mpiexec wants."""
     env = {**os.environ, **dict.fromkeys(THREAD_VARIABLES, "1"), **more}
-    env.setdefault("PRTE_MCA_rmaps_default_mapping_policy", ":oversubscribe")
-    env.setdefault("OMPI_MCA_rmaps_base_oversubscribe", "1")  # the same for Open MPI 4
-    if hasattr(os, "geteuid") and os.geteuid() == 0:
-        env.setdefault("OMPI_ALLOW_RUN_AS_ROOT", "1")
-        env.setdefault("OMPI_ALLOW_RUN_AS_ROOT_CONFIRM", "1")
-    return env
+    return {**env, **mpi.environment(find_mpi(), env)}
 
 
 def run(command, ranks=None, *, timeout, capture=True, cwd=ROOT, env=None):
     """Run a command, under mpiexec if ranks are given, for at most timeout seconds."""
     if ranks is not None:
-        command = [mpiexec(), "-n", str(ranks), *command]
+        command = [find_mpi().mpiexec, "-n", str(ranks), *command]
     with tempfile.TemporaryFile() as output:
         job = subprocess.Popen(
             command,

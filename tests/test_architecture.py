@@ -32,6 +32,7 @@ LAYERS = [
     ["sharding", "links"],
     ["optimizers", "datasets", "iterators", "extensions"],
     ["updaters", "checkpoints"],
+    ["launch", "__main__"],
 ]
 # ChainerMN has these two as methods of the communicator; they call the exchange when called.
 DOORS = {("communicators/communicator_base.py", "exchange")}

@@ -9,6 +9,7 @@ import os
 import random
 import resource
 import shutil
+import tempfile
 import warnings
 from pathlib import Path
 
@@ -95,7 +96,7 @@ def make_trainer(comm, stop, *, iterator="serial", seed=0, hook=None, updater=No
     made = training.StandardUpdater(batches, optimizer)
     if updater is not None:
         made = updater(made, comm)
-    trainer = training.Trainer(made, (stop, "iteration"), out="unused")
+    trainer = training.Trainer(made, (stop, "iteration"), out=tempfile.gettempdir())
     trainer.extend(extensions.ExponentialShift("alpha", 0.9), trigger=(2, "iteration"))
     if comm.rank == 0:
         trainer.extend(extensions.LogReport(trigger=(1, "iteration"), filename=None))

@@ -93,6 +93,12 @@ def test_wheel_holds_the_whole_package(wheel):
     assert held == (set() if editable else wanted)
 
 
+def test_the_command(wheel):
+    """Ordinary or editable, the launcher comes along, for the Python it is installed for."""
+    (name,) = [name for name in wheel if name.endswith(".data/scripts/chainer-dist")]
+    assert wheel[name].startswith(b"#!python")
+
+
 def test_installed_pth_is_the_current_one():
     """`make install` runs again when ``_startup.py`` changes, as the .pth file is a copy of it."""
     installed = Path(sysconfig.get_path("purelib"), PTH)

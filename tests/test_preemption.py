@@ -49,7 +49,7 @@ def make_trainer(comm, stop):
     model = L.Classifier(L.Linear(2, 3, initialW=1))
     optimizer = create_multi_node_optimizer(chainer.optimizers.Adam(0.01), comm).setup(model)
     updater = training.StandardUpdater(DistributedIterator(DATA, 2, comm, seed=1), optimizer)
-    return training.Trainer(updater, (stop, "iteration"), out="unused")
+    return training.Trainer(updater, (stop, "iteration"), out=tempfile.gettempdir())
 
 
 def weights(trainer):
@@ -187,7 +187,7 @@ def test_ranks_meet_in_the_same_steps(comm):
 @contextlib.contextmanager
 def started(code, ranks, *arguments):
     """Start a job; yield it, and a function that returns what it has printed."""
-    command = [mpi_job.mpiexec(), "-n", str(ranks), sys.executable, "-c", code]
+    command = [mpi_job.find_mpi().mpiexec, "-n", str(ranks), sys.executable, "-c", code]
     with tempfile.TemporaryFile() as output:
         job = subprocess.Popen(
             [*command, *map(str, arguments)],

@@ -1,0 +1,271 @@
+"""The command line of ``chainer-dist``."""
+
+from __future__ import annotations
+
+import argparse
+import math
+import os
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, NoReturn
+
+from chainer_dist._version import __version__
+from chainer_dist.launch import output, wire
+from chainer_dist.launch.errors import LaunchError
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from chainer_dist.launch.hostfiles import Host
+    from chainer_dist.launch.job import Outcome
+    from chainer_dist.launch.mpi import Mpi
+
+__all__ = ["main"]
+
+USAGE_ERROR = 2
+HERE = Path(__file__).resolve().parent
+
+
+class _Parser(argparse.ArgumentParser):
+    """Says what is wrong in one line."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(USAGE_ERROR, f"{self.prog}: {message}; see {self.prog} --help\n")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Do what the command line says. Local.
+
+    Args:
+        arguments: Without the program's name; by default those of this process.
+
+    Returns:
+        The exit status: that of the job, 1 if it cannot be started, 2 if the call is wrong.
+    """
+    options = _parser().parse_args(arguments)
+    try:
+        return _info(options) if options.action == "info" else _run(options)
+    except LaunchError as error:
+        output.say(str(error))
+        return 1
+    except KeyboardInterrupt:  # beside a job
+        return 130
+
+
+def _parser() -> _Parser:
+    parser = _Parser(prog="chainer-dist", description="Distributed training for Chainer over MPI.")
+    parser.add_argument("--version", action="version", version=__version__)
+    actions = parser.add_subparsers(dest="action", required=True, metavar="run | info")
+    run = actions.add_parser(
+        "run",
+        help="run a script on many ranks",
+        usage="chainer-dist run [options] (script.py | -m MODULE) [arguments of the script]",
+        description="Run a Python script on many ranks, by the mpiexec of the MPI that mpi4py loads.",
+        epilog="The exit status is that of the first rank that failed, 128 and the number of the signal "
+        "that killed it, or 124 after the time limit.",
+    )
+    _add_places(run, "the slots of the hosts, or the number of cores")
+    run.add_argument(
+        "--max-restarts",
+        type=_count,
+        default=0,
+        metavar="N",
+        help="after a failure start again, on the hosts that can still be reached, up to N times; "
+        "the script goes on from its newest checkpoint (default: 0)",
+    )
+    run.add_argument(
+        "--timeout",
+        type=_seconds,
+        default=math.inf,
+        metavar="SECONDS",
+        help="end the job, restarts included, after so long, with status 124",
+    )
+    run.add_argument(
+        "--timeline", metavar="FILE", help="write what the ranks did when, to open in Perfetto"
+    )
+    run.add_argument(
+        "--env",
+        action="append",
+        default=[],
+        metavar="NAME[=VALUE]",
+        help="set an environment variable, or take one to other hosts; may be repeated",
+    )
+    run.add_argument("--no-prefix", action="store_true", help="print lines without [rank]")
+    run.add_argument("--no-pin", action="store_true", help="do not bind ranks to cores")
+    run.add_argument("--dry-run", action="store_true", help="print the command that would be run")
+    run.add_argument("-m", dest="module", nargs=argparse.REMAINDER, help=argparse.SUPPRESS)
+    run.add_argument("script", nargs=argparse.REMAINDER, help=argparse.SUPPRESS)
+    info = actions.add_parser(
+        "info",
+        help="say what there is, and what will hurt",
+        description="Print versions, hosts, cores and communicators, and warnings. With hosts or -n, "
+        "or under mpiexec, of all ranks.",
+    )
+    _add_places(info, "one process without mpiexec")
+    info.add_argument("--json", action="store_true", help="print JSON")
+    info.set_defaults(max_restarts=0, timeout=math.inf, no_prefix=True, dry_run=False)
+    for action in (run, info):
+        action.set_defaults(wrong=action.error)
+    return parser
+
+
+def _add_places(parser: argparse.ArgumentParser, default: str) -> None:
+    parser.add_argument(
+        "-n",
+        type=_positive,
+        dest="n_ranks",
+        metavar="N",
+        help=f"number of ranks (default: {default})",
+    )
+    where = parser.add_mutually_exclusive_group()
+    where.add_argument("--hosts", metavar="A:2,B:2", help="hosts, and how many ranks each takes")
+    where.add_argument(
+        "--hostfile", metavar="FILE", help="a file of them, in the format of MPICH or Open MPI"
+    )
+    parser.add_argument("--mpiexec", metavar="PATH", help="the mpiexec to use")
+    parser.add_argument(
+        "--address", metavar="NAME", help="name or address at which other hosts reach this one"
+    )
+
+
+def _positive(text: str) -> int:
+    if not (text.isascii() and text.isdigit()) or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is no number from 1 up")
+    return int(text)
+
+
+def _count(text: str) -> int:
+    if not (text.isascii() and text.isdigit()):
+        raise argparse.ArgumentTypeError(f"{text!r} is no number from 0 up")
+    return int(text)
+
+
+def _seconds(text: str) -> float:
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = math.nan
+    if not seconds > 0:
+        raise argparse.ArgumentTypeError(f"{text!r} is no number of seconds")
+    return seconds
+
+
+def _run(options: argparse.Namespace) -> int:
+    from chainer_dist.launch import mpi
+
+    script = _script(options)
+    added = _added_environment(options)
+    return _launch(mpi.find(options.mpiexec), script, added, options)
+
+
+def _launch(
+    found: Mpi, script: Sequence[str], added: dict[str, str], options: argparse.Namespace
+) -> int:
+    """Run ``python`` with these arguments on the ranks, or say how it would be run."""
+    import shlex
+
+    from chainer_dist.launch import mpi, restarts
+    from chainer_dist.launch.job import Job, addresses
+    from chainer_dist.launch.stdin import Input
+
+    n_ranks, hosts = _places(options)
+    added = {**mpi.environment(found, {**os.environ, **added}), **added}
+    monitor = [sys.executable, str(HERE), "rank", *script]
+    if options.dry_run:
+        command = [*mpi.command(found, n_ranks, hosts, [*added]), *monitor]
+        settings = [f"{name}={value}" for name, value in added.items()]
+        sys.stdout.write(shlex.join(["env", *settings, *command]) + "\n")
+        return 0
+    stdin = Input()
+
+    def start(attempt: int, n_ranks: int, hosts: Sequence[Host], seconds: float) -> Outcome:
+        environ = {**added, wire.RESTART: str(attempt)}
+        return Job(
+            [*mpi.command(found, n_ranks, hosts, [*environ, wire.LAUNCHER]), *monitor],
+            {**os.environ, **environ},
+            n_ranks,
+            reach=addresses(hosts, options.address),
+            stdin=stdin,
+            prefix=n_ranks > 1 and not options.no_prefix,
+            seconds=seconds,
+        ).run()
+
+    return restarts.run(
+        start,
+        n_ranks,
+        hosts,
+        max_restarts=options.max_restarts,
+        seconds=options.timeout,
+        probe=lambda hosts: restarts.reachable(found, hosts),
+    )
+
+
+def _info(options: argparse.Namespace) -> int:
+    import json
+
+    from chainer_dist.launch import mpi
+
+    found = problem = None
+    try:
+        found = mpi.find(options.mpiexec)
+    except LaunchError as error:
+        problem = str(error)
+    launcher = {"mpi": found._asdict() if found else None, "problem": problem}
+    flags = ["--json"] if options.json else []
+    report = ["-m", "chainer_dist.launch.report", json.dumps(launcher), *flags]
+    if not (options.n_ranks or options.hosts or options.hostfile):
+        os.execv(sys.executable, [sys.executable, *report])  # noqa: S606 - under mpiexec this is a rank
+    if found is None:
+        raise LaunchError(problem)
+    return _launch(found, report, {}, options)
+
+
+def _script(options: argparse.Namespace) -> list[str]:
+    """Return what comes after ``python``."""
+    if options.module is not None:
+        if not options.module:
+            options.wrong("-m wants the name of a module")
+        return ["-m", *options.module]
+    script: list[str] = options.script
+    if script[:1] == ["--"]:
+        script = script[1:]
+    if not script:
+        options.wrong("no script is given")
+    if not Path(script[0]).is_file():
+        options.wrong(f"there is no script {script[0]!r}")
+    return script
+
+
+def _added_environment(options: argparse.Namespace) -> dict[str, str]:
+    added = {}
+    for item in options.env:
+        name, equals, value = item.partition("=")
+        if not name or (not equals and name not in os.environ):
+            options.wrong(f"--env {item}: {name or 'this'} is not set here; give NAME=VALUE")
+        added[name] = value if equals else os.environ[name]
+    if options.no_pin:
+        added[wire.PIN] = "0"
+    if options.timeline:
+        added[wire.TIMELINE] = str(Path(options.timeline).absolute())
+    return added
+
+
+def _places(options: argparse.Namespace) -> tuple[int, list[Host]]:
+    """Return the number of ranks, and the hosts if they are not this one alone."""
+    from chainer_dist.launch import cores, hostfiles, mpi
+
+    hosts: list[Host] = []
+    try:
+        if options.hosts:
+            hosts = hostfiles.parse_hosts(options.hosts)
+        elif options.hostfile:
+            hosts = hostfiles.read_hostfile(options.hostfile)
+    except LaunchError as error:
+        options.wrong(str(error))
+    if not hosts:
+        _, hosts = hostfiles.allocation(os.environ) or ("", [])
+    n_ranks = options.n_ranks or hostfiles.n_slots(hosts) or cores.n_cores()
+    most = [host.max_slots for host in hosts]
+    if hosts and None not in most and n_ranks > sum(number or 0 for number in most):
+        options.wrong(f"{n_ranks} ranks are more than the max_slots of the hosts")
+    return n_ranks, [] if all(mpi.is_here(host.name) for host in hosts) else hosts

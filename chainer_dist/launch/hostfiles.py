@@ -1,0 +1,260 @@
+"""On which hosts a job runs, and how many ranks each takes.
+
+Hosts come from the command line, from a file in the format of MPICH or of Open MPI, or from the
+scheduler: Slurm and PBS tell the processes of a job which hosts are theirs.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+from chainer_dist.launch.errors import LaunchError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator, Mapping
+
+__all__ = [
+    "Host",
+    "allocation",
+    "expand",
+    "n_slots",
+    "parse_hostfile",
+    "parse_hosts",
+    "read_hostfile",
+]
+
+_NAME = re.compile(r"\w[\w.-]*", re.ASCII)
+_SETTING = re.compile(r"([\w-]+)\s*=\s*(\S+)")
+_RANGE = re.compile(r"(\d+)(?:-(\d+))?", re.ASCII)
+_REPEATED = re.compile(r"(\d+)(?:\(x(\d+)\))?", re.ASCII)
+MAX_HOSTS = 100_000  # a slip such as node[1-10000000000] should not fill the memory
+
+
+class Host(NamedTuple):
+    """A machine.
+
+    Attributes:
+        name: As ``mpiexec`` is to reach it.
+        slots: How many ranks it takes, at least 1.
+        max_slots: How many it may take if there are more ranks than slots; None is any number.
+    """
+
+    name: str
+    slots: int = 1
+    max_slots: int | None = None
+
+
+def n_slots(hosts: Iterable[Host]) -> int:
+    """Return how many ranks the hosts take together. Local."""
+    return sum(host.slots for host in hosts)
+
+
+def parse_hostfile(text: str, source: str) -> list[Host]:
+    """Read a hostfile. Local.
+
+    A line is a host in MPICH's format, ``node1:4``, or in Open MPI's, ``node1 slots=4 max_slots=8``
+    (``max-slots`` too), whichever MPI will be used. A host alone takes one rank, and one that is
+    named again takes more. ``node[01-03,7]`` stands for four hosts. ``#`` begins a comment.
+
+    Args:
+        text: Content of the file.
+        source: Its name, for the error.
+
+    Returns:
+        The hosts in the order of the file, each once, at least one.
+
+    Raises:
+        LaunchError: With the file's name and the line's number, if a line is none of these.
+    """
+    hosts = []
+    for number, line in enumerate(text.splitlines(), 1):
+        words = line.partition("#")[0].strip()
+        try:
+            hosts += _parse_line(words) if words else []
+        except LaunchError as error:
+            raise LaunchError(f"{source}, line {number}: {error}") from None
+    if not hosts:
+        raise LaunchError(f"{source} names no host; a line is node1:4 or node1 slots=4")
+    return _merged(hosts)
+
+
+def parse_hosts(text: str) -> list[Host]:
+    """Read hosts from one line: ``node1:4,node2:4``, ``node[1-2]:4``. Local.
+
+    Returns:
+        The hosts in that order, each once, at least one.
+
+    Raises:
+        LaunchError: If it cannot be read.
+    """
+    try:
+        return _merged([host for item in _split(text) for host in _parse_line(item.strip())])
+    except LaunchError as error:
+        raise LaunchError(f"hosts {text!r}: {error}") from None
+
+
+def expand(nodelist: str) -> list[str]:
+    """Return the names that a list in Slurm's notation stands for. Local.
+
+    Args:
+        nodelist: Such as ``login,node[01-03,7],rack[1-2]n[0-9]``; leading zeros are kept.
+
+    Returns:
+        The names in that order, repeated ones included.
+
+    Raises:
+        LaunchError: If it cannot be read.
+    """
+    names: list[str] = []
+    for item in _split(nodelist):
+        names += _expand_item(item.strip())
+        if len(names) > MAX_HOSTS:
+            raise LaunchError(f"{nodelist!r} are more than {MAX_HOSTS:,} hosts")
+    return names
+
+
+def allocation(environ: Mapping[str, str]) -> tuple[str, list[Host]] | None:
+    """Return the hosts that a scheduler has given to this job. Local.
+
+    Args:
+        environ: The environment of the process.
+
+    Returns:
+        The name of the scheduler, "Slurm" or "PBS", and the hosts; None outside of a job.
+
+    Raises:
+        LaunchError: If what the scheduler says cannot be read.
+    """
+    if "SLURM_JOB_NODELIST" in environ:
+        return "Slurm", _from_slurm(environ)
+    if "PBS_NODEFILE" in environ:
+        file = environ["PBS_NODEFILE"]
+        try:
+            text = Path(file).read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise LaunchError(f"PBS_NODEFILE: {file}: {_strerror(error)}") from None
+        return "PBS", parse_hostfile(text, f"PBS_NODEFILE {file}")
+    return None
+
+
+def read_hostfile(file: str) -> list[Host]:
+    """Read the hostfile of that name; see :func:`parse_hostfile`. Local.
+
+    Raises:
+        LaunchError: If it is not there or cannot be read.
+    """
+    try:
+        text = Path(file).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise LaunchError(f"hostfile {file}: {_strerror(error)}") from None
+    return parse_hostfile(text, file)
+
+
+def _strerror(error: OSError | UnicodeDecodeError) -> str:
+    return str(getattr(error, "strerror", None) or error)
+
+
+def _parse_line(words: str) -> list[Host]:
+    first, *rest = words.split(maxsplit=1)
+    names, colon, count = first.rpartition(":")
+    settings = rest[0] if rest else ""
+    if not colon:
+        names, count = first, "1"
+    elif settings:
+        raise LaunchError(f"{words!r} is neither node1:4 nor node1 slots=4")
+    given = dict(_SETTING.findall(settings))
+    left = _SETTING.sub("", settings).strip()
+    unknown = [left] if left else sorted({*given} - {"slots", "max_slots", "max-slots"})
+    if unknown:
+        raise LaunchError(
+            f"{unknown[0]!r} is not known; after the host may follow slots= and max_slots="
+        )
+    slots = _count(given.get("slots", count), "slots")
+    most = given.get("max_slots", given.get("max-slots"))
+    max_slots = None if most is None else _count(most, "max_slots")
+    if max_slots is not None and max_slots < slots:
+        raise LaunchError(f"max_slots={max_slots} is less than slots={slots}")
+    return [Host(name, slots, max_slots) for name in expand(names)]
+
+
+def _count(text: str, what: str) -> int:
+    if not (text.isascii() and text.isdigit()) or int(text) < 1:
+        raise LaunchError(f"{what} are a number from 1 up, not {text!r}")
+    return int(text)
+
+
+def _merged(hosts: list[Host]) -> list[Host]:
+    """Return each host once, with the sum of its slots."""
+    merged: dict[str, Host] = {}
+    for host in hosts:
+        before = merged.get(host.name, Host(host.name, 0, 0))
+        most = (before.max_slots, host.max_slots)
+        merged[host.name] = Host(
+            host.name,
+            before.slots + host.slots,
+            None if None in most else sum(number or 0 for number in most),
+        )
+    return list(merged.values())
+
+
+def _split(text: str) -> Iterator[str]:
+    """Split at the commas outside of brackets."""
+    depth, item = 0, ""
+    for letter in text:
+        depth += (letter == "[") - (letter == "]")
+        if letter == "," and depth == 0:
+            yield item
+            item = ""
+        else:
+            item += letter
+    yield item
+
+
+def _expand_item(item: str) -> list[str]:
+    names = [""]
+    for part in re.split(r"(\[[^][]*\])", item):
+        ends = _expand_ranges(part[1:-1]) if part.startswith("[") else [part]
+        if len(names) * len(ends) > MAX_HOSTS:
+            raise LaunchError(f"{item!r} are more than {MAX_HOSTS:,} hosts")
+        names = [name + end for name in names for end in ends]
+    for name in names:
+        if not _NAME.fullmatch(name):
+            raise LaunchError(f"{item!r} is no host; hosts are node1 or node[01-03,7]")
+    return names
+
+
+def _expand_ranges(ranges: str) -> list[str]:
+    numbers: list[str] = []
+    for item in ranges.split(","):
+        match = _RANGE.fullmatch(item.strip())
+        if not match:
+            raise LaunchError(f"[{ranges}] is no list of numbers and ranges such as [01-03,7]")
+        first, last = match[1], match[2] or match[1]
+        if int(last) < int(first):
+            raise LaunchError(f"[{ranges}]: {first}-{last} runs backward")
+        if int(last) - int(first) >= MAX_HOSTS:
+            raise LaunchError(f"[{ranges}] are more than {MAX_HOSTS:,} hosts")
+        numbers += [str(n).zfill(len(first)) for n in range(int(first), int(last) + 1)]
+    return numbers
+
+
+def _from_slurm(environ: Mapping[str, str]) -> list[Host]:
+    try:
+        names = expand(environ["SLURM_JOB_NODELIST"])
+    except LaunchError as error:
+        raise LaunchError(f"SLURM_JOB_NODELIST: {error}") from None
+    tasks = environ.get("SLURM_TASKS_PER_NODE", f"1(x{len(names)})")
+    counts: list[int] = []
+    for item in tasks.split(","):
+        match = _REPEATED.fullmatch(item.strip())
+        if not match or int(match[1]) < 1 or int(match[2] or 1) > MAX_HOSTS:
+            raise LaunchError(f"SLURM_TASKS_PER_NODE is {tasks!r}, expected a list such as 2(x3),1")
+        counts += [int(match[1])] * int(match[2] or 1)
+    if len(counts) != len(names):
+        raise LaunchError(
+            f"SLURM_TASKS_PER_NODE={tasks} is for {len(counts)} hosts, "
+            f"SLURM_JOB_NODELIST={environ['SLURM_JOB_NODELIST']} has {len(names)}"
+        )
+    return [Host(name, slots) for name, slots in zip(names, counts)]

@@ -1,0 +1,459 @@
+"""One job: ``mpiexec``, the monitors of its ranks, what they print, and how it ends."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import functools
+import hmac
+import json
+import math
+import resource
+import secrets
+import signal
+import socket
+from collections import deque
+from typing import TYPE_CHECKING, NamedTuple
+
+from chainer_dist.launch import mpi, output, wire
+from chainer_dist.launch.errors import LaunchError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping, Sequence
+
+    from chainer_dist.launch.hostfiles import Host
+    from chainer_dist.launch.stdin import Input
+
+__all__ = ["Job", "Outcome", "addresses"]
+
+TIMED_OUT = 124  # as timeout(1) has it
+SECONDS_TO_START = 300
+SECONDS_TO_SPEAK = 0.5  # for the other ranks, after the first has failed
+SECONDS_TO_SAVE = 10  # the same, where the ranks were asked to end by a signal from outside
+SECONDS_TO_DUMP = 1  # where a rank hangs, on SIGABRT
+SECONDS_TO_OBEY = 5  # from SIGTERM to SIGKILL, and from that to giving up
+SECONDS_TO_SAY_HELLO = 10
+N_LINES = 200  # that are kept of what mpiexec says
+MORE_FILES = 100  # that may be open, beside a connection to each rank
+
+# An address that is nobody's: the way to it begins at the interface that most ways begin at.
+SOMEWHERE = "198.51.100.1"
+
+_HINTS = {
+    "SIGKILL": " (by the system, if memory was short)",
+    "SIGSEGV": " (a crash in compiled code)",
+}
+
+
+class Outcome(NamedTuple):
+    """How a job ended.
+
+    Attributes:
+        status: Exit status: 0, that of the first rank that failed, 128 and the number of the signal
+            that killed it, or 124 for the time limit.
+        reason: Which rank failed first and why, or what else ended the job; "" if nothing did.
+        final: Whether starting again is pointless: it ended well, in time, or by the user's wish.
+        progress: The largest number that ranks have written as their progress, or None.
+    """
+
+    status: int
+    reason: str
+    final: bool
+    progress: int | None
+
+
+class Job:
+    """A job that is started once.
+
+    Args:
+        command: ``mpiexec`` and its arguments, and what each rank is to run, a monitor.
+        environ: Environment of ``mpiexec``.
+        n_ranks: How many monitors are expected.
+        reach: Addresses of this host that the hosts of the ranks can reach.
+        stdin: What rank 0 reads.
+        prefix: Whether lines are printed with the number of their rank.
+        seconds: Time limit.
+    """
+
+    def __init__(
+        self,
+        command: Sequence[str],
+        environ: Mapping[str, str],
+        n_ranks: int,
+        *,
+        reach: Sequence[str],
+        stdin: Input,
+        prefix: bool,
+        seconds: float = math.inf,
+    ) -> None:
+        self._command = command
+        self._environ = environ
+        self._n_ranks = n_ranks
+        self._reach = reach
+        self._stdin = stdin
+        self._prefix = prefix
+        self._seconds = seconds
+        self._token = secrets.token_hex(16)
+        self._ranks: dict[int, _Rank] = {}
+        self._failed: list[_Rank] = []  # by themselves, in this order
+        self._ending = False  # whether the launcher ends the ranks
+        self._verdict: tuple[int, str] | None = None  # the launcher's own reason to end the job
+        self._signal: signal.Signals | None = None  # that the ranks were asked to end with
+        self._status: int | None = None  # of mpiexec
+        self._talks: set[asyncio.Task[None]] = set()  # keeps them alive, too
+        self._said: deque[bytes] = deque(maxlen=N_LINES)  # by mpiexec
+        self._progress: int | None = None
+
+    def run(self) -> Outcome:
+        """Run the job to its end; no process of it is left then. Local.
+
+        Raises:
+            LaunchError: If mpiexec cannot be started.
+        """
+        return asyncio.run(self._run())
+
+    async def _run(self) -> Outcome:
+        self._loop = asyncio.get_running_loop()
+        self._changed = asyncio.Event()
+        for number in wire.FORWARDED:
+            self._loop.add_signal_handler(number, self._forward, number)
+        _allow_open_files(self._n_ranks + MORE_FILES)
+        everywhere = "::" if any(":" in address for address in self._reach) else "0.0.0.0"  # noqa: S104
+
+        def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            self._talks.add(self._loop.create_task(self._serve(reader, writer)))
+
+        here = "127.0.0.1" if [*self._reach] == ["127.0.0.1"] else everywhere
+        server = await asyncio.start_server(serve, here, 0, backlog=self._n_ranks + MORE_FILES)
+        port = server.sockets[0].getsockname()[1]
+        where = ",".join([self._token, str(port), *self._reach])
+        mpiexec = await self._start({**self._environ, wire.LAUNCHER: where})
+        try:
+            await self._supervise()
+            await self._end_ranks()
+            if not await self._until(lambda: self._status is not None, SECONDS_TO_OBEY):
+                mpiexec.kill()
+                await self._until(lambda: self._status is not None, SECONDS_TO_OBEY)
+        finally:
+            server.close()
+            for talk in self._talks:
+                talk.cancel()
+            ended = await asyncio.gather(*self._talks, return_exceptions=True)
+        for error in ended:
+            if isinstance(error, Exception):
+                raise error
+        return self._outcome()
+
+    async def _start(self, environ: Mapping[str, str]) -> asyncio.subprocess.Process:
+        # What a terminal or a scheduler sends to all processes must not end mpiexec before the ranks
+        # have had their say. In a session of its own it could not ask for ssh's passwords.
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, wire.FORWARDED)
+        try:
+            mpiexec = await asyncio.create_subprocess_exec(
+                *self._command,
+                env=environ,
+                stdin=asyncio.subprocess.DEVNULL,
+                stdout=asyncio.subprocess.PIPE,
+                stderr=asyncio.subprocess.STDOUT,
+            )
+        except OSError as error:
+            raise LaunchError(f"{self._command[0]} cannot be started: {error}") from None
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        self._talks.add(self._loop.create_task(self._listen_to(mpiexec)))
+        return mpiexec
+
+    async def _listen_to(self, mpiexec: asyncio.subprocess.Process) -> None:
+        lines = output.Lines(self._mpiexec_says)
+        assert mpiexec.stdout is not None  # noqa: S101 - for the type checker
+        while True:
+            said = await mpiexec.stdout.read(wire.CHUNK)
+            if not said:
+                break
+            lines.add(said)
+        lines.end()
+        self._status = await mpiexec.wait()
+        self._changed.set()
+
+    def _mpiexec_says(self, line: bytes) -> None:
+        self._said.append(line)
+        if len(self._ranks) < self._n_ranks and not self._failed:
+            self._show_mpiexec()  # it may be asking for something, or say why there are no ranks
+
+    def _show_mpiexec(self) -> None:
+        while self._said:
+            self._write(wire.ERR, b"[mpiexec] " + self._said.popleft())
+
+    async def _supervise(self) -> None:
+        """Wait for the job's end, or for a reason to end it."""
+        limit = self._loop.time() + self._seconds
+        all_there = await self._until(
+            lambda: len(self._ranks) == self._n_ranks or self._is_over(),
+            min(SECONDS_TO_START, self._seconds),
+        )
+        if not all_there and self._seconds > SECONDS_TO_START:
+            missing = [rank for rank in range(self._n_ranks) if rank not in self._ranks]
+            reason = f"{len(missing)} of {self._n_ranks} ranks, of which the first is {missing[0]},"
+            self._verdict = 1, f"{reason} have not started within {SECONDS_TO_START} s"
+        elif not await self._until(self._is_over, limit - self._loop.time()):
+            there = sorted(rank.number for rank in self._alive())
+            who = f"rank {', '.join(map(str, there))}" if there else "mpiexec"
+            self._verdict = TIMED_OUT, f"the time limit is reached; {who} had not ended"
+            self._send_all(wire.SIGNAL, signal.SIGABRT)  # faulthandler says where they are
+            await self._until(lambda: not self._alive(), SECONDS_TO_DUMP)
+
+    def _is_over(self) -> bool:
+        if self._verdict or self._status is not None:
+            return True
+        if len(self._ranks) == self._n_ranks and not self._alive():
+            return True
+        patience = SECONDS_TO_SAVE if self._signal else 0
+        return any(self._loop.time() >= rank.ended_at + patience for rank in self._failed)
+
+    async def _end_ranks(self) -> None:
+        if self._verdict is None:
+            # Without mpiexec the monitors end their scripts by themselves, and say so.
+            patience = SECONDS_TO_SPEAK if self._status is None else SECONDS_TO_OBEY
+            await self._until(lambda: not self._alive(), patience)
+        self._ending = True
+        self._send_all(wire.SIGNAL, signal.SIGTERM)
+        if not await self._until(lambda: not self._alive(), SECONDS_TO_OBEY):
+            self._send_all(wire.KILL)
+            await self._until(lambda: not self._alive(), SECONDS_TO_OBEY)
+        for rank in self._ranks.values():
+            rank.send(wire.BYE)
+
+    def _alive(self) -> list[_Rank]:
+        return [rank for rank in self._ranks.values() if rank.ended_at == math.inf]
+
+    async def _until(self, condition: Callable[[], object], seconds: float) -> bool:
+        """Wait until a condition holds; return whether it does."""
+        deadline = self._loop.time() + seconds
+        while not condition():
+            left = deadline - self._loop.time()
+            if left <= 0:
+                return False
+            self._changed.clear()
+            with contextlib.suppress(asyncio.TimeoutError):
+                await asyncio.wait_for(self._changed.wait(), min(left, 1))
+        return True
+
+    def _send_all(self, kind: bytes, number: int = 0) -> None:
+        for rank in self._alive():
+            rank.send(kind, b"%d" % number)
+
+    def _forward(self, number: signal.Signals) -> None:
+        """Pass a signal on to the scripts."""
+        if number == signal.SIGINT and self._signal is signal.SIGINT:
+            self._verdict = 128 + number, "interrupted twice: the ranks were killed"
+            self._send_all(wire.KILL)
+            self._changed.set()
+            return
+        if number not in (signal.SIGUSR1, signal.SIGUSR2):
+            self._signal = number
+            more = "; Ctrl-C again kills them" if number == signal.SIGINT else ""
+            output.say(f"{number.name}: the ranks are asked to end{more}")
+            if not self._ranks:
+                self._verdict = 128 + number, f"{number.name} came before any rank had started"
+                self._changed.set()
+        self._send_all(wire.SIGNAL, number)
+
+    async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        """Listen to a monitor for as long as it speaks."""
+        try:
+            rank = await asyncio.wait_for(self._meet(reader, writer), SECONDS_TO_SAY_HELLO)
+        except Exception:  # noqa: BLE001 - a stranger may send anything
+            writer.close()
+            return
+        self._ranks[rank.number] = rank
+        if self._ending or self._signal:
+            rank.send(wire.SIGNAL, b"%d" % (self._signal or signal.SIGTERM))
+        self._changed.set()
+        try:
+            while True:
+                kind, length = wire.HEADER.unpack(await reader.readexactly(wire.HEADER.size))
+                self._hear(rank, kind, await reader.readexactly(length))
+        except (asyncio.IncompleteReadError, OSError):
+            pass
+        finally:
+            writer.close()
+            if rank.ended_at == math.inf:  # somebody killed the monitor, or its host is gone
+                self._has_ended(rank, by_itself=True)
+
+    async def _meet(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> _Rank:
+        kind, length = wire.HEADER.unpack(await reader.readexactly(wire.HEADER.size))
+        if kind != wire.HELLO or length > wire.MAX_HELLO:
+            raise ValueError("no greeting")
+        hello = json.loads(await reader.readexactly(length))
+        if not hmac.compare_digest(str(hello["token"]), self._token):
+            raise ValueError("a stranger")
+        wire.notice_lost_host(writer.get_extra_info("socket"))
+        number = int(hello["rank"])
+        if number in self._ranks or not 0 <= number < self._n_ranks:
+            raise ValueError(f"there is no other rank {number}")
+        return _Rank(number, str(hello["host"]), writer, self._write, prefix=self._prefix)
+
+    def _hear(self, rank: _Rank, kind: bytes, content: bytes) -> None:
+        if kind in (wire.OUT, wire.ERR):
+            rank.print(kind, content)
+            if rank.words.abort is not None and rank not in self._failed and not self._ending:
+                self._failed.append(rank)  # the others will end because of it
+        elif kind == wire.PROGRESS:
+            try:
+                self._progress = max(int(content), self._progress or 0)
+            except ValueError:
+                output.say(
+                    f"rank {rank.number} wrote {content!r} as its progress, which is no integer"
+                )
+        elif kind == wire.WANT:
+            self._stdin.ask(self._loop, functools.partial(rank.send, wire.IN))
+        elif kind == wire.END:
+            end = json.loads(content)
+            rank.status = end["status"]
+            self._has_ended(rank, by_itself=end["by_itself"])
+
+    def _has_ended(self, rank: _Rank, *, by_itself: bool) -> None:
+        rank.ended_at = self._loop.time()
+        rank.print_rest()
+        by_itself = by_itself and not (self._ending or self._verdict)
+        if rank.status != 0 and by_itself and rank not in self._failed:
+            self._failed.append(rank)
+        self._changed.set()
+
+    def _write(self, kind: bytes, text: bytes) -> None:
+        try:
+            output.write(kind, text)
+        except BrokenPipeError:
+            output.give_up_writing()
+            self._verdict = 128 + signal.SIGPIPE, "nobody reads the output any more"
+            self._changed.set()
+
+    def _outcome(self) -> Outcome:
+        ranks = self._ranks.values()
+        bad = [rank for rank in ranks if rank.status != 0]
+        final = False
+        if self._verdict:
+            status, reason = self._verdict
+            final = status != 1
+        elif self._failed:
+            if self._failed[0].status is None:
+                self._show_mpiexec()  # the monitor's own last words came this way
+            status, reason = self._failed[0].exit_status(), self._failed[0].why()
+        elif self._status or bad or len(ranks) < self._n_ranks:
+            self._show_mpiexec()
+            status = self._status or (bad[0].exit_status() if bad else 1)
+            reason = f"mpiexec ended the job with status {status}"
+            left = [str(rank.number) for rank in ranks if rank.status == 0]
+            if not ranks:
+                reason += " before any rank had started"
+            elif left:
+                reason += f" after rank {', '.join(left)} had left with status 0"
+        else:
+            self._show_mpiexec()
+            status, reason, final = 0, "", True
+        if self._signal and not self._verdict:
+            reason = f"ended after {self._signal.name}" + (f"; {reason}" if reason else "")
+            final = True
+        return Outcome(status, reason, final, self._progress)
+
+
+class _Rank:
+    """What the launcher knows of a rank."""
+
+    def __init__(
+        self,
+        number: int,
+        host: str,
+        writer: asyncio.StreamWriter,
+        write: Callable[[bytes, bytes], None],
+        *,
+        prefix: bool,
+    ) -> None:
+        self.number = number
+        self.host = host
+        self.writer = writer
+        self.ended_at = math.inf
+        self.status: int | None = None  # None if it is not known
+        self.words = output.LastWords()
+        self._write = write
+        self._prefix = b"[%d] " % number if prefix else b""
+        self._lines = {
+            wire.OUT: output.Lines(lambda line: self._take(wire.OUT, line)),
+            wire.ERR: output.Lines(lambda line: self._take(wire.ERR, line)),
+        }
+
+    def send(self, kind: bytes, content: bytes = b"") -> None:
+        if not self.writer.is_closing():
+            self.writer.write(wire.message(kind, content))
+
+    def print(self, kind: bytes, content: bytes) -> None:
+        if not self._prefix:
+            self._write(kind, content)
+        self._lines[kind].add(content)
+
+    def print_rest(self) -> None:
+        for lines in self._lines.values():
+            lines.end()
+
+    def _take(self, kind: bytes, line: bytes) -> None:
+        if kind == wire.ERR:
+            self.words.add(line)
+        if self._prefix:
+            self._write(kind, self._prefix + line)
+
+    def exit_status(self) -> int:
+        if self.words.abort is not None:
+            return self.words.abort  # MPI_Abort itself ends with other ones
+        if self.status is None:
+            return 1
+        return 128 - self.status if self.status < 0 else self.status
+
+    def why(self) -> str:
+        who = f"rank {self.number} on {self.host}"
+        if self.words.abort is None and self.status is None:
+            return f"the connection to {who} broke"
+        if self.words.abort is None and self.status is not None and self.status < 0:
+            name = signal.Signals(-self.status).name
+            return f"{who} failed first: killed by {name}{_HINTS.get(name, '')}"
+        status = f"exit status {self.exit_status()}"
+        exception = self.words.exception
+        return f"{who} failed first: {f'{exception} ({status})' if exception else status}"
+
+
+def addresses(hosts: Sequence[Host], given: str | None = None) -> list[str]:
+    """Return at which addresses ranks on these hosts may reach this host. Local.
+
+    Args:
+        hosts: Where ranks run; none is this host only.
+        given: What the user says.
+
+    Raises:
+        LaunchError: If there is none.
+    """
+    if given:
+        return [given]
+    others = [host.name for host in hosts if not mpi.is_here(host.name)]
+    if not others:
+        return ["127.0.0.1"]
+    found: list[str] = []
+    for host in (*others[:9], socket.gethostname(), SOMEWHERE):
+        with (
+            contextlib.suppress(OSError),
+            socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as route,
+        ):
+            route.connect((host, 9))  # sends nothing
+            found.append(route.getsockname()[0])
+    found = [address for address in dict.fromkeys(found) if not address.startswith("127.")]
+    if not found:
+        raise LaunchError(
+            f"no address of this host is known that {others[0]} could reach it at; "
+            "name one: chainer-dist run --address NAME"
+        )
+    return found
+
+
+def _allow_open_files(n: int) -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != resource.RLIM_INFINITY and soft < n:
+        most = n if hard == resource.RLIM_INFINITY else min(n, hard)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))

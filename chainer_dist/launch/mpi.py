@@ -1,0 +1,251 @@
+"""Which MPI mpi4py loads, the ``mpiexec`` that belongs to it, and how to call that one.
+
+An ``mpiexec`` of another MPI starts ranks that do not know of one another: each believes to be alone.
+So the launcher asks mpi4py which library it loads and looks for that library's own ``mpiexec``.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+from chainer_dist.launch.errors import LaunchError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping, Sequence
+
+    from chainer_dist.launch.hostfiles import Host
+
+__all__ = ["Mpi", "command", "environment", "find", "is_here", "name_of", "rank_of"]
+
+MPICH, OPEN_MPI, INTEL = "MPICH", "Open MPI", "Intel MPI"
+
+# What MPI.Get_library_version() and `mpiexec --version` print. MVAPICH is an MPICH of another name.
+_LIBRARIES = {
+    INTEL: re.compile(r"Intel\(R\) MPI Library (\d[\w.]*)"),
+    MPICH: re.compile(r"^(?:MPICH|MVAPICH2?) Version\s*:\s*(\d[\w.]*)", re.MULTILINE),
+    OPEN_MPI: re.compile(r"Open MPI v(\d[\w.]*)"),
+}
+_LAUNCHERS = {
+    INTEL: re.compile(r"Intel\(R\) MPI Library .*?Version (\d[\w.]*)"),
+    MPICH: re.compile(r"HYDRA build details:\s*Version:\s*(\d[\w.]*)"),
+    OPEN_MPI: re.compile(r"\((?:Open MPI|OpenRTE)\) (\d[\w.]*)"),
+}
+_NAMES = {
+    MPICH: ("mpiexec", "mpiexec.mpich", "mpiexec.hydra"),
+    INTEL: ("mpiexec", "mpiexec.hydra"),
+    OPEN_MPI: ("mpiexec", "mpiexec.openmpi"),
+}
+# In the environment of a rank: its number, how many there are, and the same on its host.
+_RANK_VARIABLES = (
+    (
+        "OMPI_COMM_WORLD_RANK",
+        "OMPI_COMM_WORLD_SIZE",
+        "OMPI_COMM_WORLD_LOCAL_RANK",
+        "OMPI_COMM_WORLD_LOCAL_SIZE",
+    ),
+    ("PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID", "MPI_LOCALNRANKS"),
+)
+# Open MPI takes no other variables to other hosts than its own, unless they are named.
+_EXPORTED = re.compile(
+    "CHAINER|OMP_|OPENBLAS_|MKL_|BLIS_|VECLIB_|KMP_|GOMP_|PYTHON|UCX_|FI_|(PATH|LD_LIBRARY_PATH)$"
+)
+_MPIEXECS_OWN = re.compile("OMPI_|PRTE_|PMIX_|SLURM_")  # it takes care of those itself
+SECONDS_TO_ANSWER = 60
+
+_ASK = """
+import mpi4py, sys
+mpi4py.rc.initialize = False
+from mpi4py import MPI
+try:
+    lines = open("/proc/self/maps").read().splitlines()
+except OSError:
+    lines = []
+found = [line.split(None, 5)[5] for line in lines if "/libmpi" in line]
+print(next(iter(found), ""))
+print(MPI.Get_library_version())
+"""
+
+
+class Mpi(NamedTuple):
+    """The MPI that mpi4py loads in this Python.
+
+    Attributes:
+        family: "MPICH", "Open MPI" or "Intel MPI".
+        version: Version of the library.
+        library: Path of the library; "" where the system does not tell.
+        mpiexec: Path of the ``mpiexec`` that belongs to it.
+        mpiexec_version: Version of that.
+    """
+
+    family: str
+    version: str
+    library: str
+    mpiexec: str
+    mpiexec_version: str
+
+
+def find(mpiexec: str | None = None) -> Mpi:
+    """Find out which MPI mpi4py loads in this Python, and its ``mpiexec``. Local; takes about 0.2 s.
+
+    Looked for beside the library, beside this Python and on ``PATH``, in this order; one of the
+    library's own version goes before others.
+
+    Args:
+        mpiexec: The one to use, a path or a name on ``PATH``, instead of looking for one.
+
+    Raises:
+        LaunchError: If mpi4py loads no MPI, no ``mpiexec`` belongs to it, or the given one is
+            another MPI's. It says what was found where.
+    """
+    library, text = _ask_mpi4py()
+    family, version = _recognize(_LIBRARIES, text)
+    if not family:
+        raise LaunchError(
+            f"mpi4py loads {text.splitlines()[0]!r}, which chainer-dist does not know how to launch; "
+            "use its own mpiexec or srun"
+        )
+    candidates = [shutil.which(mpiexec) or mpiexec] if mpiexec else _candidates(family, library)
+    others, fitting = [], []
+    for path in dict.fromkeys(candidates):
+        try:
+            its_family, its_version = _recognize(_LAUNCHERS, _run([path, "--version"]))
+        except LaunchError as error:
+            others.append(f"{path} cannot be run: {error}")
+            continue
+        if its_family == family:
+            fitting.append(Mpi(family, version, library, path, its_version))
+        else:
+            others.append(f"{path} is {its_family or 'of an unknown MPI'} {its_version}".rstrip())
+    if not fitting:
+        where = f" ({library})" if library else ""
+        seen = "; ".join(others) or "there is none"
+        raise LaunchError(
+            f"mpi4py loads {family} {version}{where}, and found no mpiexec that belongs to it: {seen}. "
+            "Name it: chainer-dist run --mpiexec PATH"
+        )
+    return next((mpi for mpi in fitting if mpi.mpiexec_version == version), fitting[0])
+
+
+def name_of(text: str) -> str:
+    """Return a library's family and version from what ``MPI.Get_library_version()`` says. Local."""
+    family, version = _recognize(_LIBRARIES, text)
+    return f"{family} {version}" if family else text.splitlines()[0]
+
+
+def command(mpi: Mpi, n_ranks: int, hosts: Sequence[Host], variables: Sequence[str]) -> list[str]:
+    """Return the call of ``mpiexec``, to be followed by the program and its arguments. Local.
+
+    Args:
+        mpi: What :func:`find` returns.
+        n_ranks: Number of ranks.
+        hosts: Where they run; none is this host.
+        variables: Names of environment variables that must reach other hosts, beside those of this
+            process that concern Python, threads, the network and Chainer. MPICH and Intel MPI pass
+            all that there are.
+    """
+    call = [mpi.mpiexec, "-n", str(n_ranks)]
+    elsewhere = not all(is_here(host.name) for host in hosts)
+    places = ",".join(f"{host.name}:{host.slots}" for host in hosts)
+    if mpi.family == OPEN_MPI:
+        # Ranks are bound by chainer_dist.launch.rank.
+        call += ["--bind-to", "none"]
+        call += ["--host", places] if elsewhere else ["--host", f"localhost:{n_ranks}"]
+        names = {*filter(_EXPORTED.match, os.environ), *variables} if elsewhere else set()
+        exported = sorted(name for name in names if not _MPIEXECS_OWN.match(name))
+        return [*call, *(word for name in exported for word in ("-x", name))]
+    # In a job of Slurm, Hydra would call srun even for this host.
+    return [
+        *call,
+        *(["-hosts", places] if elsewhere else ["-launcher", "fork", "-hosts", "localhost"]),
+    ]
+
+
+def environment(mpi: Mpi, environ: Mapping[str, str]) -> dict[str, str]:
+    """Return what ``mpiexec`` wants in its environment beside what is there. Local.
+
+    Ranks are bound to cores by :mod:`~chainer_dist.launch.rank` and not by MPI, several may share a
+    core, and the superuser of a container may start them. Variables that are set stay as they are.
+    """
+    wanted = {"SLURM_CPU_BIND": "none"} if "SLURM_JOB_ID" in environ else {}
+    if mpi.family == INTEL:
+        wanted["I_MPI_PIN"] = "off"
+    if mpi.family == OPEN_MPI:
+        wanted["PRTE_MCA_rmaps_default_mapping_policy"] = ":oversubscribe"
+        wanted["OMPI_MCA_rmaps_base_oversubscribe"] = "1"  # the same for Open MPI 4
+        if os.geteuid() == 0:
+            wanted["OMPI_ALLOW_RUN_AS_ROOT"] = "1"
+            wanted["OMPI_ALLOW_RUN_AS_ROOT_CONFIRM"] = "1"
+    return {name: value for name, value in wanted.items() if name not in environ}
+
+
+def is_here(host: str) -> bool:
+    """Return whether this is a name of the machine on which this process runs. Local."""
+    own = socket.gethostname()
+    return host in ("localhost", "127.0.0.1", own, own.partition(".")[0])
+
+
+def rank_of(environ: Mapping[str, str]) -> tuple[int, int, int, int] | None:
+    """Return which rank of how many this is, and which of how many on its host. Local.
+
+    Args:
+        environ: The environment of a process that ``mpiexec`` started.
+
+    Returns:
+        The four numbers, or None if ``mpiexec`` did not start this process.
+    """
+    for names in _RANK_VARIABLES:
+        if all(name in environ for name in names):
+            rank, size, local_rank, local_size = (int(environ[name]) for name in names)
+            return rank, size, local_rank, local_size
+    return None
+
+
+def _ask_mpi4py() -> tuple[str, str]:
+    try:
+        answer = _run([sys.executable, "-c", _ASK])
+    except LaunchError as error:
+        raise LaunchError(f"mpi4py loads no MPI: {error}; `pip install mpich` brings one") from None
+    library, _, text = answer.partition("\n")
+    return library, text.strip("\0\n ")
+
+
+def _run(command: list[str]) -> str:
+    """Return what a command prints."""
+    try:
+        answer = subprocess.run(  # noqa: S603 - this Python, or an mpiexec
+            command,
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            timeout=SECONDS_TO_ANSWER,
+            check=False,
+        )
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise LaunchError(str(error)) from None
+    if answer.returncode:
+        raise LaunchError((answer.stderr.strip() or f"status {answer.returncode}").splitlines()[-1])
+    return answer.stdout
+
+
+def _recognize(patterns: Mapping[str, re.Pattern[str]], text: str) -> tuple[str, str]:
+    for family, pattern in patterns.items():
+        match = pattern.search(text)
+        if match:
+            return family, match[1]
+    return "", ""
+
+
+def _candidates(family: str, library: str) -> Iterator[str]:
+    beside = [folder / "bin" for folder in Path(library).parents] if library else []
+    path = map(Path, os.environ.get("PATH", os.defpath).split(os.pathsep))
+    for folder in (*beside, Path(sys.executable).parent, *path):
+        for name in _NAMES[family]:
+            if os.access(folder / name, os.X_OK):
+                yield str(folder / name)

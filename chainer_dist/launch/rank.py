@@ -1,0 +1,345 @@
+"""A rank's monitor: starts the user's script, watches it and tells the launcher. Runs on every host.
+
+Three processes stand for a rank. ``mpiexec`` starts the first, which only waits. The second, the
+monitor, is its child in a session of its own, so that it survives when ``mpiexec`` kills the rank: it has
+to see how the script ended, and that nothing is left of it. The third is the script, as
+``python script.py`` starts it, bound to its share of the host's cores.
+
+The monitor ends the script, and all processes that the script started, when the launcher says so,
+when the connection to the launcher breaks, and when the first process dies.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import json
+import os
+import selectors
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import traceback
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from chainer_dist import _threads
+from chainer_dist.launch import cores, mpi, output, wire
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+SECONDS_TO_CONNECT = 10
+SECONDS_TO_LEAVE = 1.0  # by itself, after what it depends on has ended
+SECONDS_TO_OBEY = 2.0  # from being asked to end to being killed
+SECONDS_BETWEEN_LOOKS = 0.5  # at the file of progress
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Run ``python`` with the arguments as this rank. Local.
+
+    Without a launcher, that is under an ``mpiexec`` called by hand, this process becomes the script.
+
+    Returns:
+        The script's exit status, 128 and the signal's number for one that was killed.
+    """
+    command = [sys.executable, *arguments]
+    where = os.environ.pop(wire.LAUNCHER, None)
+    place = mpi.rank_of(os.environ)
+    if place is None:
+        return _refuse("mpiexec did not start this process as a rank")
+    rank, _, local_rank, local_size = place
+    cpus = share_of_host(local_rank, local_size)
+    os.environ.setdefault("PYTHONUNBUFFERED", "1")  # output arrives when it is printed
+    os.environ.setdefault("PYTHONFAULTHANDLER", "1")  # a crash says in which line it was
+    if where is None:
+        if cpus is not None:
+            os.sched_setaffinity(0, cpus)
+        os.execv(command[0], command)  # noqa: S606 - this Python
+    try:
+        launcher = connect(where, rank)
+    except OSError as error:
+        return _refuse(f"rank {rank} on {socket.gethostname()}: {error}")
+    signal.pthread_sigmask(signal.SIG_BLOCK, wire.FORWARDED)
+    ours, its = socket.socketpair()
+    pid = os.fork()
+    if pid == 0:
+        ours.close()
+        os.setsid()
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, wire.FORWARDED)
+        status = 1
+        monitor = Monitor(launcher, its, has_input=rank == 0)
+        try:
+            status = monitor.run(command, cpus)
+        except BaseException:  # noqa: BLE001 - this process must not return
+            traceback.print_exc()
+            monitor.kill()
+        finally:
+            os._exit(status)
+    its.close()
+    launcher.close()
+    ended = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+    if ended < 0:  # somebody killed the monitor, and the script has nobody else
+        with contextlib.suppress(ValueError, ProcessLookupError):
+            os.killpg(int(ours.recv(wire.CHUNK)), signal.SIGKILL)
+    return _exit_status(ended)
+
+
+def share_of_host(local_rank: int, local_size: int) -> list[int] | None:
+    """Return the hardware threads of a rank, and limit the threads of its libraries to them. Local.
+
+    The limit is what :func:`chainer_dist.create_communicator` would set, in force from the start and
+    by the same variables: nothing is done where one of them is set, or for a rank alone on its host.
+
+    Returns:
+        The hardware threads to bind it to; None not to bind it.
+    """
+    parts = cores.divide(cores.physical_cores(), local_size)
+    if local_size > 1 and not any(name in os.environ for name in _threads.VARIABLES):
+        threads = _threads.fair_share(parts, local_rank, _threads._quota())
+        os.environ.update(dict.fromkeys(_threads.VARIABLES, str(threads)))
+    bind = os.environ.get(wire.PIN, "1") != "0" and hasattr(os, "sched_setaffinity")
+    return parts[local_rank] if bind else None
+
+
+def connect(where: str, rank: int) -> socket.socket:
+    """Return a connection to the launcher, which then knows that this rank is there. Local.
+
+    Args:
+        where: The token, the port and the addresses at which the launcher may be reached.
+        rank: This rank.
+
+    Raises:
+        OSError: If none of the addresses answers.
+    """
+    token, port, *addresses = where.split(",")
+    errors = []
+    for address in addresses:
+        try:
+            launcher = socket.create_connection((address, int(port)), SECONDS_TO_CONNECT)
+        except OSError as error:
+            errors.append(f"{address} port {port}: {error}")
+            continue
+        launcher.settimeout(None)
+        wire.notice_lost_host(launcher)
+        hello = {"token": token, "rank": rank, "host": socket.gethostname()}
+        launcher.sendall(wire.message(wire.HELLO, json.dumps(hello).encode()))
+        return launcher
+    raise OSError(
+        f"the launcher cannot be reached ({'; '.join(errors)}); "
+        "tell `chainer-dist run --address` how this host can reach it"
+    )
+
+
+class Monitor:
+    """Watches one script.
+
+    Args:
+        launcher: Connection to the launcher.
+        parent: Connection to the process that mpiexec knows.
+        has_input: Whether the script gets the launcher's standard input.
+    """
+
+    def __init__(self, launcher: socket.socket, parent: socket.socket, *, has_input: bool) -> None:
+        self._launcher = launcher
+        self._parent = parent
+        self._received = b""
+        self._selector = selectors.DefaultSelector()
+        self._has_input = has_input
+        self._input = b""  # that the script has not taken yet
+        self._stdin: Any = None
+        self._n_pipes = 0  # of the script's output that are still open
+        self._pid = 0
+        self._due: list[tuple[float, signal.Signals]] = []  # when the script gets which signal
+        self._asked = False  # whether it got one
+        self._alone = False  # whether nobody waits for this monitor any more
+        self._told = b""  # of its progress
+
+    def run(self, command: Sequence[str], cpus: Sequence[int] | None) -> int:
+        """Run a command, and return when it has ended and the launcher knows. Local.
+
+        Args:
+            command: Program and arguments.
+            cpus: What to bind it to.
+
+        Returns:
+            Its exit status, 128 and the signal's number if it was killed.
+        """
+        with tempfile.TemporaryDirectory(prefix="chainer-dist-") as folder:
+            file = Path(os.environ.setdefault(wire.PROGRESS_FILE, str(Path(folder, "progress"))))
+            script = self._start(command, cpus)
+            while script.poll() is None:
+                self._look(SECONDS_BETWEEN_LOOKS)
+                self._tell_progress(file)
+                self._send_due_signals()
+            self._clean_up()
+            self._tell_progress(file)
+        status = script.returncode
+        end = {"status": status, "by_itself": not (self._asked or self._alone)}
+        self._tell(wire.END, json.dumps(end).encode())
+        while status and not self._alone:
+            # When one rank leaves with an error mpiexec kills the others. The launcher comes first.
+            self._look(None)
+        return _exit_status(status)
+
+    def kill(self) -> None:
+        """Kill the script and all that it started. Local."""
+        if self._pid:
+            self._signal_all(signal.SIGKILL)
+
+    def _start(self, command: Sequence[str], cpus: Sequence[int] | None) -> subprocess.Popen[bytes]:
+        ended, wake_up = socket.socketpair()
+        wake_up.setblocking(False)  # noqa: FBT003 - positional only
+        signal.set_wakeup_fd(wake_up.detach(), warn_on_full_buffer=False)
+        signal.signal(signal.SIGCHLD, lambda *_: None)  # the loop looks at the script then
+        if cpus is not None:
+            own = os.sched_getaffinity(0)
+            os.sched_setaffinity(0, cpus)
+        script = subprocess.Popen(  # noqa: S603 - this Python
+            command,
+            bufsize=0,
+            stdin=subprocess.PIPE if self._has_input else subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            close_fds=False,  # MPI has handed it some
+            start_new_session=True,
+        )
+        if cpus is not None:
+            os.sched_setaffinity(0, own)
+        self._pid = script.pid
+        self._parent.sendall(b"%d" % script.pid)
+        self._listen(ended, lambda: ended.recv(wire.CHUNK))
+        self._listen(self._launcher, self._receive)
+        self._listen(self._parent, self._parent_is_gone)
+        for pipe, kind in ((script.stdout, wire.OUT), (script.stderr, wire.ERR)):
+            self._listen(pipe, functools.partial(self._pass_on, pipe, kind))
+            self._n_pipes += 1
+        if script.stdin:
+            self._stdin = script.stdin
+            os.set_blocking(self._stdin.fileno(), False)
+            self._tell(wire.WANT, b"")
+        return script
+
+    def _listen(self, file: Any, react: Any) -> None:
+        self._selector.register(file, selectors.EVENT_READ, react)
+
+    def _look(self, seconds: float | None) -> None:
+        """React to what has happened, or happens within some seconds."""
+        for key, _ in self._selector.select(seconds):
+            key.data()
+
+    def _pass_on(self, pipe: Any, kind: bytes) -> None:
+        output = os.read(pipe.fileno(), wire.CHUNK)
+        if output:
+            self._tell(kind, output)
+        else:
+            self._selector.unregister(pipe)
+            self._n_pipes -= 1
+
+    def _feed(self) -> None:
+        """Write to the script's standard input, and ask for more when all is written."""
+        try:
+            self._input = self._input[os.write(self._stdin.fileno(), self._input) :]
+        except BrokenPipeError:  # the script wants no more
+            self._selector.unregister(self._stdin)
+            self._stdin.close()
+            return
+        if not self._input:
+            self._selector.unregister(self._stdin)
+            self._tell(wire.WANT, b"")
+
+    def _tell(self, kind: bytes, content: bytes) -> None:
+        try:
+            self._launcher.sendall(wire.message(kind, content))
+        except OSError:
+            self._launcher_is_gone()
+
+    def _tell_progress(self, file: Path) -> None:
+        try:
+            progress = file.read_bytes().strip()
+        except OSError:
+            return  # nothing has been written yet
+        if progress != self._told:
+            self._told = progress
+            self._tell(wire.PROGRESS, progress[:100])
+
+    def _receive(self) -> None:
+        try:
+            received = self._launcher.recv(wire.CHUNK)
+        except OSError:
+            received = b""
+        if not received:
+            self._launcher_is_gone()
+        self._received += received
+        messages, self._received = wire.split(self._received)
+        for kind, content in messages:
+            if kind == wire.SIGNAL:
+                self._signal(signal.Signals(int(content)))
+            elif kind == wire.KILL:
+                self._asked = True
+                self.kill()
+            elif kind == wire.IN and content:
+                self._input = content
+                self._selector.register(self._stdin, selectors.EVENT_WRITE, self._feed)
+            elif kind == wire.IN:
+                self._stdin.close()
+            elif kind == wire.BYE:
+                self._alone = True
+
+    def _launcher_is_gone(self) -> None:
+        with contextlib.suppress(KeyError):
+            self._selector.unregister(self._launcher)
+        self._alone = True
+        self._end_in(0)
+
+    def _parent_is_gone(self) -> None:
+        # mpiexec has killed it: because a rank has aborted, perhaps this one, which is leaving by itself.
+        self._selector.unregister(self._parent)
+        self._alone = True
+        self._end_in(SECONDS_TO_LEAVE)
+
+    def _end_in(self, seconds: float) -> None:
+        asked = time.monotonic() + seconds
+        self._due = [(asked, signal.SIGTERM), (asked + SECONDS_TO_OBEY, signal.SIGKILL)]
+
+    def _send_due_signals(self) -> None:
+        now = time.monotonic()
+        for when, number in list(self._due):
+            if when <= now:
+                self._asked = True
+                self._due.remove((when, number))
+                self._signal(number)
+
+    def _signal(self, number: signal.Signals) -> None:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(self._pid, number)
+
+    def _signal_all(self, number: int) -> bool:
+        """Send a signal to the script and all it started; return whether there is any of them."""
+        try:
+            os.killpg(self._pid, number)
+        except (ProcessLookupError, PermissionError):  # macOS: only zombies are left
+            return False
+        return True
+
+    def _clean_up(self) -> None:
+        """Wait for what the ended script has started, not for long, and for the end of its output."""
+        deadline = time.monotonic() + SECONDS_TO_LEAVE
+        while self._signal_all(0) or self._n_pipes:
+            if time.monotonic() > deadline:
+                self._signal_all(signal.SIGKILL)
+                break
+            self._look(0.02)
+        self._look(0)
+
+
+def _refuse(reason: str) -> int:
+    output.say(reason)
+    return 1
+
+
+def _exit_status(status: int) -> int:
+    return 128 - status if status < 0 else status

@@ -1,0 +1,225 @@
+"""Hostfiles of MPICH and Open MPI, and the lists of hosts that schedulers give."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from chainer_dist.launch.errors import LaunchError
+from chainer_dist.launch.hostfiles import (
+    Host,
+    allocation,
+    expand,
+    n_slots,
+    parse_hostfile,
+    parse_hosts,
+    read_hostfile,
+)
+
+ROOT = Path(__file__).resolve().parent.parent
+NAMES = st.from_regex(r"[a-z][a-z0-9]{0,4}(-[a-z]+)?", fullmatch=True)
+HOSTS = st.lists(
+    st.builds(
+        lambda name, slots, more: Host(name, slots, None if more is None else slots + more),
+        NAMES,
+        st.integers(1, 99),
+        st.none() | st.integers(0, 9),
+    ),
+    min_size=1,
+    max_size=6,
+    unique_by=lambda host: host.name,
+)
+PADDING = st.sampled_from(["", " ", "\t", "  "])
+
+
+@st.composite
+def hostfiles(draw):
+    """Draw hosts and a file that names them, a line in either format."""
+    hosts = draw(HOSTS)
+    lines = []
+    for name, slots, max_slots in hosts:
+        lines.append(draw(st.sampled_from(["", "  ", "# a comment", "\t# b:c slots=0"])))
+        equals = draw(PADDING) + "=" + draw(PADDING)
+        if max_slots is not None:
+            option = draw(st.sampled_from(["max_slots", "max-slots"]))
+            settings = [f"slots{equals}{slots}", f"{option}{equals}{max_slots}"]
+            line = f"{name} {' '.join(draw(st.permutations(settings)))}"
+        else:
+            forms = [f"{name}:{slots}", f"{name} slots{equals}{slots}"]
+            line = draw(st.sampled_from(forms + [name] * (slots == 1)))
+        lines.append(draw(PADDING) + line + draw(PADDING) + draw(st.sampled_from(["", "# end"])))
+    return hosts, "\n".join(lines)
+
+
+@given(hostfiles())
+def test_either_format_gives_the_hosts(drawn):
+    """Comments, spaces and empty lines mean nothing."""
+    hosts, text = drawn
+    assert parse_hostfile(text, "file") == hosts
+
+
+@given(HOSTS)
+def test_hosts_in_one_line(hosts):
+    """As for mpiexec's -hosts and --host."""
+    text = ", ".join(f"{host.name}:{host.slots}" for host in hosts)
+    assert parse_hosts(text) == [Host(host.name, host.slots) for host in hosts]
+    assert n_slots(hosts) == sum(host.slots for host in hosts)
+
+
+@given(first=st.integers(0, 200), more=st.integers(0, 50), width=st.integers(0, 5), end=NAMES)
+def test_a_range_counts_up(first, more, width, end):
+    """Every number of the range, in order, as wide as its first."""
+    zero = str(first).zfill(width)
+    names = expand(f"n[{zero}-{first + more}]{end}")
+    assert [int(re.match(r"n(\d+)", name)[1]) for name in names] == [
+        *range(first, first + more + 1)
+    ]
+    assert len(names[0]) == 1 + len(zero) + len(end)
+    assert names[0] == f"n{zero}{end}"
+
+
+@pytest.mark.parametrize(
+    ("nodelist", "names"),
+    [
+        ("node1", "node1"),
+        ("node[01-03,7]", "node01 node02 node03 node7"),
+        ("a,b[1-2],c", "a b1 b2 c"),
+        ("r[1-2]n[0-1]", "r1n0 r1n1 r2n0 r2n1"),
+        ("n[098-101].x.org", "n098.x.org n099.x.org n100.x.org n101.x.org"),
+        ("10.0.0.[8-10]", "10.0.0.8 10.0.0.9 10.0.0.10"),
+    ],
+)
+def test_slurm_lists(nodelist, names):
+    """As ``scontrol show hostnames`` expands them."""
+    assert expand(nodelist) == names.split()
+
+
+def test_hosts_that_are_named_again_take_more():
+    """PBS names a host once a rank."""
+    assert parse_hostfile("a\nb\na\na:2\n", "") == [Host("a", 4), Host("b", 1)]
+    text = "a slots=1 max_slots=2\na slots=2 max_slots=4"
+    assert parse_hostfile(text, "") == [Host("a", 3, 6)]
+    assert parse_hostfile("a slots=1 max_slots=2\na", "") == [Host("a", 2, None)]
+
+
+WRONG_LINES = {
+    "a:two": "slots are a number from 1 up, not 'two'",
+    "a:0": "slots are a number from 1 up, not '0'",
+    "a:": "slots are a number from 1 up, not ''",
+    "a slots=-1": "not '-1'",
+    "a slots=٣": "not '٣'",
+    "a slots=4 max_slots=2": "max_slots=2 is less than slots=4",
+    "a:4 slots=4": "neither node1:4 nor node1 slots=4",
+    "a user=me": "'user' is not known",
+    "a b": "'b' is not known",
+    "a slots": "'slots' is not known",
+    "^a slots=2": "'^a' is no host",
+    "a[1-2": "is no host",
+    "a[2-1]": "2-1 runs backward",
+    "a[x]": "[x] is no list of numbers",
+    "a[1-9999999999]": "more than 100,000 hosts",
+    "a[1-999][1-999]": "more than 100,000 hosts",
+    ":4": "'' is no host",
+}
+
+
+@pytest.mark.parametrize("line", WRONG_LINES)
+def test_a_wrong_line(line, tmp_path):
+    """The error names the file and the line, and says what is wrong."""
+    file = tmp_path / "hosts"
+    file.write_text(f"# hosts\n\nb:2\n{line}\n", encoding="utf-8")
+    with pytest.raises(LaunchError) as caught:
+        read_hostfile(str(file))
+    assert str(caught.value).startswith(f"{file}, line 4: ")
+    assert WRONG_LINES[line] in str(caught.value)
+
+
+@given(text=st.text(alphabet="ab1:[]-, =#slot\n", max_size=30))
+def test_any_text_is_read_or_refused(text):
+    """With the launcher's own error, and no other."""
+    try:
+        hosts = parse_hostfile(text, "file")
+    except LaunchError:
+        return
+    assert n_slots(hosts) >= len(hosts) > 0
+
+
+def test_files_that_cannot_be_read(tmp_path):
+    """Not there, or empty, or not text."""
+    with pytest.raises(LaunchError, match=r"hostfile .*nosuch: No such file"):
+        read_hostfile(str(tmp_path / "nosuch"))
+    with pytest.raises(LaunchError, match="names no host"):
+        parse_hostfile("# nothing\n", "file")
+    (tmp_path / "binary").write_bytes(b"\xff\xfe")
+    with pytest.raises(LaunchError, match=r"binary: .*decode"):
+        read_hostfile(str(tmp_path / "binary"))
+
+
+@pytest.mark.parametrize("file", sorted(ROOT.glob("mpi_hostfiles/*.*[!rst]")), ids=lambda p: p.name)
+def test_the_examples(file):
+    """The hostfiles of this repository are read."""
+    slots = {host.slots for host in read_hostfile(str(file))}
+    assert slots == ({2} if "localhost" in file.name else {4})
+
+
+def test_slurm():
+    """Hosts and tasks, repeated or not."""
+    environ = {"SLURM_JOB_NODELIST": "n[1-4]", "SLURM_TASKS_PER_NODE": "2(x3),1"}
+    assert allocation(environ) == (
+        "Slurm",
+        [Host("n1", 2), Host("n2", 2), Host("n3", 2), Host("n4", 1)],
+    )
+    assert allocation({"SLURM_JOB_NODELIST": "n1"}) == ("Slurm", [Host("n1", 1)])
+    assert allocation({}) is None
+
+
+@given(counts=st.lists(st.tuples(st.integers(1, 64), st.integers(1, 5)), min_size=1, max_size=5))
+def test_slurm_counts(counts):
+    """The hosts take as many ranks as Slurm has tasks."""
+    n_hosts = sum(times for _, times in counts)
+    tasks = ",".join(f"{n}(x{times})" if times > 1 else str(n) for n, times in counts)
+    environ = {"SLURM_JOB_NODELIST": f"n[1-{n_hosts}]", "SLURM_TASKS_PER_NODE": tasks}
+    _, hosts = allocation(environ)
+    assert [host.slots for host in hosts] == [n for n, times in counts for _ in range(times)]
+
+
+@pytest.mark.parametrize(
+    ("tasks", "message"),
+    [
+        ("2(x3)", "is for 3 hosts, SLURM_JOB_NODELIST=n[1-2] has 2"),
+        ("two", "is 'two', expected a list such as 2(x3),1"),
+        ("2,0", "is '2,0', expected"),
+    ],
+)
+def test_slurm_lists_that_do_not_fit(tasks, message):
+    """The error names the variables."""
+    with pytest.raises(LaunchError, match=r"^SLURM_TASKS_PER_NODE") as caught:
+        allocation({"SLURM_JOB_NODELIST": "n[1-2]", "SLURM_TASKS_PER_NODE": tasks})
+    assert message in str(caught.value)
+    with pytest.raises(LaunchError, match="SLURM_JOB_NODELIST: "):
+        allocation({"SLURM_JOB_NODELIST": "n[", "SLURM_TASKS_PER_NODE": tasks})
+
+
+def test_pbs(tmp_path):
+    """A line a rank."""
+    file = tmp_path / "nodes"
+    file.write_text("n1\nn1\nn2\nn2\n")
+    assert allocation({"PBS_NODEFILE": str(file)}) == ("PBS", [Host("n1", 2), Host("n2", 2)])
+    with pytest.raises(LaunchError, match=r"PBS_NODEFILE: .*No such file"):
+        allocation({"PBS_NODEFILE": str(tmp_path / "nosuch")})
+
+
+@pytest.mark.parametrize("script", ["slurm_job.sh", "pbs_job.sh"])
+def test_job_scripts(script):
+    """The shell can read them, and the options they use are the launcher's."""
+    file = ROOT / "scripts" / script
+    subprocess.run([shutil.which("bash"), "-n", file], check=True)
+    text = file.read_text()
+    assert "chainer-dist run --max-restarts 3 scripts/train_digits.py" in text
+    assert (ROOT / "scripts" / "train_digits.py").exists()

@@ -1,0 +1,426 @@
+"""Jobs that ``chainer-dist run`` starts: what they print, how they end, and that nothing is left of them."""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+import mpi_job
+from chainer_dist.launch import cli
+from chainer_dist.launch import job as job_module
+from launcher import LAUNCHER, MARK, Launched, launch, run, write
+
+# These start jobs of their own.
+pytestmark = [pytest.mark.mpi_skip, pytest.mark.faults]
+
+HANG = "time.sleep(1000)"
+
+# What rank 1 does while the others sleep, the launcher's status, and its reason.
+FAILURES = {
+    "exit": ("sys.exit(3)", 3, "exit status 3"),
+    "killed": ("os.kill(os.getpid(), signal.SIGKILL)", 137, "killed by SIGKILL"),
+    "segfault": ("import ctypes; ctypes.string_at(0)", 139, "killed by SIGSEGV"),
+    "exception": (
+        "\n  try: raise ValueError('boom')\n  except ValueError as e: raise KeyError('why') from e",
+        1,
+        "KeyError: 'why' (exit status 1)",
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", FAILURES)
+def test_the_reason_is_the_first_rank_that_failed(tmp_path, kind):
+    """Its exception, status or signal; the others, which would never end, are ended."""
+    statement, status, reason = FAILURES[kind]
+    job = run(tmp_path, f"if rank == 1: {statement}\n{HANG}", ranks=3)
+    assert job.status == status, job
+    assert job.reason.startswith("chainer-dist: rank 1 on "), job
+    assert reason in job.reason
+
+
+ABORTS = {
+    "MPI_Abort": ("from mpi4py import MPI", "MPI.COMM_WORLD.Abort(7)", 7, "exit status 7"),
+    "exception": ("import chainer_dist", "raise ValueError('boom')", 1, "ValueError: boom"),
+}
+
+
+@pytest.mark.parametrize("kind", ABORTS)
+def test_the_reason_is_the_rank_that_aborted(tmp_path, kind):
+    """MPI kills all ranks then; the status is still that of the one that called it."""
+    module, statement, status, reason = ABORTS[kind]
+    code = (
+        f"{module}\nfrom mpi4py import MPI\nMPI.COMM_WORLD.Barrier()\nif rank == 1: {statement}\n"
+    )
+    job = run(tmp_path, code + "MPI.COMM_WORLD.Barrier()", ranks=3)
+    assert job.status == status, job
+    assert job.reason.startswith("chainer-dist: rank 1 on "), job
+    assert reason in job.reason
+
+
+def test_a_job_that_ends_well(tmp_path):
+    """Every rank is one of all, and gets the arguments, even such as the launcher has itself."""
+    code = "from mpi4py import MPI\nprint(MPI.COMM_WORLD.allreduce(rank), *sys.argv[1:])"
+    script = write(tmp_path, code)
+    job = launch("run", "-n", 3, script, "-n", "7", "--timeout", "x y")
+    assert job.status == 0, job
+    assert sorted(job.stdout.splitlines()) == [f"[{n}] 3 -n 7 --timeout x y" for n in range(3)]
+
+
+def test_a_module(tmp_path):
+    """As with python -m, the rest of the command line is the module's."""
+    (tmp_path / "some_module.py").write_text("import sys; print(sys.argv[1:], __name__)")
+    job = launch("run", "-n", 1, "-m", "some_module", "-n", "7", cwd=tmp_path)
+    assert (job.status, job.stdout) == (0, "['-n', '7'] __main__\n")
+
+
+def test_lines_are_whole(tmp_path):
+    """However fast ranks print, each line is one rank's, and says which."""
+    code = """
+for i in range(2000):
+    print(f"{rank} {i} {'x' * (i * 7 % 200)} {rank}", file=(sys.stdout, sys.stderr)[i % 2])
+sys.stdout.write("no end")
+"""
+    job = run(tmp_path, code, ranks=3)
+    assert job.status == 0
+    for text, remainder in ((job.stdout, 0), (job.stderr, 1)):
+        seen = {(rank, i) for rank in range(3) for i in range(remainder, 2000, 2)}
+        for line in text.splitlines():
+            match = re.fullmatch(r"\[(\d)\] (?:(\d) (\d+) (x*) (\d)|no end)", line)
+            assert match, line
+            if match[2]:
+                assert match[1] == match[2] == match[5]
+                assert len(match[4]) == int(match[3]) * 7 % 200
+                seen.remove((int(match[1]), int(match[3])))
+        assert not seen
+    assert job.stdout.count("no end") == 3
+
+
+def test_no_prefix(tmp_path):
+    """Then output is passed on as it comes."""
+    job = run(tmp_path, "sys.stdout.write(f'<{rank}>')", "--no-prefix")
+    assert sorted(job.stdout.replace(">", "> ").split()) == ["<0>", "<1>"]
+
+
+def test_standard_input_is_rank_0s(tmp_path):
+    """All of it, however slowly it is read; the others see its end at once."""
+    code = "time.sleep(rank == 0)\nprint(len(sys.stdin.buffer.read()))"
+    job = run(tmp_path, code, stdin=b"x" * 1_000_001)
+    assert sorted(job.stdout.splitlines()) == ["[0] 1000001", "[1] 0"], job
+
+
+def test_a_script_that_reads_no_input_ends(tmp_path):
+    """What nobody reads keeps nobody waiting."""
+    assert run(tmp_path, "sys.stdin.close()", stdin=b"x" * 1_000_000).status == 0
+
+
+@pytest.mark.parametrize("status", [0, 4])
+def test_nothing_is_left_of_what_a_script_started(tmp_path, status):
+    """Data-loader processes, say, whose parent has gone."""
+    code = f"import subprocess; subprocess.Popen(['sleep', '1000']); sys.exit({status} * rank)"
+    assert run(tmp_path, code).status == status
+
+
+def test_time_limit(tmp_path):
+    """The job ends with status 124, and each rank says in which line it was."""
+    job = run(tmp_path, f"def here():\n  {HANG}\nhere()", "--timeout", "2")
+    assert job.status == 124
+    assert job.reason == "chainer-dist: the time limit is reached; rank 0, 1 had not ended"
+    for rank in range(2):
+        assert re.search(rf"\[{rank}\] .*script.py\", line \d+ in here", job.stderr), job
+
+
+def test_time_limit_of_ranks_that_do_not_listen(tmp_path, monkeypatch):
+    """They are killed."""
+    code = f"""
+for number in (signal.SIGTERM, signal.SIGABRT):
+    signal.signal(number, signal.SIG_IGN)
+open({str(tmp_path)!r} + f"/{{rank}}", "w").write(str(os.getpid()))
+{HANG}"""
+    monkeypatch.setattr(job_module, "SECONDS_TO_OBEY", 1)
+    script = write(tmp_path, code)
+    assert cli.main(["run", "-n", "2", "--timeout", "2", str(script)]) == 124
+    for rank in range(2):
+        with pytest.raises(ProcessLookupError):
+            os.kill(int((tmp_path / str(rank)).read_text()), 0)
+
+
+def signalled(tmp_path, code, *numbers, to_group=False):
+    """Run a script, send signals to the launcher when it is ready, and return how it ended."""
+    ready = tmp_path / "ready"
+    code += f"\nif rank == 1: open({str(ready)!r}, 'w').write('ready')\n{HANG}"
+    job = Launched("run", "-n", 2, write(tmp_path, code))
+    job.wait_for(ready, "ready")
+    time.sleep(0.3)  # rank 0 should be there too
+    for number in numbers:
+        (os.killpg if to_group else os.kill)(job.process.pid, number)
+        time.sleep(0.3)
+    return job.end()
+
+
+@pytest.mark.parametrize(
+    ("number", "to_group"),
+    [
+        (signal.SIGINT, True),
+        (signal.SIGTERM, True),
+        (signal.SIGTERM, False),
+        (signal.SIGUSR1, False),
+    ],
+)
+def test_signals_reach_the_scripts(tmp_path, number, to_group):
+    """A script may use them to write a checkpoint, also if mpiexec gets them from the terminal."""
+    code = f"""
+def save(*_):
+    time.sleep(0.5)
+    print("saved")
+    os._exit(0)
+signal.signal({int(number)}, save)
+"""
+    job = signalled(tmp_path, code, number, to_group=to_group)
+    assert job.status == 0, job
+    assert sorted(job.stdout.splitlines()) == ["[0] saved", "[1] saved"]
+
+
+def test_ctrl_c(tmp_path):
+    """Ranks see a KeyboardInterrupt."""
+    job = signalled(tmp_path, "", signal.SIGINT)
+    assert job.status == 130, job
+    assert "the ranks are asked to end" in job.stderr
+    assert "[0] KeyboardInterrupt" in job.stderr
+    assert "[1] KeyboardInterrupt" in job.stderr
+
+
+def test_ctrl_c_twice(tmp_path):
+    """The second one kills."""
+    code = "signal.signal(signal.SIGINT, signal.SIG_IGN)"
+    job = signalled(tmp_path, code, signal.SIGINT, signal.SIGINT)
+    assert (job.status, job.reason) == (
+        130,
+        "chainer-dist: interrupted twice: the ranks were killed",
+    )
+
+
+def test_no_rank_survives_the_launcher(tmp_path):
+    """Nor its killing."""
+    assert signalled(tmp_path, "", signal.SIGKILL).status == -signal.SIGKILL
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="finds processes in /proc")
+@pytest.mark.parametrize("n_above", [1, 2])
+def test_no_script_survives_its_monitor(tmp_path, n_above):
+    """Nor what mpiexec takes for the rank; the job fails, and says which rank it was."""
+    code = f"""
+if rank == 1:
+    pid = os.getpid()
+    for _ in range({n_above}):
+        pid = int(open(f"/proc/{{pid}}/stat").read().rpartition(")")[2].split()[1])
+    os.kill(pid, signal.SIGKILL)
+{HANG}"""
+    job = run(tmp_path, code)
+    assert job.status != 0, job
+    assert "rank 1 on" in job.reason or "mpiexec ended the job" in job.reason
+
+
+def test_nobody_reads_the_output(tmp_path):
+    """As with ``| head -1``: the job ends."""
+    code = "while True: print(rank)"
+    job = subprocess.Popen(
+        [*LAUNCHER, "run", "-n", "2", write(tmp_path, code)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        env=mpi_job.environment(),
+    )
+    job.stdout.readline()
+    job.stdout.close()
+    assert job.wait(30) == 128 + signal.SIGPIPE
+    assert b"Traceback" not in job.stderr.read()
+    job.stderr.close()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="finds the address in /proc")
+def test_strangers_are_turned_away(tmp_path):
+    """Who does not know the token, or says nothing sensible, changes nothing."""
+    code = """
+import json, socket, struct
+parent = open(f"/proc/{os.getppid()}/environ").read().split("\\0")
+where = next(v for v in parent if v.startswith("CHAINER_DIST_LAUNCHER=")).partition("=")[2]
+token, port, *_ = where.split(",")
+assert "CHAINER_DIST_LAUNCHER" not in os.environ
+def say(**hello):
+    text = json.dumps(hello).encode()
+    return struct.pack("!cI", b"H", len(text)) + text
+end = struct.pack("!cI", b"X", 2) + b"{}"
+for words in (
+    b"GET / HTTP/1.0\\r\\n\\r\\n",
+    struct.pack("!cI", b"H", 1 << 31),
+    say(token="0" * 32, rank=1, host="x") + end,
+    say(token=token, rank=1, host="x") + end,
+    say(token=token, rank=5, host="x") + end,
+    say(rank=1) + end,
+):
+    with socket.create_connection(("127.0.0.1", int(port))) as stranger:
+        stranger.sendall(words)
+        stranger.settimeout(20)
+        try:
+            assert stranger.recv(10) == b""
+        except ConnectionResetError:
+            pass
+print("fine")
+"""
+    job = run(tmp_path, f"if rank == 0: time.sleep(2); sys.exit()\n{code}")
+    assert (job.status, job.stdout) == (0, "[1] fine\n"), job
+
+
+def test_environment(tmp_path):
+    """--env sets variables, and --timeline names an absolute path."""
+    code = "print(os.environ['A'], os.environ['CHAINER_DIST_TIMELINE'])"
+    options = ("--env", "A=b=c", "--env", MARK, "--timeline", "trace.json")
+    job = run(tmp_path, code, *options, ranks=1, cwd=tmp_path)
+    assert job.stdout.split()[:2] == ["b=c", str(tmp_path / "trace.json")], job
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_getaffinity"), reason="no binding on this system")
+def test_ranks_share_the_cores(tmp_path):
+    """Each has its own, together all, and as many threads as cores; the communicator agrees."""
+    if len(os.sched_getaffinity(0)) < 2:
+        pytest.skip("one core cannot be shared out")
+    code = """
+import threadpoolctl, chainer_dist
+before = os.environ["OMP_NUM_THREADS"]
+chainer_dist.create_communicator()
+threads = {pool["num_threads"] for pool in threadpoolctl.threadpool_info()}
+print(before, os.environ["OMP_NUM_THREADS"], *threads, "cores", *os.sched_getaffinity(0))
+"""
+    free = dict.fromkeys(mpi_job.THREAD_VARIABLES)
+    job = run(tmp_path, code, env=free)
+    assert job.status == 0, job
+    seen = set()
+    for line in job.stdout.splitlines():
+        threads, _, cores = line[4:].partition("cores")
+        assert len(set(threads.split())) == 1, job
+        assert not seen & set(cores.split())
+        seen |= set(cores.split())
+    assert {*map(int, seen)} == os.sched_getaffinity(0)
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_getaffinity"), reason="no binding on this system")
+def test_users_decide_themselves(tmp_path):
+    """On threads by their variable, on binding by --no-pin."""
+    code = "print(os.environ.get('MKL_NUM_THREADS'), len(os.sched_getaffinity(0)) if rank else 'x')"
+    settings = {**dict.fromkeys(mpi_job.THREAD_VARIABLES), "OPENBLAS_NUM_THREADS": "5"}
+    job = run(tmp_path, code, "--no-pin", env=settings)
+    assert f"[1] None {len(os.sched_getaffinity(0))}\n" in job.stdout, job
+
+
+def test_dry_run(tmp_path):
+    """It prints a command that does the same by itself, and does nothing."""
+    code = "from mpi4py import MPI; os.write(1, b'size %d %s\\n' % (MPI.COMM_WORLD.size, sys.argv[1].encode()))"
+    script = write(tmp_path, code)
+    job = launch("run", "-n", 2, "--dry-run", script, "a b")
+    assert (job.status, job.stderr) == (0, "")
+    again = mpi_job.run(shlex.split(job.stdout), timeout=60)
+    assert again.status == 0
+    assert again.output.count("size 2 a b") == 2
+
+
+WRONG_CALLS = [
+    (["run", "nosuch.py"], "there is no script 'nosuch.py'"),
+    (["run"], "no script is given"),
+    (["run", "-m"], "-m wants the name of a module"),
+    (["run", "-n", "0", "x.py"], "'0' is no number from 1 up"),
+    (["run", "--max-restarts", "-1", "x.py"], "'-1' is no number from 0 up"),
+    (["run", "--timeout", "soon", "x.py"], "'soon' is no number of seconds"),
+    (["run", "--hosts", "a:0", __file__], "hosts 'a:0': slots are a number from 1 up, not '0'"),
+    (["run", "--hosts", "a", "--hostfile", "b", __file__], "not allowed with"),
+    (["run", "--hostfile", "nosuch", __file__], "hostfile nosuch: No such file"),
+    (["run", "--env", "NO_SUCH_NAME", __file__], "give NAME=VALUE"),
+    (["start"], "invalid choice: 'start'"),
+    ([], "are required: run | info"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "message"), WRONG_CALLS, ids=[str(n) for n in range(12)])
+def test_wrong_calls(arguments, message, capsys):
+    """One line, and status 2."""
+    with pytest.raises(SystemExit) as left:
+        cli.main(arguments)
+    assert left.value.code == 2
+    said = capsys.readouterr()
+    assert message in said.err
+    assert (said.err.count("\n"), said.out) == (1, "")
+
+
+def test_a_wrong_line_in_a_hostfile(tmp_path, capsys):
+    """The message names the file and the line."""
+    file = tmp_path / "hosts"
+    file.write_text("# two\na:2\nb:two\n")
+    with pytest.raises(SystemExit) as left:
+        cli.main(["run", "--hostfile", str(file), __file__])
+    assert left.value.code == 2
+    assert f"{file}, line 3: slots are a number from 1 up, not 'two'" in capsys.readouterr().err
+
+
+def test_more_ranks_than_max_slots(tmp_path, capsys):
+    """Somebody has forbidden them."""
+    file = tmp_path / "hosts"
+    file.write_text("localhost slots=1 max_slots=2\n")
+    with pytest.raises(SystemExit) as left:
+        cli.main(["run", "--hostfile", str(file), "-n", "3", __file__])
+    assert left.value.code == 2
+    assert "more than the max_slots" in capsys.readouterr().err
+
+
+def test_slots_are_the_number_of_ranks(tmp_path):
+    """Unless -n says otherwise."""
+    job = launch("run", "--hosts", "localhost:3", write(tmp_path, "print(rank)"))
+    assert sorted(job.stdout.split()) == ["0", "1", "2", "[0]", "[1]", "[2]"], job
+
+
+def test_an_unknown_host():
+    """Its mpiexec says what is wrong with it, and the job has failed."""
+    job = launch("run", "--hosts", "no-such-host.invalid:2", "--address", "x", __file__)
+    assert job.status not in (0, 2)
+    assert "no-such-host.invalid" in job.stderr
+    assert job.reason.endswith("before any rank had started")
+
+
+def test_the_launcher_cannot_be_reached(tmp_path):
+    """The rank says so, and which option helps."""
+    script = write(tmp_path, "")
+    call = launch("run", "-n", 1, "--dry-run", script).stdout
+    env = mpi_job.environment(CHAINER_DIST_LAUNCHER="0,9,127.0.0.1")
+    job = mpi_job.run(shlex.split(call), timeout=60, env=env)
+    assert job.status != 0
+    assert "the launcher cannot be reached (127.0.0.1 port 9" in job.output
+    assert "chainer-dist run --address" in job.output
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["run", "--dry-run", "-n", "2", __file__]])
+def test_the_launcher_is_quick(arguments):
+    """It imports no Chainer, no NumPy and no MPI, which take a second."""
+    command = [sys.executable, "-X", "importtime", *LAUNCHER[1:], *arguments]
+    answer = subprocess.run(command, capture_output=True, text=True, check=True)
+    imported = set(re.findall(r"\| +(\S+)$", answer.stderr, re.MULTILINE))
+    assert "argparse" in imported
+    assert not imported & {"chainer", "numpy", "mpi4py", "threadpoolctl"}
+
+
+def test_three_ways_to_call_it():
+    """The command, and python -m with and without .launch."""
+    wanted = launch("--version").stdout
+    ways = [["-m", "chainer_dist"], ["-m", "chainer_dist.launch"]]
+    script = Path(sys.executable).parent / "chainer-dist"
+    if script.exists():  # not where the package is only on the path
+        ways.append([str(script)])
+    for way in ways:
+        answer = subprocess.run(
+            [sys.executable, *way, "--version"], capture_output=True, text=True, check=True
+        )
+        assert answer.stdout == wanted
