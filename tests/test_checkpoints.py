@@ -9,7 +9,6 @@ import os
 import random
 import resource
 import shutil
-import tempfile
 import warnings
 from pathlib import Path
 
@@ -38,6 +37,12 @@ DATA = [(np.array([i, i * i % 7, 1], np.float32) / 24, np.int32(i % 3)) for i in
 def out(comm, tmp_path):
     """Return one folder for all ranks."""
     return Path(comm.bcast_obj(str(tmp_path)))
+
+
+@pytest.fixture(autouse=True)
+def result(tmp_path, monkeypatch):
+    """Let logs be written to a folder of the test."""
+    monkeypatch.chdir(tmp_path)
 
 
 @contextlib.contextmanager
@@ -71,7 +76,7 @@ ITERATORS = {
     "serial": lambda comm: iterators.SerialIterator(scatter_dataset(DATA, comm), 2),
     "own generator": lambda comm: iterators.SerialIterator(
         scatter_dataset(DATA, comm),
-        2,
+        3,
         order_sampler=iterators.ShuffleOrderSampler(np.random.RandomState(np.random.randint(1000))),
     ),
     "threads": lambda comm: iterators.MultithreadIterator(
@@ -96,7 +101,7 @@ def make_trainer(comm, stop, *, iterator="serial", seed=0, hook=None, updater=No
     made = training.StandardUpdater(batches, optimizer)
     if updater is not None:
         made = updater(made, comm)
-    trainer = training.Trainer(made, (stop, "iteration"), out=tempfile.gettempdir())
+    trainer = training.Trainer(made, (stop, "iteration"), out="result")
     trainer.extend(extensions.ExponentialShift("alpha", 0.9), trigger=(2, "iteration"))
     if comm.rank == 0:
         trainer.extend(extensions.LogReport(trigger=(1, "iteration"), filename=None))
@@ -403,6 +408,7 @@ def test_truncation_anywhere_is_noticed(comm, two, out):
             comm.mpi_comm.Barrier()
             iteration, texts = resume_link(comm, out)
             assert iteration == 1
+            assert all(f"{name} has {size} bytes" in text or "manifest" in text for text in texts)
             assert [name in text and newest.name in text for text in texts] == (
                 [True] if comm.rank == 0 else []
             )

@@ -50,7 +50,9 @@ class Archive:
         self.directory = directory
         self._comm = comm
         self._keep = keep
-        self._damaged: set[str] = set()  # names of those that are to be removed
+        # Names of what is to be removed, on rank 0. Not what a later job may be writing.
+        self._damaged: set[str] = set()
+        self._leftovers: list[str] = []
         self._thread: concurrent.futures.ThreadPoolExecutor | None = None
 
     # Writing
@@ -106,10 +108,12 @@ class Archive:
         """Remove what is not to be kept. Local, on rank 0."""
         names = generations.complete(self.directory)
         whole = [name for name in names if name not in self._damaged]
-        old = [*whole[: -self._keep], *self._damaged, *generations.unfinished(self.directory)]
-        for name in old:
+        while self._leftovers:
+            generations.remove(self.directory / self._leftovers.pop())
+        while self._damaged:
+            generations.remove(self.directory / self._damaged.pop())
+        for name in whole[: -self._keep]:
             generations.remove(self.directory / name)
-        self._damaged.clear()
 
     def _tidy(self, act: Callable[[], Any]) -> None:
         """Do something on rank 0 that nothing depends on. Local."""
@@ -135,6 +139,7 @@ class Archive:
             try:
                 if self.directory.is_dir():
                     names = generations.complete(self.directory)
+                    self._leftovers = generations.unfinished(self.directory)
             except OSError as caught:
                 error = caught
             raise_together(self._comm, error)

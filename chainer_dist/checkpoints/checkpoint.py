@@ -97,7 +97,8 @@ class Checkpoint(extension.Extension):  # type: ignore[misc]  # Chainer has no t
         directory: Which all ranks share, for this run alone; made where missing.
         keep: How many checkpoints to keep, 1 or more. Older ones are removed once a newer one is complete.
         asynchronous: Whether a thread writes, while training goes on. Saving then takes the time and the
-            memory of a copy of what is saved.
+            memory of a copy of what is saved. It hides waiting for the disk; where no core is idle, not the
+            time of checksums.
         on_error: What happens if a checkpoint cannot be written, as the disk is full: ``"raise"`` raises on
             every rank (an asynchronous one later, when the ranks find out), ``"warn"`` has rank 0 warn, and
             training go on. Either way the older ones stay.
@@ -108,9 +109,8 @@ class Checkpoint(extension.Extension):  # type: ignore[misc]  # Chainer has no t
         RankMismatchError: On every rank, if they differ.
     """
 
-    priority = (
-        -100
-    )  # as Chainer's snapshot: after all others, whose state of this iteration belongs to it
+    # As Chainer's snapshot: after all others, whose state of this iteration belongs to it.
+    priority = -100
     trigger = (1, "epoch")
 
     def __init__(
@@ -143,8 +143,8 @@ class Checkpoint(extension.Extension):  # type: ignore[misc]  # Chainer has no t
         self._looked = False  # whether all ranks know what is in the directory
         self._newest: int | None = None  # iteration of the newest complete checkpoint
         self._pending: Pending | None = None
-        self._begun: int | None = None  # iteration of the last save
         self._signals = Signals()
+        self._listens = False
         self._rounds = Rounds(comm)
         self._preempted = False
         self._outer_error: Any = None  # that was being handled when training began
@@ -168,17 +168,14 @@ class Checkpoint(extension.Extension):  # type: ignore[misc]  # Chainer has no t
                 be written, and ``on_error`` is ``"raise"``.
         """
         self._settle()
+        number = self._agree_on(iteration)
         error: Exception | None = None
         state: State | None = None
-        number = -1
         try:
-            number = _iteration(iteration)
             state = collect(target, self.comm, copy=self.asynchronous)
         except Exception as caught:  # noqa: BLE001 - targets may raise anything
             error = caught
         raise_together(self.comm, error)
-        if not all(agree(self.comm, number)):
-            raise_mismatch(self.comm, [("iteration", str(number))])
         assert state is not None  # noqa: S101 - or there was an error
         self._refuse_other_runs()
         if self._newest is not None and number < self._newest:
@@ -186,7 +183,6 @@ class Checkpoint(extension.Extension):  # type: ignore[misc]  # Chainer has no t
                 f"iteration is {number}, and {self.directory} has a checkpoint of iteration "
                 f"{self._newest}: use another directory to start anew"
             )
-        self._begun = number
         try:
             self._pending = self._archive.begin(number, state)
         except OSError as caught:
@@ -256,10 +252,14 @@ class Checkpoint(extension.Extension):  # type: ignore[misc]  # Chainer has no t
         """Whether a rank was told to end. Collective, so ask in every step, on every rank.
 
         Signals are heeded from the first time on. The answer is the same on every rank. With a Trainer
-        there is no need to ask.
+        there is no need to ask. Do not ask within :class:`~chainer_dist.Join`, which some ranks leave
+        before others.
+
+        Raises:
+            RuntimeError: On every rank, if one does not ask in its main thread.
+            OSError: On every rank, if a checkpoint cannot be written, and ``on_error`` is ``"raise"``.
         """
-        if self.preemption:
-            self._signals.listen()
+        self._listen()
         self._meet(wanted=False)
         return self._preempted
 
@@ -268,18 +268,20 @@ class Checkpoint(extension.Extension):  # type: ignore[misc]  # Chainer has no t
 
         Args:
             target: As for :meth:`save`.
-            iteration: As for :meth:`save`; nothing is saved if that was the last one.
+            iteration: As for :meth:`save`; nothing is saved if that is the newest checkpoint's.
 
         Raises:
             Preempted: On every rank: a ``SystemExit``.
             Exception: What :meth:`save` raises.
         """
-        if self._begun != iteration:
-            self.save(target, iteration)
+        number = self._agree_on(iteration)
         self._settle()
+        if self._newest != number:
+            self.save(target, number)
+            self._settle()
         if self.comm.rank == 0:
             sys.stderr.write(
-                f"chainer_dist: preempted in iteration {iteration}; the newest complete checkpoint is of "
+                f"chainer_dist: preempted in iteration {number}; the newest complete checkpoint is of "
                 f"iteration {self._newest}; leaving with status {STATUS}.\n"
             )
             sys.stderr.flush()
@@ -297,11 +299,10 @@ class Checkpoint(extension.Extension):  # type: ignore[misc]  # Chainer has no t
         error: Exception | None = None
         try:
             self._prepare(trainer)
-            if self.preemption:
-                self._signals.listen()
         except Exception as caught:  # noqa: BLE001 - iterators may raise anything
             error = caught
         raise_together(self.comm, error)
+        self._listen()
         entry = trainer._extensions[self.name]
         entry.trigger = AgreedTrigger(entry.trigger, self.comm, trainer.updater, self._meet)
         self._outer_error = sys.exc_info()[1]
@@ -339,6 +340,31 @@ class Checkpoint(extension.Extension):  # type: ignore[misc]  # Chainer has no t
         if not still_writing:
             self._settle()
         return bool(agreed), self._preempted
+
+    def _listen(self) -> None:
+        """Begin to heed signals, if that is asked for and not so yet. Collective at first."""
+        if not self.preemption or self._listens:
+            return
+        error: Exception | None = None
+        try:
+            self._signals.listen()
+        except RuntimeError as caught:
+            error = caught
+        raise_together(self.comm, error)
+        self._listens = True
+
+    def _agree_on(self, iteration: Any) -> int:
+        """Return an iteration that is the same valid one on every rank. Collective."""
+        error: Exception | None = None
+        number = -1
+        try:
+            number = _iteration(iteration)
+        except (TypeError, ValueError) as caught:
+            error = caught
+        raise_together(self.comm, error)
+        if not all(agree(self.comm, number)):
+            raise_mismatch(self.comm, [("iteration", str(number))])
+        return number
 
     def _settle(self) -> None:
         """Complete the checkpoint that is being written, if there is one. Collective."""
@@ -396,6 +422,7 @@ class Checkpoint(extension.Extension):  # type: ignore[misc]  # Chainer has no t
     def _end(self, *, ended_well: bool) -> None:
         """Heed no signals any more. Collective if all ranks are here: then complete what is written."""
         self._signals.stop()
+        self._listens = False
         if ended_well:
             self._settle()
         elif self._pending is not None:

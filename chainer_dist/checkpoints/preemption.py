@@ -55,8 +55,6 @@ class Signals:
         Raises:
             RuntimeError: In another thread than the main one.
         """
-        if self._before:
-            return
         if threading.current_thread() is not threading.main_thread():
             raise RuntimeError(
                 "signals can be caught in the main thread only; train there, or give "
@@ -65,7 +63,8 @@ class Signals:
         for number in SIGNALS:
             if signal.getsignal(number) is signal.SIG_DFL:
                 self._before[number] = signal.signal(number, self._note)
-        _listening.append(self)
+        if self not in _listening:
+            _listening.append(self)
 
     def stop(self) -> None:
         """Leave the signals to what they did before. Local."""
