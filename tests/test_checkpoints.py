@@ -36,7 +36,9 @@ DATA = [(np.array([i, i * i % 7, 1], np.float32) / 24, np.int32(i % 3)) for i in
 @pytest.fixture
 def out(comm, tmp_path):
     """Return one folder for all ranks."""
-    return Path(comm.bcast_obj(str(tmp_path)))
+    folder = Path(comm.bcast_obj(str(tmp_path))) / "checkpoints"
+    folder.mkdir(exist_ok=True)
+    return folder
 
 
 @pytest.fixture(autouse=True)

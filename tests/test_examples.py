@@ -50,3 +50,25 @@ def test_seq2seq(tmp_path):
     arguments = "--updates", 200, "--longest", 3
     (right,) = last_numbers("train_seq2seq.py", 2, *arguments, cwd=tmp_path)
     assert right > 50  # by chance it is less than one
+
+
+def test_resumable(tmp_path):
+    """A training that was ended goes on, and comes to what one in a single run comes to."""
+    arguments = "--every", 10, "--out"
+    whole = last_numbers(
+        "train_resumable.py", 2, "--epochs", 3, *arguments, tmp_path / "whole", cwd=tmp_path
+    )
+    parts = [
+        last_numbers(
+            "train_resumable.py",
+            2,
+            "--epochs",
+            epochs,
+            *arguments,
+            tmp_path / "parts",
+            cwd=tmp_path,
+        )
+        for epochs in (1, 3)
+    ]
+    assert whole == parts[1] != parts[0]
+    assert whole[0] > 90
