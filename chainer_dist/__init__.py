@@ -30,6 +30,7 @@ from chainer_dist import (
     links,
     optimizers,
     updaters,
+    watch,
 )
 from chainer_dist._version import __version__
 from chainer_dist.checkpoints import Checkpoint
@@ -75,6 +76,7 @@ __all__ = [
     "scatter_dataset",
     "scatter_index",
     "updaters",
+    "watch",
 ]
 
 global_except_hook._add_hook_if_enabled()

@@ -11,5 +11,14 @@ class RankMismatchError(ValueError):
     """
 
 
+class NonFiniteGradientError(ValueError):
+    """A gradient has NaN or infinity on some rank, before it is averaged.
+
+    Raised in checked mode (``CHAINER_DIST_CHECKED=1``) on every rank with the same text, which names
+    the lowest rank that has one, the parameter, and how many values are affected. An average would
+    spread them to all ranks.
+    """
+
+
 class FinalizedCommunicatorError(RuntimeError):
     """A communicator was used after its :meth:`finalize`."""

@@ -15,7 +15,9 @@ from typing import TYPE_CHECKING, Any, Optional
 import numpy as np
 
 from chainer_dist.communicators import _reduction
-from chainer_dist.communicators.agreement import agree, digest, raise_mismatch
+from chainer_dist.communicators.agreement import agree, digest, raise_mismatch, raise_together
+from chainer_dist.communicators.operation import EXCHANGE, Kind, Operation, collective
+from chainer_dist.errors import NonFiniteGradientError
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -29,6 +31,7 @@ if TYPE_CHECKING:
 __all__ = [
     "ParameterSet",
     "bcast_data",
+    "check_finite",
     "check_same_grads",
     "mean_agreed_grad",
     "mean_grad",
@@ -38,6 +41,8 @@ __all__ = [
 
 # One entry a parameter: its name, and shape and dtype, or None while it is uninitialized.
 Structure = tuple[tuple[str, Optional[tuple[tuple[int, ...], Any]]], ...]
+
+_BCAST = Kind("broadcast of", EXCHANGE)
 
 _cached_digest = functools.lru_cache(maxsize=256)(digest)
 
@@ -170,6 +175,7 @@ class ParameterSet:
             raise TypeError(self.unsupported)
 
 
+@collective("zero_fill", name="multi_node_mean_grad")
 def mean_grad(comm: CommunicatorBase, model: chainer.Link, *, zero_fill: bool = False) -> None:
     """Replace every gradient by its mean over the ranks, in place. Collective.
 
@@ -187,6 +193,7 @@ def mean_grad(comm: CommunicatorBase, model: chainer.Link, *, zero_fill: bool = 
         RankMismatchError: On every rank, naming the rank and the parameter, if parameters differ
             or (without ``zero_fill``) some ranks have a gradient that others do not have.
         TypeError: If a parameter is not a NumPy array.
+        NonFiniteGradientError: See :func:`check_finite`.
     """
     parameters = ParameterSet(model)
     same_structure, same_grads = agree(comm, *parameters.digests)
@@ -195,9 +202,11 @@ def mean_grad(comm: CommunicatorBase, model: chainer.Link, *, zero_fill: bool = 
     parameters.check_supported()
     if not zero_fill:
         check_same_grads(comm, parameters, same_grads=same_grads)
+    check_finite(comm, parameters)
     mean_agreed_grad(comm, parameters, same_grads=same_grads, zero_fill=zero_fill)
 
 
+@collective(name="mean of gradients")
 def mean_agreed_grad(
     comm: CommunicatorBase,
     parameters: ParameterSet,
@@ -233,6 +242,33 @@ def check_same_grads(comm: CommunicatorBase, parameters: ParameterSet, *, same_g
         raise_mismatch(comm, parameters.describe_grads())
 
 
+def check_finite(comm: CommunicatorBase, parameters: ParameterSet, *, look: bool = True) -> None:
+    """Raise on every rank if a gradient has NaN or infinity on any. Collective, in checked mode only.
+
+    Args:
+        comm: Whose ranks look, if it is checked (see :mod:`chainer_dist.watch`); otherwise nothing
+            happens.
+        parameters: Whose gradients are looked at.
+        look: Whether this rank's count.
+
+    Raises:
+        NonFiniteGradientError: Names the lowest rank that has one, and the parameter.
+    """
+    if comm._log.check is None:
+        return
+    error = None
+    for name, grad in zip(parameters.names, parameters.grads):
+        if look and grad is not None and not np.isfinite(grad).all():
+            counts = int(np.isnan(grad).sum()), int(np.isinf(grad).sum())
+            error = NonFiniteGradientError(
+                f"the gradient of {name} has {counts[0]} NaN and {counts[1]} infinite of "
+                f"{grad.size} values before the exchange"
+            )
+            break
+    raise_together(comm, error)
+
+
+@collective()
 def bcast_data(comm: CommunicatorBase, model: chainer.Link) -> None:
     """Make the parameters of all ranks equal to rank 0's, in place. Collective.
 
@@ -257,7 +293,8 @@ def bcast_data(comm: CommunicatorBase, model: chainer.Link) -> None:
             raise_mismatch(comm, parameters.describe())
     parameters.check_supported()
     for name, param in zip(parameters.names, parameters.params):
-        _bcast_param(comm, param, sources[name])
+        with Operation(_BCAST, comm, within=name):
+            _bcast_param(comm, param, sources[name])
 
 
 def _initialize_missing(comm: CommunicatorBase, parameters: ParameterSet) -> dict[str, int]:

@@ -28,7 +28,7 @@ LAYERS = [
     ],
     ["communicators"],
     ["compression"],
-    ["exchange", "functions"],
+    ["exchange", "functions", "watch"],
     ["sharding", "links"],
     ["optimizers", "datasets", "iterators", "extensions"],
     ["updaters", "checkpoints"],

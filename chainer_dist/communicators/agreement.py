@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, NoReturn, Optional
 
 import numpy as np
 
+from chainer_dist.communicators.operation import WAITING, Kind, Operation
 from chainer_dist.errors import RankMismatchError
 
 if TYPE_CHECKING:
@@ -22,6 +23,9 @@ if TYPE_CHECKING:
 
 # What a rank tells the others of its error: class and text.
 Failure = Optional[tuple[type[BaseException], str]]
+
+# Often the first that ranks do together, so here they wait for the slowest.
+_AGREE = Kind("agreement", WAITING)
 
 _MASK = (1 << 62) - 1  # a digest and its negative both fit int64
 
@@ -51,7 +55,8 @@ def agree(comm: ObjectCommunicator, *digests: int) -> tuple[bool, ...]:
     extremes = np.empty(2 * count, dtype=np.int64)
     extremes[:count] = digests
     np.negative(extremes[:count], out=extremes[count:])
-    comm.mpi_comm.Allreduce(MPI.IN_PLACE, extremes, MPI.MAX)
+    with Operation(_AGREE, comm):
+        comm.mpi_comm.Allreduce(MPI.IN_PLACE, extremes, MPI.MAX)
     return tuple((extremes[:count] == -extremes[count:]).tolist())
 
 

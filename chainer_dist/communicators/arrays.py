@@ -14,6 +14,7 @@ import numpy as np
 from chainer_dist.communicators import _reduction
 from chainer_dist.communicators.agreement import agree, digest, raise_mismatch
 from chainer_dist.communicators.objects import ObjectCommunicator
+from chainer_dist.communicators.operation import collective, point_to_point
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -30,6 +31,7 @@ class ArrayCommunicator(ObjectCommunicator):
     new, writable array that no other rank shares.
     """
 
+    @point_to_point
     def send(self, data: ArrayOrTuple | list[Array], dest: int, tag: int) -> None:
         """Send an array, or a tuple of arrays, to rank ``dest``, which must call :meth:`recv`.
 
@@ -45,6 +47,7 @@ class ArrayCommunicator(ObjectCommunicator):
         self._pkl5.send(message, dest=dest, tag=tag)
         self._raise_if_failed(message, error)
 
+    @point_to_point
     def recv(self, source: int, tag: int) -> ArrayOrTuple:
         """Receive what rank ``source`` sent with :meth:`send`.
 
@@ -58,6 +61,7 @@ class ArrayCommunicator(ObjectCommunicator):
         received = self.recv_obj(source, tag=tag)
         return _writable_all(received) if isinstance(received, tuple) else _writable(received)
 
+    @collective("root")
     def bcast(self, x: Array | None, root: int = 0, *, max_buf_len: int | None = None) -> Array:
         """Broadcast an array from rank ``root``. Collective.
 
@@ -81,6 +85,7 @@ class ArrayCommunicator(ObjectCommunicator):
         assert x is not None  # noqa: S101 - for the type checker: None was refused above
         return x
 
+    @collective("root")
     def gather(self, x: Array, root: int = 0) -> tuple[Array, ...] | None:
         """Gather one array from every rank on rank ``root``. Collective.
 
@@ -97,6 +102,7 @@ class ArrayCommunicator(ObjectCommunicator):
         arrays = self._gather(lambda: _checked_array(x, "gather"), root)
         return None if arrays is None else _writable_all(arrays)
 
+    @collective()
     def allgather(self, x: Array) -> tuple[Array, ...]:
         """Gather one array from every rank on every rank. Collective.
 
@@ -111,6 +117,7 @@ class ArrayCommunicator(ObjectCommunicator):
         """
         return _writable_all(self._allgather(lambda: _checked_array(x, "allgather")))
 
+    @collective()
     def alltoall(self, xs: Sequence[Array]) -> tuple[Array, ...]:
         """Send the i-th array to rank i, and receive one from each. Collective.
 
@@ -125,6 +132,7 @@ class ArrayCommunicator(ObjectCommunicator):
         """
         return _writable_all(self._alltoall(lambda: _checked_per_rank(xs, self.size, "alltoall")))
 
+    @collective("root")
     def scatter(self, xs: Array | Sequence[Array] | None, root: int = 0) -> Array:
         """Give each rank one array of those that rank ``root`` has. Collective.
 
@@ -141,6 +149,7 @@ class ArrayCommunicator(ObjectCommunicator):
         """
         return _writable(self._scatter(lambda: _checked_per_rank(xs, self.size, "scatter"), root))
 
+    @collective("x", "op")
     def allreduce(self, x: Array, op: str = "sum") -> Array:
         """Combine the arrays of all ranks element by element. Collective.
 

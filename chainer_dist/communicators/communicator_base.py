@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import abc
 import warnings
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from chainer_dist.communicators.arrays import Array, ArrayCommunicator
+from chainer_dist.communicators.operation import collective
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -22,6 +23,12 @@ class CommunicatorBase(ArrayCommunicator, abc.ABC):
     how the mean of many arrays is found, and one line in :mod:`chainer_dist.communicators`. What
     concerns a model lives in :mod:`chainer_dist.exchange`, once for all kinds.
     """
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if "mean_arrays" in vars(cls):  # every kind has its own
+            watched = collective("arrays")(cls.mean_arrays)
+            cls.mean_arrays = watched  # type: ignore[method-assign]  # the same to its callers
 
     @abc.abstractmethod
     def mean_arrays(self, arrays: Sequence[Array]) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 from typing import TYPE_CHECKING, Any, ClassVar, cast
 
+from chainer_dist.communicators import operation
 from chainer_dist.errors import FinalizedCommunicatorError
 
 if TYPE_CHECKING:
@@ -13,6 +14,8 @@ if TYPE_CHECKING:
 
     from mpi4py import MPI
     from typing_extensions import Self
+
+_FINALIZE = operation.Kind("finalize", operation.EXCHANGE)
 
 
 class Group:
@@ -34,9 +37,11 @@ class Group:
     def _adopt(self, mpi_comm: MPI.Intracomm) -> None:
         """Take over a communicator that nobody else uses, and find its nodes. Collective."""
         from mpi4py import MPI
+        from mpi4py.util import pkl5
 
         self._configs: dict[str, Any] = {"batched_copy": True}
         self._within_config_scope = False
+        self._log = operation.Log()
         self._mpi_comm: MPI.Intracomm | None = mpi_comm
         mpi_comm.Set_errhandler(MPI.ERRORS_RETURN)
         # Host names lie in containers; what counts is who can share memory.
@@ -45,9 +50,13 @@ class Group:
         )
         # A node is numbered by its lowest rank, so that node 0 is the one rank 0 is on.
         leader = self._node_comm.bcast(mpi_comm.rank)
-        leaders = sorted(set(mpi_comm.allgather(leader)))
+        # The first allgather of pkl5 duplicates the communicator, and no thread can run while it
+        # waits for the other ranks with that: here they all come at once.
+        leaders = sorted(set(pkl5.Intracomm(mpi_comm).allgather(leader)))
         self._inter_rank = leaders.index(leader)
         self._inter_size = len(leaders)
+        for hook in operation.creation_hooks:
+            hook(self)
 
     @property
     def mpi_comm(self) -> MPI.Intracomm:
@@ -94,6 +103,7 @@ class Group:
         """How many nodes the group spans."""
         return self._inter_size
 
+    @operation.collective()
     def split(self, color: int, key: int) -> Self | None:
         """Split the group into one communicator for each color. Collective.
 
@@ -167,8 +177,9 @@ class Group:
         if self._mpi_comm is None:
             return
         if not MPI.Is_finalized():
-            self._node_comm.Free()
-            self._mpi_comm.Free()
+            with operation.Operation(_FINALIZE, self):
+                self._node_comm.Free()
+                self._mpi_comm.Free()
         self._mpi_comm = None
 
     def __enter__(self) -> Self:

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, cast
 import numpy as np
 
 from chainer_dist.communicators.agreement import raise_together
+from chainer_dist.communicators.operation import collective
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -31,6 +32,7 @@ _SHARED_MEMORY = Path("/dev/shm")  # noqa: S108 - mkstemp makes the files privat
 _TOKEN_BYTES = 16  # written at the beginning for a moment, to know the memory by
 
 
+@collective()
 def share_memory(comm: CommunicatorBase, nbytes: int) -> Array:
     """Return zeroed memory that the ranks of this node share. Collective.
 

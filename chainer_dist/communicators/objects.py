@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn, cast
 
 from chainer_dist.communicators.agreement import rebuild_error
 from chainer_dist.communicators.group import Group
+from chainer_dist.communicators.operation import collective, point_to_point
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -40,6 +41,7 @@ class _Failed(NamedTuple):
 class ObjectCommunicator(Group):
     """Sends, broadcasts, gathers, scatters and reduces Python objects."""
 
+    @point_to_point
     def send_obj(self, obj: Any, dest: int, tag: int = 0) -> None:
         """Send an object to rank ``dest``, which must call :meth:`recv_obj`.
 
@@ -55,6 +57,7 @@ class ObjectCommunicator(Group):
         self._pkl5.send(message, dest=dest, tag=tag)
         self._raise_if_failed(message, error)
 
+    @point_to_point
     def recv_obj(
         self, source: int, status: MPI.Status | None = None, tag: int | None = None
     ) -> Any:
@@ -73,6 +76,7 @@ class ObjectCommunicator(Group):
         tag = MPI.ANY_TAG if tag is None else tag
         return self._opened(self._pkl5.recv(source=source, tag=tag, status=status))
 
+    @collective("root")
     def bcast_obj(self, obj: Any, max_buf_len: int = 256 * 1024 * 1024, root: int = 0) -> Any:
         """Broadcast an object from rank ``root``. Collective.
 
@@ -96,6 +100,7 @@ class ObjectCommunicator(Group):
         self._raise_if_failed(message, error)
         return obj
 
+    @collective("root")
     def gather_obj(self, obj: Any, root: int = 0) -> list[Any] | None:
         """Gather one object from every rank on rank ``root``. Collective.
 
@@ -107,6 +112,7 @@ class ObjectCommunicator(Group):
         """
         return self._gather(lambda: obj, root)
 
+    @collective()
     def allgather_obj(self, obj: Any) -> list[Any]:
         """Gather one object from every rank on every rank. Collective.
 
@@ -118,6 +124,7 @@ class ObjectCommunicator(Group):
         """
         return self._allgather(lambda: obj)
 
+    @collective("root")
     def scatter_obj(self, objs: Sequence[Any] | None, root: int = 0) -> Any:
         """Give each rank one object of a sequence that rank ``root`` has. Collective.
 
@@ -141,6 +148,7 @@ class ObjectCommunicator(Group):
 
         return self._scatter(checked, root)
 
+    @collective()
     def allreduce_obj(self, obj: Any) -> Any:
         """Sum one object from every rank with ``+``, in the order of rank. Collective.
 

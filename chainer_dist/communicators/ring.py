@@ -20,6 +20,7 @@ import numpy as np
 from chainer_dist.communicators import _reduction
 from chainer_dist.communicators.agreement import describe_error, raise_first
 from chainer_dist.communicators.node_memory import share_memory
+from chainer_dist.communicators.operation import EXCHANGE, WAITING, Kind, Operation, innermost
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -43,6 +44,9 @@ _PACKED, _REDUCED, _UNPACKED, _FAILED = (i * _LINE_BYTES // 8 for i in range(4))
 
 _SPINS = 200
 _YIELDS = 2_000
+
+_RUN = Kind("exchange in shared memory", EXCHANGE)
+_WAIT = Kind("waiting for blocks", WAITING)
 
 
 class Slice(NamedTuple):
@@ -102,6 +106,7 @@ class Ring:
         from mpi4py import MPI
 
         node = comm.node_comm
+        self._comm = comm
         self._node = node
         self._number = comm.rank
         self._rank, self._ranks = node.rank, node.size
@@ -128,6 +133,8 @@ class Ring:
         self.patient = False
         self._done = 0  # blocks in all calls so far
         self._error: Exception | None = None
+        self._caller = _RUN  # what the blocks are exchanged for
+        self._members = node.allgather(comm.rank)
         self._window.Lock_all(MPI.MODE_NOCHECK)
         node.Barrier()
 
@@ -170,6 +177,19 @@ class Ring:
         Raises:
             Exception: On every rank of the node, what ``deliver`` raised on one, after the last block.
         """
+        outer = innermost()
+        self._caller = _RUN if outer is None else outer.kind
+        with Operation(_RUN, self._comm):
+            self._run(blocks, dtype, sources, deliver, targets)
+
+    def _run(
+        self,
+        blocks: Sequence[Block],
+        dtype: np.dtype[Any],
+        sources: Sequence[Array] | None,
+        deliver: Callable[[int, Array, Array], None],
+        targets: Sequence[Array] | None,
+    ) -> None:
         slots = [each.view(dtype).reshape(self._depth, -1) for each in self._slots]
         # Three stages, each a block behind the one before, so that ranks seldom wait.
         for step in range(len(blocks) + 2):
@@ -222,7 +242,8 @@ class Ring:
                 _reduction.sum_in_place(self._peers, total)
         if out.size:
             try:
-                deliver(number - self._done, total, out)
+                with Operation(self._caller):  # whose work it is
+                    deliver(number - self._done, total, out)
             except Exception as error:  # noqa: BLE001 - the others wait for the blocks to come
                 self._error = self._error or error
                 self._counters[self._rank][_FAILED] = 1
@@ -246,14 +267,21 @@ class Ring:
     def _wait(self, counter: int, value: int, ranks: int) -> None:
         """Wait until a counter of each of the first ``ranks`` ranks has come to ``value``."""
         tries = 0
-        for counters in self._counters[:ranks]:
+        for rank, counters in enumerate(self._counters[:ranks]):
             while counters[counter] < value:
                 tries += 1
                 if self.patient or tries > _YIELDS:
-                    time.sleep(5e-5)  # somebody is far behind, and may want this core
+                    self._wait_long(rank, counter, value)
                 elif tries > self._spins:
                     os.sched_yield()
         self._window.Sync()
+
+    def _wait_long(self, rank: int, counter: int, value: int) -> None:
+        """Wait for a rank of the node that is far behind, and may want this core."""
+        counters = self._counters[rank]
+        with Operation(_WAIT, self._comm, within=f"of rank {self._members[rank]}"):
+            while counters[counter] < value:
+                time.sleep(5e-5)
 
     def _raise(self) -> None:
         """Raise on every rank of the node what went wrong on one."""

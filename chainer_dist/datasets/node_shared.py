@@ -19,6 +19,7 @@ import numpy as np
 
 from chainer_dist.communicators.agreement import raise_together
 from chainer_dist.communicators.node_memory import default_directories
+from chainer_dist.communicators.operation import collective
 from chainer_dist.datasets.node_file import NodeFile
 
 if TYPE_CHECKING:
@@ -103,6 +104,7 @@ class _Share(NamedTuple):
     commons: dict[int, _Entry]
 
 
+@collective(name="scatter of data")
 def scatter_parts(
     comm: CommunicatorBase,
     root: int,

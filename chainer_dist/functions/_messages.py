@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from chainer_dist.communicators.agreement import describe_error, raise_first
+from chainer_dist.communicators.operation import point_to_point
 
 if TYPE_CHECKING:
     import pickle
@@ -110,6 +111,7 @@ def post(
         raise error
 
 
+@point_to_point
 def take(comm: CommunicatorBase, source: int, tag: int) -> tuple[Any, int | None]:
     """Receive what rank ``source`` posted. Waits for it.
 

@@ -19,6 +19,7 @@ from chainer import functions as F
 from chainer.functions.normalization.batch_normalization import _compute_axis
 
 from chainer_dist.communicators.agreement import digest, raise_mismatch, raise_together
+from chainer_dist.communicators.operation import collective
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -351,6 +352,7 @@ def _merge_over_ranks(
     return np.concatenate([merged, rest])
 
 
+@collective(name="batch normalization")
 def _allreduce(comm: CommunicatorBase, moments: Array) -> None:
     from mpi4py import MPI
 

@@ -14,6 +14,7 @@ import chainer
 import numpy as np
 
 from chainer_dist.communicators.agreement import raise_mismatch
+from chainer_dist.communicators.operation import WAITING, Kind, Operation
 from chainer_dist.links.batch_normalization import MultiNodeBatchNormalization
 
 if TYPE_CHECKING:
@@ -29,6 +30,8 @@ __all__ = ["Join"]
 
 # What a rank says when ranks meet, besides the number of the optimizer that it updates.
 _STANDS_BY, _CANNOT_REPEAT, _STEP_IS_OVER = -1, -2, -3
+
+_MEETING = Kind("meeting of joined ranks", WAITING)
 
 
 class Join:
@@ -154,7 +157,8 @@ class Join:
             ranks do that, 0 if all stand by.
         """
         words = np.empty(self._comm.size, dtype=np.int64)
-        self._comm.mpi_comm.Allgather(np.array([word], dtype=np.int64), words)
+        with Operation(_MEETING, self._comm):
+            self._comm.mpi_comm.Allgather(np.array([word], dtype=np.int64), words)
         active = [int(each) for each in words if each not in (_STANDS_BY, _CANNOT_REPEAT)]
         if len(set(active)) > 1:
             raise_mismatch(self._comm, [("the update", self._describe(word, active[0]))])

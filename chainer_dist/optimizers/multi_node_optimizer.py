@@ -11,6 +11,16 @@ import numpy as np
 
 from chainer_dist import exchange
 from chainer_dist.communicators.agreement import agree, digest, raise_mismatch
+from chainer_dist.communicators.operation import (
+    BACKWARD,
+    EXCHANGE,
+    FORWARD,
+    UPDATE,
+    WAITING,
+    Kind,
+    Operation,
+    stage,
+)
 from chainer_dist.communicators.shared_memory import SharedMemoryCommunicator
 from chainer_dist.sharding import ShardedUpdate, Signature, obstacle
 
@@ -27,6 +37,12 @@ if TYPE_CHECKING:
 __all__ = ["MultiNodeOptimizer", "Options"]
 
 _logger = logging.getLogger("chainer_dist")
+
+_FORWARD = Kind("forward", FORWARD, waits=False)
+_BACKWARD = Kind("backward", BACKWARD, waits=False)
+# The first that all ranks do after backward: here they wait for the slowest.
+_COMPARE = Kind("comparison of parameters", WAITING)
+_CHOOSE = Kind("choice of the update", EXCHANGE)
 
 
 class Options(NamedTuple):
@@ -126,6 +142,7 @@ class MultiNodeOptimizer:
         else:
             self.join.update(self, lossfun, args, kwds)
 
+    @stage(UPDATE)
     def take_part(
         self,
         lossfun: Callable[..., Any] | None,
@@ -162,6 +179,8 @@ class MultiNodeOptimizer:
             parameters, same_grads, _ = self._agree()
         if weight != 1:
             same_grads = self._weigh(parameters, weight, same_grads=same_grads)
+        dynamic = self.actual_optimizer._loss_scaling_is_dynamic  # it deals with overflows itself
+        exchange.check_finite(self._connected(), parameters, look=not dynamic)
         self._allow_missing_grads(parameters, same_grads=same_grads)
         self._step(parameters, same_grads=same_grads)
 
@@ -232,11 +251,13 @@ class MultiNodeOptimizer:
         self, lossfun: Callable[..., Any], args: tuple[Any, ...], kwds: dict[str, Any]
     ) -> None:
         """Compute the gradients, in the way of ``chainer.GradientMethod.update``."""
-        loss = lossfun(*args, **kwds)
-        self.target.cleargrads()
-        if not getattr(self, "_use_cleargrads", True):
-            self.target.zerograds()  # alone it would write to arrays that may be read-only
-        loss.backward(loss_scale=self.actual_optimizer._loss_scale)
+        with Operation(_FORWARD):
+            loss = lossfun(*args, **kwds)
+        with Operation(_BACKWARD):
+            self.target.cleargrads()
+            if not getattr(self, "_use_cleargrads", True):
+                self.target.zerograds()  # alone it would write to arrays that may be read-only
+            loss.backward(loss_scale=self.actual_optimizer._loss_scale)
 
     def _agree(self) -> tuple[exchange.ParameterSet, bool, bool]:
         """Compare the ranks' parameters before a step. Collective.
@@ -253,14 +274,15 @@ class MultiNodeOptimizer:
             self._shards is None or self._shards.fits(parameters)
         )
         settings = _settings(optimizer, parameters)
-        same_structure, same_grads, same_t, same_changed, same_settled, same_settings = agree(
-            comm,
-            *parameters.digests,
-            optimizer.t,
-            int(changed),
-            int(settled),
-            digest(settings),
-        )
+        with Operation(_COMPARE, comm):
+            same_structure, same_grads, same_t, same_changed, same_settled, same_settings = agree(
+                comm,
+                *parameters.digests,
+                optimizer.t,
+                int(changed),
+                int(settled),
+                digest(settings),
+            )
         if not same_t:
             raise_mismatch(
                 comm,
@@ -274,7 +296,8 @@ class MultiNodeOptimizer:
         if not (settled and same_settled):
             self._unshare()
             if not changed:
-                self._choose(parameters, signature)
+                with Operation(_CHOOSE, comm):
+                    self._choose(parameters, signature)
         return parameters, same_grads, changed
 
     def _choose(self, parameters: exchange.ParameterSet, signature: Signature) -> None:

@@ -21,6 +21,7 @@ import numpy as np
 from chainer_dist.communicators import _reduction
 from chainer_dist.communicators.agreement import raise_together
 from chainer_dist.communicators.node_memory import share_memory
+from chainer_dist.communicators.operation import EXCHANGE, Kind, Operation
 from chainer_dist.communicators.ring import cut
 from chainer_dist.exchange import same
 from chainer_dist.sharding.chunk import Chunk, state_keys
@@ -37,6 +38,8 @@ if TYPE_CHECKING:
     from chainer_dist.exchange import ParameterSet
 
 __all__ = ["ShardedUpdate"]
+
+_NORM = Kind("norm of gradients", EXCHANGE)
 
 _ALIGNMENT = 64  # bytes: a cache line
 
@@ -296,7 +299,8 @@ class ShardedUpdate:
             wide = grad.astype(_reduction.wire_dtype(grad.dtype), copy=False)
             own += float(wide.dot(wide))
         # Each node has all slices. In the order of rank, so that all get the same bits.
-        norm = math.sqrt(sum(self._comm.node_comm.allgather(own)))
+        with Operation(_NORM, self._comm):
+            norm = math.sqrt(sum(self._comm.node_comm.allgather(own)))
         if norm <= threshold:
             return
         for chunk in chunks:

@@ -1,0 +1,69 @@
+"""What the environment says about watching."""
+
+from __future__ import annotations
+
+import math
+import os
+from typing import NamedTuple
+
+WARN = "CHAINER_DIST_STALL_WARN"
+ABORT = "CHAINER_DIST_STALL_ABORT"
+CHECKED = "CHAINER_DIST_CHECKED"
+TIMELINE = "CHAINER_DIST_TIMELINE"
+
+_WARN_SECONDS = 60.0
+
+
+class Settings(NamedTuple):
+    """How this rank is watched.
+
+    Attributes:
+        warn: Seconds after which a stall is reported, or None for never.
+        abort: Seconds after which a stall ends the job, or None for never.
+        checked: Whether collectives are compared before they run.
+        timeline: The file that a timeline is written to, or None for none.
+    """
+
+    warn: float | None
+    abort: float | None
+    checked: bool
+    timeline: str | None
+
+    @property
+    def limits(self) -> tuple[float, ...]:
+        """The seconds after which something is done about a stall, shortest first."""
+        return tuple(sorted(each for each in (self.warn, self.abort) if each is not None))
+
+
+def from_environment() -> Settings:
+    """Return the settings of this process. Local.
+
+    Raises:
+        ValueError: If a variable has no value that it can have, naming it.
+    """
+    return Settings(
+        warn=_seconds(WARN, _WARN_SECONDS),
+        abort=_seconds(ABORT, None),
+        checked=_switch(CHECKED),
+        timeline=os.environ.get(TIMELINE) or None,
+    )
+
+
+def _seconds(name: str, default: float | None) -> float | None:
+    text = os.environ.get(name, "")
+    if not text:
+        return default
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = math.nan
+    if not 0 <= seconds < math.inf:
+        raise ValueError(f"{name} is {text!r}, expected seconds, or 0 for never")
+    return seconds or None
+
+
+def _switch(name: str) -> bool:
+    text = os.environ.get(name, "")
+    if text not in ("", "0", "1"):
+        raise ValueError(f"{name} is {text!r}, expected 0 or 1")
+    return text == "1"

@@ -1,0 +1,415 @@
+"""The watchdog: planted stalls, whose reports name who is missing, and what is done instead."""
+
+from __future__ import annotations
+
+import os
+import re
+import sys
+import time
+
+import pytest
+
+import mpi_job
+from chainer_dist.watch import inquiry, report
+from chainer_dist.watch.inquiry import Silence
+from chainer_dist.watch.settings import Settings, from_environment
+
+HEADER = """
+import ctypes, itertools, os, signal, subprocess, sys, threading, time
+import chainer, chainer_dist, chainer_dist.watch
+import numpy as np
+comm = chainer_dist.create_communicator({kind!r})
+last = comm.size - 1
+def culprit():
+    {statement}
+comm.allgather_obj(0)
+"""
+
+ENDING = "ending the job, stalled for"
+
+
+def run(code, ranks, statement="pass", kind="naive", **environment):
+    """Run a script on some ranks, with short limits."""
+    code = HEADER.format(statement=statement, kind=kind) + code
+    environment.setdefault("CHAINER_DIST_STALL_WARN", "0.4")
+    env = mpi_job.environment(**environment)
+    return mpi_job.run([sys.executable, "-c", code], ranks, timeout=60, env=env)
+
+
+def stacks_of(output, rank):
+    """Return the stacks that are shown for a rank alone."""
+    return re.findall(rf"Stacks of rank {rank}:\n((?:  .*\n)*)", output)
+
+
+# What the last rank does instead of an allreduce, for ever, and what is said of it.
+FOR_EVER = {
+    "finished": ("sys.exit(0)", r"listens no more: it has left the script, or ended"),
+    "stopped": (
+        "os.kill(os.getpid(), signal.SIGSTOP)",
+        r"does not answer: its process is stopped \(by SIGSTOP, Ctrl-Z or a debugger\)",
+    ),
+    "native code": (
+        "sum(itertools.repeat(0))",
+        r"does not answer: it is in native code that holds Python's lock; its stacks follow",
+    ),
+    "another collective": (
+        "comm.bcast_obj('x')",
+        r"is in another operation 2: bcast_obj\(obj='x'\), at <string>:\d+ in culprit",
+    ),
+    "another before": (
+        "comm.gather_obj('x'), time.sleep(1000)",
+        r"has done another operation 2, gather_obj; now in no collective, at <string>:\d+ in culprit",
+    ),
+}
+
+
+@pytest.mark.mpi_skip
+@pytest.mark.parametrize(
+    ("kind", "ranks"),
+    [*zip(FOR_EVER, [2, 3, 4, 3, 2])],
+)
+def test_a_stall_that_does_not_end(kind, ranks):
+    """It is reported once, by rank 0, naming the culprit; then the limit ends the job."""
+    statement, said = FOR_EVER[kind]
+    code = "if comm.rank == last:\n culprit()\ncomm.allreduce(np.zeros((3, 4), np.float32))"
+    # It may be waited for a second for a process that does not answer.
+    job = run(code, ranks, statement, CHAINER_DIST_STALL_ABORT="0.6")
+    last = ranks - 1
+    assert job.status not in {0, None}, job.output
+    where = f"operation 2 of the naive communicator of {ranks} ranks, which waits for rank {last}\n"
+    heads = re.findall(r"chainer_dist: stalled for [\d.]+ s: (rank \d) in (.*\n)", job.output)
+    assert ("rank 0", f"allreduce(x=(3, 4) float32), {where}") in heads, job.output
+    assert {head[0] for head in heads} == {"rank 0"}, job.output
+    assert re.search(rf"  rank {last} \(pid \d+ on .*\): {said}", job.output), job.output
+    assert f"{ENDING} 0.6 s (CHAINER_DIST_STALL_ABORT): rank 0 in allreduce" in job.output
+    assert re.search(r"  ranks? 0(-\d)?: has come, at <string>:\d+ in <module>", job.output)
+    if kind == "native code":  # printed by the rank itself, without Python's help
+        assert 'File "<string>", line 8 in culprit' in job.output, job.output
+    if kind == "another collective":
+        assert "in bcast_obj" in stacks_of(job.output, last)[0]
+
+
+SEQUENCE = """
+from chainer_dist import functions as F
+step = 0
+def wait(seconds=1.0):
+    global step
+    step += 1
+    comm.bcast_obj(0)  # so that ranks begin together
+    return time.monotonic() + seconds
+def spinning(until):
+    while time.monotonic() < until:
+        pass
+def sleeping(until):
+    time.sleep(max(0, until - time.monotonic()))
+def forward(until):
+    if comm.rank == last:
+        sleeping(until)
+    return model(np.ones((1, 3), np.float32))
+
+until = wait()
+if comm.rank == last:
+    sleeping(until)
+comm.allgather_obj(0)
+
+until = wait()
+if comm.rank == last:
+    spinning(until)
+comm.gather(np.zeros(3), root=0)
+
+until = wait()
+if comm.rank == last:
+    sleeping(until)
+    comm.send_obj("late", 0)
+elif comm.rank == 0:
+    comm.recv_obj(last)
+
+model = chainer.Sequential(chainer.links.Linear(3, 1), chainer.functions.sum)
+optimizer = chainer_dist.create_multi_node_optimizer(chainer.optimizers.SGD(), comm).setup(model)
+optimizer.update(lambda: forward(0))
+until = wait()
+optimizer.update(forward, until)
+
+part = comm.split(comm.rank // 2 * 2 == last // 2 * 2, comm.rank)
+until = wait()
+if comm.rank == last:
+    sleeping(until)
+part.allreduce_obj(1)
+
+until = wait()
+child = os.fork()
+if child == 0:
+    time.sleep(0.1)
+    os._exit(0)
+os.waitpid(child, 0)
+if comm.rank == last:
+    time.sleep(1)
+comm.alltoall([np.zeros(1)] * comm.size)
+comm.finalize()
+print("fine", flush=True)
+"""
+
+
+@pytest.mark.mpi_skip
+@pytest.mark.parametrize("ranks", [2, 3, 4])
+def test_stalls_that_end(ranks):
+    """Each is reported with what the late rank does, and once more when it is over; all go on."""
+    job = run(SEQUENCE, ranks)
+    assert job.status == 0, job.output
+    assert job.output.count("fine") == ranks, job.output
+    assert ENDING not in job.output
+    last = ranks - 1
+    of = f"of the naive communicator of {ranks} ranks"
+    late = rf"  rank {last} \(pid \d+ on .*\): has not come \(its last is operation \d+\); now "
+    for said in [
+        rf"rank 0 in allgather_obj\(obj=0\), operation 3 {of}, which waits for rank {last}\n",
+        late + r"in no collective, at <string>:\d+ in sleeping\n",
+        rf"rank 0 in gather\(x=\(3,\) float64\), operation 5 {of}, which waits for rank {last}\n",
+        late + r"in no collective, at <string>:\d+ in spinning\n",
+        rf"rank 0 in recv_obj\(source={last}\) {of}, which waits for rank {last}\n",
+        rf"rank 0 in comparison of parameters, operation \d+ {of}, which waits for rank {last}\n",
+        late + r"in no collective but in forward, at <string>:\d+ in sleeping\n",
+        r"over after [\d.]+ s: rank 0 in allgather_obj\(obj=0\), operation 3 ",
+    ]:
+        assert re.search(said, job.output), f"{said}\n{job.output}"
+    assert any("in sleeping" in each for each in stacks_of(job.output, last))
+    if ranks != 3:  # otherwise the last rank's part has no other
+        partner = ranks - 2
+        said = (
+            r"stalled for [\d.]+ s: rank 0 in allreduce_obj\(obj=1\), operation 1 of the naive "
+            r"communicator of 2 ranks, which waits for rank 1\n"
+        )
+        assert re.search(said, job.output), job.output
+        name = "" if partner == 0 else f"rank {last} of the job, "
+        assert f"  rank 1 ({name}pid" in job.output
+
+
+@pytest.mark.mpi_skip
+def test_functions_links_and_data():
+    """What does not go through a communicator's methods is watched all the same."""
+    code = """
+import chainer_dist.functions as F
+x = chainer.Variable(np.ones((4, 3), np.float32))
+bn = chainer_dist.links.MultiNodeBatchNormalization(3, comm)
+bn(x)
+def receive():
+    return F.send(x, comm, 0) if comm.rank == last else F.recv(comm, last)
+for work in (lambda: F.allreduce(comm, x), lambda: bn(x), receive):
+    comm.allgather_obj(0)
+    if comm.rank == last:
+        time.sleep(1)
+    work()
+print("fine", flush=True)
+"""
+    job = run(code, 2)
+    assert job.output.count("fine") == 2, job.output
+    for what in (
+        r"agreement, operation \d+",
+        r"batch normalization\(.*\), operation \d+",
+        r"take\(.*\)",
+    ):
+        said = rf"rank 0 in {what} of the naive communicator of 2 ranks, which waits for rank 1\n"
+        assert re.search(said, job.output), f"{said}\n{job.output}"
+
+
+@pytest.mark.mpi_skip
+def test_a_rank_within_the_update():
+    """Waiting in shared memory names the rank whose blocks are missing, and its line."""
+    code = """
+model = chainer.links.Linear(3, 2)
+optimizer = chainer_dist.create_multi_node_optimizer(chainer.optimizers.SGD(), comm).setup(model)
+loss = lambda: chainer.functions.sum(model(np.ones((1, 3), np.float32)))
+optimizer.update(loss)
+if comm.rank == last:
+    chunk = next(each for some in optimizer._shards._chunks for each in some)
+    prepare = chunk.prepare
+    chunk.prepare = lambda hooks: (time.sleep(1.2), prepare(hooks))
+optimizer.update(loss)
+"""
+    job = run(code, 2, kind="shared_memory")
+    assert job.status == 0, job.output
+    said = r"ranks? 0.*: has come, at <string>:\d+ in <module> \(waiting for blocks of rank 1\)"
+    assert re.search(said, job.output), job.output
+    assert re.search(r"rank 1: has come, at <string>:\d+ in <lambda> \(update\)", job.output)
+
+
+@pytest.mark.mpi_skip
+@pytest.mark.parametrize(
+    ("environment", "aborts"),
+    [
+        ({}, False),
+        ({"CHAINER_DIST_STALL_ABORT": "0.5"}, True),
+    ],
+    ids=["off", "abort only"],
+)
+def test_limits(environment, aborts):
+    """The limit for the end works alone; with neither there is no thread."""
+    code = """
+if "CHAINER_DIST_STALL_ABORT" not in os.environ:
+    assert threading.active_count() == 1, threading.enumerate()
+if comm.rank == last:
+    time.sleep(1.5)
+comm.allgather_obj(0)
+print("fine", flush=True)
+"""
+    job = run(code, 2, CHAINER_DIST_STALL_WARN="0", **environment)
+    assert (ENDING in job.output) == aborts, job.output
+    assert (job.status != 0) == aborts
+    assert ("stalled" in job.output) == aborts
+    assert (job.output.count("fine") == 2) != aborts
+
+
+@pytest.mark.mpi_skip
+def test_several_nodes_and_ranks_that_are_not_watched():
+    """Ranks of other nodes are asked over the network; who does not listen is said not to."""
+    code = """
+os.environ.pop("CHAINER_DIST_STALL_WARN")
+if comm.rank == 1:
+    os.environ["CHAINER_DIST_STALL_WARN"] = "0"
+late = chainer_dist.create_communicator("naive")
+if comm.rank == last:
+    time.sleep(1.2)
+comm.allgather_obj(0)
+print(f"{comm.inter_size} nodes", [each is not None for each in comm._log.peers], flush=True)
+print([bool(each and each.open_port) for each in late._log.peers], flush=True)
+"""
+    job = run(code, 3, MPIR_CVAR_NUM_CLIQUES="2")
+    assert job.status == 0, job.output
+    assert "which waits for rank 2\n" in job.output
+    if "2 nodes" in job.output:  # only MPICH pretends
+        assert job.output.count("[True, False, True]") == 3, job.output
+    assert re.search(r"in no collective, at <string>:\d+ in <module>", job.output)
+
+
+@pytest.mark.mpi_skip
+def test_a_job_that_was_suspended():
+    """A whole job that stood still, as batch systems do, is not reported, let alone ended."""
+    code = """
+print("here", os.getpid(), flush=True)
+if comm.rank == 0:
+    pids = comm.gather_obj(os.getpid())
+    # From outside: stop all ranks while the others wait for rank 0, and let them go on later.
+    script = f"sleep 0.2; kill -STOP {pids}; sleep 3; kill -CONT {pids}".replace("[", "").replace("]", "").replace(",", "")
+    process = subprocess.Popen(["sh", "-c", script])
+    process.wait()
+else:
+    comm.gather_obj(os.getpid())
+comm.allgather_obj(0)
+print("fine", flush=True)
+"""
+    job = run(code, 2, CHAINER_DIST_STALL_WARN="2", CHAINER_DIST_STALL_ABORT="2")
+    assert job.status == 0, job.output
+    assert job.output.count("fine") == 2
+    assert "stalled" not in job.output
+
+
+def neighbours(comm):
+    """Return the ranks beside this one."""
+    return [rank for rank in range(comm.size) if rank != comm.rank]
+
+
+def test_ranks_answer(comm):
+    """Each tells each what it does, without the help of its main thread, which is busy here."""
+    if comm.size == 1:
+        pytest.skip("there is nobody to ask")
+    log = comm._log
+    comm.allgather_obj(None)  # from here on all ranks are in this test
+    number = log.number
+    for rank in neighbours(comm):
+        found = inquiry.ask(log.peers[rank], log.identity, 20, near=True, full=True)
+        assert not isinstance(found, Silence), found
+        assert found["knows"]
+        assert found["number"] in (number, number + 1)  # it may be done
+        assert "test_ranks_answer" in found["stacks"] or found["number"] > number
+        assert "chainer_dist watch" not in found["stacks"]
+        brief = inquiry.ask(log.peers[rank], log.identity, 20, near=True, full=False)
+        assert "stacks" not in brief
+        other = inquiry.ask(log.peers[rank], "0" * 32, 20, near=True, full=False)
+        assert not other["knows"]
+    comm.allgather_obj(None)
+    assert len(set(comm.allgather_obj(log.identity))) == 1
+
+
+def test_strangers_get_no_answer(comm):
+    """Who does not know the token, or says something else, is told nothing."""
+    if comm.size == 1:
+        pytest.skip("there is nobody to ask")
+    peer = comm._log.peers[neighbours(comm)[0]]
+    identity = comm._log.identity
+    for request in (b"0" * 64 + b"!", b"\xff" * 65, b"GET / HTTP/1.1\r\n" + b" " * 49):
+        assert inquiry._exchange("127.0.0.1", peer.port, request, 20) == b""
+    good = inquiry._exchange("127.0.0.1", peer.port, (peer.token + identity + "?").encode(), 20)
+    assert good.startswith(b"{")
+    comm.allgather_obj(None)
+
+
+def test_processes_are_known_by_their_start(comm):
+    """A process that has the number of another one is not taken for it."""
+    if comm.size == 1:
+        pytest.skip("there are no addresses")
+    own = comm._log.peers[comm.rank]
+    assert own.pid == os.getpid()
+    assert inquiry.process_state(own) in {"R", "S"}
+    started, _, namespace = own.started.partition(" ")
+    gone = own._replace(started=f"{int(started) + 1} {namespace}")
+    assert inquiry.process_state(gone) == "X"
+    found = inquiry.ask(gone, comm._log.identity, 5, near=True, full=False)
+    assert found == Silence("has ended: there is no such process any more")
+    # One in another container on this node can be asked, but its number says nothing here.
+    elsewhere = own._replace(started=f"{started} pid:[1]")
+    assert inquiry.process_state(elsewhere) == "?"
+    assert inquiry.ask(elsewhere, comm._log.identity, 5, near=True, full=False)["knows"]
+
+
+@pytest.mark.mpi_skip
+def test_settings(monkeypatch):
+    """What the environment says, and what it means when it says nothing."""
+    names = ("STALL_WARN", "STALL_ABORT", "CHECKED", "TIMELINE")
+    for name in names:
+        monkeypatch.delenv(f"CHAINER_DIST_{name}", raising=False)
+    assert from_environment() == Settings(60.0, None, checked=False, timeline=None)
+    for name, value in zip(names, ("0", "90.5", "1", "a.json")):
+        monkeypatch.setenv(f"CHAINER_DIST_{name}", value)
+    settings = from_environment()
+    assert settings == Settings(None, 90.5, checked=True, timeline="a.json")
+    assert settings.limits == (90.5,)
+    for value in ("nan", "inf", "-1", "1 minute"):
+        monkeypatch.setenv("CHAINER_DIST_STALL_ABORT", value)
+        with pytest.raises(ValueError, match="CHAINER_DIST_STALL_ABORT is"):
+            from_environment()
+
+
+@pytest.mark.mpi_skip
+@pytest.mark.parametrize(
+    ("ranks", "text"),
+    [([3], "rank 3"), ([0, 1, 2], "ranks 0-2"), ([5, 0, 2, 3], "ranks 0, 2-3, 5")],
+)
+def test_ranks_in_words(ranks, text):
+    """Thousands of ranks fit on a line."""
+    assert report._ranks(ranks) == text
+
+
+def test_a_rank_that_waits_answers(comm):
+    """The first collectives of a communicator leave Python's lock alone while they wait."""
+    if comm.size == 1:
+        pytest.skip("there is nobody to wait for")
+    log = comm._log
+    for number, wait in enumerate((lambda: comm.gather_obj(0), lambda: comm.allgather_obj(0)), 1):
+        if comm.rank == comm.size - 1:
+            came, deadline = 0, time.monotonic() + 20
+            while came < number and time.monotonic() < deadline:
+                found = inquiry.ask(log.peers[0], log.identity, 20, near=True, full=False)
+                assert not isinstance(found, Silence), found
+                came = found["waits"]["number"] if found["waits"] else 0
+            assert came == number
+        wait()
+
+
+def test_creating_communicators_is_quick(comm):
+    """Watching one more communicator takes a few milliseconds at most."""
+    best = float("inf")
+    for _ in range(5):
+        started = time.perf_counter()
+        comm.split(0, comm.rank).finalize()
+        best = min(best, time.perf_counter() - started)
+    assert best < 0.1
