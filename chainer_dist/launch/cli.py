@@ -42,9 +42,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Returns:
         The exit status: that of the job, 1 if it cannot be started, 2 if the call is wrong.
     """
-    options = _parser().parse_args(arguments)
+    options, unknown = _parser().parse_known_args(arguments)
+    if options.action == "scale":  # which has options of its own
+        options.arguments = [*unknown, *options.arguments]
+    elif unknown:
+        options.wrong(f"unrecognized arguments: {' '.join(unknown)}")
     try:
-        return _info(options) if options.action == "info" else _run(options)
+        return {"run": _run, "info": _info, "scale": _scale}[options.action](options)
     except LaunchError as error:
         output.say(str(error))
         return 1
@@ -55,7 +59,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _parser() -> _Parser:
     parser = _Parser(prog="chainer-dist", description="Distributed training for Chainer over MPI.")
     parser.add_argument("--version", action="version", version=__version__)
-    actions = parser.add_subparsers(dest="action", required=True, metavar="run | info")
+    actions = parser.add_subparsers(dest="action", required=True, metavar="run | info | scale")
     run = actions.add_parser(
         "run",
         help="run a script on many ranks",
@@ -106,6 +110,10 @@ def _parser() -> _Parser:
     info.set_defaults(max_restarts=0, timeout=math.inf, no_prefix=True, dry_run=False)
     for action in (run, info):
         action.set_defaults(wrong=action.error)
+    scale = actions.add_parser(
+        "scale", help="measure how training scales over ranks, beside its peers", add_help=False
+    )
+    scale.add_argument("arguments", nargs=argparse.REMAINDER)
     return parser
 
 
@@ -218,6 +226,12 @@ def _info(options: argparse.Namespace) -> int:
     if found is None:
         raise LaunchError(problem)
     return _launch(found, report, {}, options)
+
+
+def _scale(options: argparse.Namespace) -> NoReturn:
+    """Go on in a process that imports Chainer."""
+    command = [sys.executable, "-m", "chainer_dist.scaling", *options.arguments]
+    os.execv(sys.executable, command)  # noqa: S606 - this package
 
 
 def _script(options: argparse.Namespace) -> list[str]:

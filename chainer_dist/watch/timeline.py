@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
+from chainer_dist._files import replacing
 from chainer_dist.communicators import operation
 from chainer_dist.communicators.agreement import raise_together
 from chainer_dist.communicators.operation import CATEGORIES, Observer
@@ -116,7 +117,8 @@ class timeline(contextlib.AbstractContextManager["timeline"]):  # noqa: N801 - u
     communicator that spans it to its end.
 
     Args:
-        path: The file; only rank 0's counts, and rank 0 writes. It is replaced when all is written.
+        path: The file; only rank 0's counts, and rank 0 writes. It is replaced when all is written. On
+            rank 0 None writes neither a file nor the table.
         comm: Whose ranks record.
         max_events: How many operations each rank keeps for the trace, the first ones. The table
             counts all. One takes about 200 bytes of memory and 150 of the file.
@@ -132,9 +134,9 @@ class timeline(contextlib.AbstractContextManager["timeline"]):  # noqa: N801 - u
     """
 
     def __init__(
-        self, path: str | Path, comm: CommunicatorBase, *, max_events: int = MAX_EVENTS
+        self, path: str | Path | None, comm: CommunicatorBase, *, max_events: int = MAX_EVENTS
     ) -> None:
-        self._path = Path(path)
+        self._path = None if path is None else Path(path)
         self._outer = comm
         self._max_events = max_events
         self.seconds: dict[str, float] = {}
@@ -142,7 +144,7 @@ class timeline(contextlib.AbstractContextManager["timeline"]):  # noqa: N801 - u
 
     def __enter__(self) -> Self:
         error = None
-        if self._outer.rank == 0 and not self._path.parent.is_dir():
+        if self._outer.rank == 0 and self._path and not self._path.parent.is_dir():
             error = FileNotFoundError(f"there is no folder {self._path.parent} for the timeline")
         raise_together(self._outer, error)
         comm = self._outer.split(0, self._outer.rank)
@@ -198,9 +200,10 @@ class timeline(contextlib.AbstractContextManager["timeline"]):  # noqa: N801 - u
 
     def _write(self, part: Part) -> None:
         parts, failure = self._comm.gather_obj(part), None
-        if parts is not None:
+        if parts is not None and self._path is not None:
             try:
-                _replace(self._path, lambda: _trace(parts))
+                with replacing(self._path) as file:
+                    file.writelines(_trace(parts))
             except OSError as error:
                 failure = OSError(f"the timeline cannot be written: {error}")
             else:
@@ -315,20 +318,6 @@ def _compare_clocks(mpi_comm: MPI.Intracomm) -> tuple[float, float]:
                     offset = float(clock[0]) - middle
     mpi_comm.Barrier()
     return middle, offset
-
-
-def _replace(path: Path, pieces: Any) -> None:
-    """Write a text file whole or not at all."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    try:
-        with temporary.open("w", encoding="utf-8") as file:
-            file.writelines(pieces())
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
 
 
 def _host() -> str:

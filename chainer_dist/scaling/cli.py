@@ -1,0 +1,193 @@
+"""The command line of ``chainer-dist scale``."""
+
+from __future__ import annotations
+
+import argparse
+import math
+import shlex
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from chainer_dist.scaling import experiment, page, results
+from chainer_dist.scaling.contenders import CONTENDERS
+from chainer_dist.scaling.workloads import WORKLOADS
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+__all__ = ["main"]
+
+_USAGE_ERROR = 2
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Measure what the command line says, and report it. Local; starts jobs.
+
+    Args:
+        arguments: Without the program's name; by default those of this process.
+
+    Returns:
+        The exit status: 1 if something fails, 2 if the call is wrong.
+    """
+    arguments = sys.argv[1:] if arguments is None else arguments
+    parser = _parser()
+    args = parser.parse_args(arguments)
+    places = []
+    for name in ("hosts", "hostfile", "address"):
+        if getattr(args, name):
+            places += [f"--{name}", getattr(args, name)]
+    here = not (args.hosts or args.hostfile)
+    cores = experiment.n_cores() if here else None
+    ranks = sorted({1, *args.ranks})
+    if cores is not None and ranks[-1] > cores and not args.oversubscribe:
+        parser.error(
+            f"{ranks[-1]} ranks are more than this machine's {cores} cores, and would measure how they "
+            "wait for one another; --oversubscribe does it all the same, and marks them"
+        )
+    plan = experiment.Plan(
+        workloads=list(dict.fromkeys(args.workloads)),
+        contenders=list(dict.fromkeys(args.contenders)),
+        ranks=ranks,
+        scalings=list(dict.fromkeys(args.scaling)),
+        batch=args.batch,
+        rounds=args.rounds,
+        seconds=args.seconds,
+        steps=args.steps,
+        accuracy=args.accuracy / 100,
+        places=places,
+        timeout=args.timeout,
+    )
+    try:
+        missing = experiment.needed(plan)
+        if missing:
+            parser.error(
+                f"not installed: {'; '.join(missing)}; pip install 'chainer_dist[scaling]'"
+            )
+        return _measure(plan, args, cores, arguments)
+    except (OSError, ValueError, RuntimeError) as error:
+        sys.stderr.write(f"{parser.prog}: {error}\n")
+        return 1
+    except KeyboardInterrupt:
+        sys.stderr.write(
+            f"{parser.prog}: stopped; the same command goes on with what is missing in {args.out}\n"
+        )
+        return 130
+
+
+def _measure(
+    plan: experiment.Plan, args: argparse.Namespace, cores: int | None, arguments: Sequence[str]
+) -> int:
+    folder: Path = args.out
+    if args.restart:
+        (folder / experiment.RUNS).unlink(missing_ok=True)
+    machine = experiment.machine()
+    found = experiment.run(plan, folder)
+    rows, accuracies = results.rows(found, cores), results.accuracy_rows(found)
+    parts = results.parts(found)
+    command = shlex.join(["chainer-dist", "scale", *arguments])
+    content = {
+        "command": command,
+        "machine": machine,
+        "plan": plan._asdict(),
+        "rows": [row._asdict() for row in rows],
+        "accuracy": accuracies,
+        "parts": [
+            {"kind": kind, "workload": workload, "ranks": ranks, "seconds": seconds}
+            for (kind, workload, ranks), seconds in parts.items()
+        ],
+        "model": {
+            job.workload: {"parameters": each["parameters"], "bytes": each["bytes"]}
+            for job, each in found.items()
+            if each.get("parameters")
+        },
+    }
+    results.write_json(folder / "scaling.json", content)
+    results.write_csv(folder / "scaling.csv", rows)
+    page.write(
+        folder / "index.html",
+        rows=rows,
+        accuracies=accuracies,
+        parts=parts,
+        machine=machine,
+        command=command,
+    )
+    sys.stdout.write(results.table(rows, accuracies))
+    sys.stdout.write(f"\nPage: {folder / 'index.html'}\n")
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="chainer-dist scale",
+        description="Measure how training scales over ranks, beside ChainerMN, raw MPI, torch DDP and "
+        "independent copies. Writes scaling.json, scaling.csv and index.html.",
+        epilog="Workloads: "
+        + "; ".join(f"{name}: {each.text}" for name, each in WORKLOADS.items())
+        + "; or file.py:function, a function of the number of examples and the rank that returns a model "
+        "and the arguments it is called with for its loss.",
+    )
+    parser.add_argument("--ranks", type=_positive, nargs="+", metavar="N", default=[1, 2])
+    parser.add_argument("--workloads", nargs="+", default=["mlp", "cnn"], metavar="W")
+    parser.add_argument("--contenders", nargs="+", choices=CONTENDERS, default=[*CONTENDERS])
+    parser.add_argument(
+        "--scaling",
+        nargs="+",
+        choices=(experiment.WEAK, experiment.STRONG),
+        default=[experiment.WEAK, experiment.STRONG],
+    )
+    parser.add_argument(
+        "--batch", type=_positive, help="examples a rank, and of one rank in strong"
+    )
+    parser.add_argument("--rounds", type=_positive, default=3, help="jobs of each (default: 3)")
+    parser.add_argument(
+        "--seconds", type=_seconds, default=3.0, help="time steps for so long (default: 3)"
+    )
+    parser.add_argument("--steps", type=_positive, default=50, help="at most (default: 50)")
+    parser.add_argument(
+        "--accuracy",
+        type=_percentage,
+        default=97.0,
+        metavar="PERCENT",
+        help="train digits to this validation accuracy; 0 leaves that out (default: 97)",
+    )
+    parser.add_argument(
+        "--oversubscribe", action="store_true", help="allow more ranks than cores, and mark them"
+    )
+    parser.add_argument("--out", type=Path, default=Path("scaling"), help="(default: ./scaling)")
+    parser.add_argument(
+        "--restart", action="store_true", help="forget what the folder has, and begin anew"
+    )
+    parser.add_argument(
+        "--timeout", type=_seconds, default=300.0, help="seconds for a job (default: 300)"
+    )
+    where = parser.add_mutually_exclusive_group()
+    where.add_argument("--hosts", metavar="A:2,B:2", help="as for chainer-dist run")
+    where.add_argument("--hostfile", metavar="FILE", help="as for chainer-dist run")
+    parser.add_argument("--address", metavar="NAME", help="as for chainer-dist run")
+    return parser
+
+
+def _positive(text: str) -> int:
+    if not (text.isascii() and text.isdigit()) or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is no number from 1 up")
+    return int(text)
+
+
+def _number(text: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        return math.nan
+
+
+def _seconds(text: str) -> float:
+    if not _number(text) > 0:
+        raise argparse.ArgumentTypeError(f"{text!r} is no number of seconds")
+    return float(text)
+
+
+def _percentage(text: str) -> float:
+    if not 0 <= _number(text) <= 100:  # noqa: PLR2004 - percent
+        raise argparse.ArgumentTypeError(f"{text!r} is no percentage")
+    return float(text)

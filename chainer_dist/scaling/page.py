@@ -1,0 +1,230 @@
+"""The page: plots and tables of a measurement in one HTML file that needs nothing else."""
+
+from __future__ import annotations
+
+import html
+import io
+import string
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from chainer_dist._files import replacing
+from chainer_dist.scaling import accuracy
+from chainer_dist.scaling.contenders import CONTENDERS, INDEPENDENT, OURS
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Mapping, Sequence
+
+    from chainer_dist.scaling.results import Row
+
+__all__ = ["write"]
+
+_TEMPLATE = Path(__file__).with_name("page.html")
+_COLORS = dict(zip(CONTENDERS, ("#0b6e99", "#d1681f", "#7a4fa3", "#b5304a", "#7d8790")))
+_PARTS = {
+    "forward": "#9cc3d5",
+    "backward": "#5b9bb8",
+    "exchange": "#e08a3c",
+    "waiting": "#cfcfcf",
+    "update": "#6a9a58",
+    "other": "#8c8c8c",
+}
+_SIZE = (5.2, 3.4)  # inches
+
+
+def write(
+    path: Path,
+    *,
+    rows: Sequence[Row],
+    accuracies: Sequence[Mapping[str, Any]],
+    parts: Mapping[tuple[str, str, int], Mapping[str, float]],
+    machine: Mapping[str, Any],
+    command: str,
+) -> None:
+    """Write the page, whole or not at all. Local.
+
+    Args:
+        path: Of the file.
+        rows: See :func:`chainer_dist.scaling.results.rows`.
+        accuracies: See :func:`chainer_dist.scaling.results.accuracy_rows`.
+        parts: See :func:`chainer_dist.scaling.results.parts`.
+        machine: See :func:`chainer_dist.scaling.experiment.machine`.
+        command: With which all this was measured.
+    """
+    sections = []
+    for kind, workload in dict.fromkeys((row.kind, row.workload) for row in rows):
+        group = [row for row in rows if (row.kind, row.workload) == (kind, workload)]
+        shares = {key[2]: value for key, value in parts.items() if key[:2] == (kind, workload)}
+        figures = [
+            _figure(_draw_efficiency, group),
+            _figure(_draw_throughput, group),
+        ]
+        if shares:
+            figures.append(_figure(_draw_parts, shares))
+        sections.append(
+            f"<h2>{html.escape(workload)}, {kind} scaling</h2>\n<div class='figures'>"
+            f"{''.join(figures)}</div>\n{_table(group)}"
+        )
+    if accuracies:
+        sections.append(_accuracy_section(accuracies))
+    text = string.Template(_TEMPLATE.read_text(encoding="utf-8")).substitute(
+        headline=html.escape(_headline(rows)),
+        sections="\n".join(sections),
+        contenders="".join(
+            f"<dt>{name}</dt><dd>{html.escape(what)}</dd>"
+            for name, what in CONTENDERS.items()
+            if any(row.contender == name for row in rows)
+        ),
+        machine=_machine(machine),
+        command=html.escape(command),
+    )
+    with replacing(path) as file:
+        file.write(text)
+
+
+def _headline(rows: Iterable[Row]) -> str:
+    """Return one sentence on our best-known figure: the first workload on the most ranks."""
+    ours = [row for row in rows if row.contender == OURS and not row.oversubscribed]
+    if not ours:
+        return "Scaling efficiency"
+    first = [row for row in ours if (row.kind, row.workload) == (ours[0].kind, ours[0].workload)]
+    row = max(first, key=lambda row: row.ranks)
+    text = (
+        f"{row.workload} on {row.ranks} ranks: {row.throughput:,.0f} examples/s, "
+        f"{row.efficiency:.0%} of {row.ranks} times one rank"
+    )
+    if row.against_copies is not None:
+        text += f", {row.against_copies:.2f} times what independent copies do"
+    return text
+
+
+def _figure(draw: Callable[[Any, Any], None], content: Any) -> str:
+    """Return a plot as an SVG element."""
+    from matplotlib.backends.backend_svg import FigureCanvasSVG
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=_SIZE, layout="constrained")
+    FigureCanvasSVG(figure)
+    axes = figure.add_subplot()
+    axes.spines[["top", "right"]].set_visible(False)
+    draw(axes, content)
+    svg = io.StringIO()
+    figure.savefig(svg, format="svg", transparent=True, metadata={"Date": None})
+    return f"<figure>{svg.getvalue()[svg.getvalue().index('<svg') :]}</figure>"
+
+
+def _by_contender(rows: Iterable[Row]) -> dict[str, list[Row]]:
+    groups: dict[str, list[Row]] = {}
+    for row in sorted(rows, key=lambda row: row.ranks):
+        groups.setdefault(row.contender, []).append(row)
+    return {name: groups[name] for name in CONTENDERS if name in groups}
+
+
+def _style(name: str) -> dict[str, Any]:
+    return {
+        "color": _COLORS[name],
+        "label": name,
+        "marker": "o",
+        "linewidth": 2.2 if name == OURS else 1.4,
+        "linestyle": "--" if name == INDEPENDENT else "-",
+        "zorder": 3 if name == OURS else 2,
+    }
+
+
+def _rank_axis(axes: Any, rows: Iterable[Row]) -> None:
+    numbers = sorted({row.ranks for row in rows})
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(numbers, [str(number) for number in numbers])
+    axes.minorticks_off()
+    axes.set_xlabel("ranks")
+    axes.grid(axis="y", alpha=0.3)
+    axes.legend(frameon=False, fontsize="small")
+
+
+def _draw_efficiency(axes: Any, rows: Sequence[Row]) -> None:
+    for name, group in _by_contender(rows).items():
+        middle = [row.efficiency * 100 for row in group]
+        low = [max(row.efficiency - row.efficiency_low, 0) * 100 for row in group]
+        high = [max(row.efficiency_high - row.efficiency, 0) * 100 for row in group]
+        axes.errorbar(
+            [row.ranks for row in group], middle, yerr=[low, high], capsize=3, **_style(name)
+        )
+    axes.axhline(100, color="#999999", linewidth=0.8)
+    axes.set_ylim(bottom=0)
+    axes.set_ylabel("efficiency, % of its own one rank")
+    _rank_axis(axes, rows)
+
+
+def _draw_throughput(axes: Any, rows: Sequence[Row]) -> None:
+    for name, group in _by_contender(rows).items():
+        axes.plot([row.ranks for row in group], [row.throughput for row in group], **_style(name))
+    axes.set_ylim(bottom=0)
+    axes.set_ylabel("examples a second")
+    _rank_axis(axes, rows)
+
+
+def _draw_parts(axes: Any, shares: Mapping[int, Mapping[str, float]]) -> None:
+    numbers = sorted(shares)
+    bottom = [0.0] * len(numbers)
+    for name, color in _PARTS.items():
+        height = [shares[number].get(name, 0.0) * 1e3 for number in numbers]
+        axes.bar(
+            [str(number) for number in numbers], height, bottom=bottom, color=color, label=name
+        )
+        bottom = [low + more for low, more in zip(bottom, height)]
+    axes.set_xlabel("ranks")
+    axes.set_ylabel("ms of a step of chainer_dist")
+    axes.set_ylim(top=max(bottom) * 1.35)
+    axes.legend(frameon=False, fontsize="small", ncols=3, loc="upper center")
+
+
+def _table(rows: Iterable[Row]) -> str:
+    lines = []
+    for row in rows:
+        copies = "" if row.against_copies is None else f"{row.against_copies:.2f}"
+        interval = f"{row.efficiency_low:.0%}&ndash;{row.efficiency_high:.0%}"
+        cells = [
+            row.contender,
+            f"{row.ranks}{'*' * row.oversubscribed}",
+            str(row.batch),
+            f"{row.ms:.1f} <small>({row.ms_low:.1f}&ndash;{row.ms_high:.1f})</small>",
+            f"{row.throughput:,.0f}",
+            f"{row.efficiency:.1%} <small>({interval})</small>",
+            copies,
+        ]
+        mark = " class='ours'" if row.contender == OURS else ""
+        lines.append(f"<tr{mark}>{''.join(f'<td>{cell}</td>' for cell in cells)}</tr>")
+    heads = ("", "ranks", "batch a rank", "ms a step", "examples/s", "efficiency", "of copies")
+    return _wrapped(heads, lines)
+
+
+def _accuracy_section(accuracies: Iterable[Mapping[str, Any]]) -> str:
+    lines = [
+        f"<tr><td>{each['ranks']}</td><td>{each['seconds']:.2f}</td><td>{each['epochs']:.0f}</td>"
+        f"<td>{each['updates']:.0f}</td><td>{each['accuracy']:.2%}</td>"
+        f"<td>{each['reached']} of {each['trainings']}</td></tr>"
+        for each in accuracies
+    ]
+    heads = ("ranks", "seconds", "epochs", "updates", "accuracy", "came to it")
+    return (
+        "<h2>Time to accuracy, handwritten digits</h2>\n"
+        f"<p>Medians of trainings with different seeds. The rules: {html.escape(accuracy.RULES)}.</p>"
+        f"{_wrapped(heads, lines)}"
+    )
+
+
+def _wrapped(heads: Iterable[str], lines: Iterable[str]) -> str:
+    head = "".join(f"<th>{name}</th>" for name in heads)
+    return f"<div class='table'><table><tr>{head}</tr>{''.join(lines)}</table></div>"
+
+
+def _machine(machine: Mapping[str, Any]) -> str:
+    versions = ", ".join(f"{name} {version}" for name, version in machine["versions"].items())
+    items = {
+        "processor": f"{machine['processor']}, {machine['cores']} cores",
+        "memory": f"{machine['memory_bytes'] / 2**30:.0f} GiB",
+        "system": f"{machine['system']}, Python {machine['python']}",
+        "versions": versions,
+        "measured": f"{machine['date']}, load of the machine before: {machine['load']:.1f}",
+    }
+    return "".join(f"<dt>{name}</dt><dd>{html.escape(text)}</dd>" for name, text in items.items())

@@ -1,0 +1,257 @@
+"""Scaling is measured by real steps, and efficiencies are what they are defined to be."""
+
+from __future__ import annotations
+
+import csv
+import json
+import subprocess
+import sys
+
+import chainer
+import numpy as np
+import pytest
+
+from chainer_dist.scaling import accuracy, cli, contenders, experiment, results, workloads
+from chainer_dist.scaling.experiment import ACCURACY, Job, Plan
+
+PLAN = Plan(
+    workloads=["mlp"],
+    contenders=["chainer_dist", "independent"],
+    ranks=[1, 2, 4],
+    scalings=["weak", "strong"],
+    batch=16,
+    rounds=2,
+    seconds=1.0,
+    steps=5,
+    accuracy=0.9,
+    places=[],
+    timeout=60.0,
+)
+
+
+def steps(*seconds):
+    """Return the result of a job."""
+    return {"seconds": list(seconds), "parts": {}}
+
+
+class Small(chainer.ChainList):
+    """Two linear layers and their loss."""
+
+    def __init__(self):
+        """Create them, the same on every rank."""
+        super().__init__()
+        rng = np.random.RandomState(5)
+        for size in ((3, 4), (2, 3)):
+            self.add_link(
+                chainer.links.Linear(
+                    *reversed(size), initialW=rng.standard_normal(size).astype(np.float32)
+                )
+            )
+
+    def forward(self, x, t):
+        """Return the loss."""
+        first, second = self
+        return chainer.functions.softmax_cross_entropy(second(chainer.functions.relu(first(x))), t)
+
+
+@pytest.mark.parametrize("name", workloads.WORKLOADS)
+def test_built_in_workloads_have_a_gradient_everywhere(name):
+    """Each is a model whose loss depends on all of its parameters."""
+    if name == "resnet50":
+        pytest.skip("takes seconds")
+    np.random.seed(0)
+    model, arguments = workloads.load(name).make(2, 0)
+    loss = model(*arguments)
+    loss.backward()
+    assert np.isfinite(loss.array)
+    assert all(param.grad is not None for param in model.params())
+
+
+def test_ranks_have_data_of_their_own():
+    """Otherwise a mean over ranks would be no work."""
+    for name in workloads.WORKLOADS:
+        if name != "resnet50":
+            (_, first), (_, second) = (workloads.load(name).make(2, rank) for rank in (0, 1))
+            assert not np.array_equal(first[0], second[0])
+
+
+def test_contenders_do_the_same_training(comm):
+    """What is compared comes to the same parameters."""
+    rng = np.random.RandomState(comm.rank)
+    arguments = (
+        rng.standard_normal((6, 4)).astype(np.float32),
+        rng.randint(0, 2, 6).astype(np.int32),
+    )
+    found = {}
+    for name in ("chainer_dist", "allreduce", "chainermn"):
+        model = Small()
+        model(*arguments)  # initializes
+        step, _ = contenders.make_step(name, "small", model, arguments)
+        for _ in range(3 + (name == "chainermn")):  # whose first update updates nothing
+            step()
+        found[name] = np.concatenate([each.array.ravel() for each in model.params()])
+    np.testing.assert_allclose(found["chainer_dist"], found["allreduce"], rtol=1e-5, atol=1e-7)
+    np.testing.assert_allclose(found["chainer_dist"], found["chainermn"], rtol=1e-5, atol=1e-7)
+
+
+def test_time_to_accuracy():
+    """Training ends as soon as the accuracy is reached, on all ranks at once."""
+    pytest.importorskip("sklearn")
+    found = accuracy.train(32, 0.8, 0)
+    assert found["reached"]
+    assert found["accuracy"] >= 0.8
+    assert found["seconds"] > 0
+    assert 1 <= found["epochs"] < 10
+
+
+def test_jobs_take_turns():
+    """Each round has every job once; one rank is measured once for both kinds of scaling."""
+    jobs = list(experiment.jobs(PLAN))
+    assert len(jobs) == len(set(jobs)) == 2 * (2 * (1 + 2 + 2) + 3)
+    half = len(jobs) // 2
+    assert [job._replace(round=1) for job in jobs[:half]] == jobs[half:]
+    assert {job.batch for job in jobs if job.kind == "strong"} == {8, 4}
+
+
+def test_efficiencies():
+    """They are ratios of throughput, here worked out by hand."""
+    measured = {
+        Job("weak", "mlp", "chainer_dist", 1, 16, 0): steps(1.0, 1.0, 1.0),
+        Job("weak", "mlp", "independent", 1, 16, 0): steps(2.0, 2.0, 2.0),
+        Job("weak", "mlp", "chainer_dist", 4, 16, 0): steps(1.25, 1.25),
+        Job("weak", "mlp", "chainer_dist", 4, 16, 1): steps(1.25, 9.0, 1.0),
+        Job("weak", "mlp", "independent", 4, 16, 0): steps(2.5, 2.5),
+        Job("strong", "mlp", "chainer_dist", 4, 4, 0): steps(0.5, 0.5),
+    }
+    rows = {(row.kind, row.contender, row.ranks): row for row in results.rows(measured, cores=2)}
+    weak = rows["weak", "chainer_dist", 4]
+    assert weak.ms == 1250
+    assert weak.steps == 5
+    assert weak.throughput == 4 * 16 / 1.25
+    assert weak.efficiency == pytest.approx(0.8)
+    assert weak.efficiency_low <= 0.8 <= weak.efficiency_high
+    assert weak.against_copies == pytest.approx(2.0)
+    assert weak.oversubscribed
+    strong = rows["strong", "chainer_dist", 4]
+    assert strong.efficiency == pytest.approx(0.5)  # twice as fast on four
+    assert strong.against_copies is None
+    assert rows["strong", "chainer_dist", 1].efficiency == 1.0
+    assert not rows["weak", "chainer_dist", 1].oversubscribed
+
+
+def test_the_interval_of_confidence_holds_the_median():
+    """Of nineteen of twenty samples, and about as often as it says."""
+    rng = np.random.RandomState(0)
+    hits = sum(
+        low <= 1.0 <= high
+        for low, high in (results._interval(rng.lognormal(0, 0.3, 25)) for _ in range(100))
+    )
+    assert 85 <= hits <= 100
+
+
+def test_a_table_of_everything():
+    """Numbers of ranks above the cores are marked, and trainings that fell short counted."""
+    measured = {
+        Job("weak", "mlp", "chainer_dist", 1, 16, 0): steps(1.0, 1.0),
+        Job("weak", "mlp", "chainer_dist", 4, 16, 0): steps(1.0, 1.0),
+        Job(ACCURACY, "digits", "chainer_dist", 1, 32, 0): {
+            "seconds": 3.0,
+            "epochs": 4,
+            "updates": 100,
+            "accuracy": 0.9,
+            "reached": False,
+        },
+    }
+    rows = results.rows(measured, cores=2)
+    text = results.table(rows, results.accuracy_rows(measured))
+    assert text.count("more ranks than cores") == 1
+    assert "1 did not come to it" in text
+    assert results.rows(measured, cores=None)[-1].oversubscribed is False
+
+
+@pytest.mark.mpi_skip
+class TestCommand:
+    """``chainer-dist scale``, which starts jobs."""
+
+    WORKLOAD = """
+import numpy as np
+import chainer.functions as F
+import chainer.links as L
+
+def make(batch, rank):
+    model = L.Classifier(L.Linear(4, 3))
+    rng = np.random.RandomState(rank)
+    return model, (rng.rand(batch, 4).astype(np.float32), np.zeros(batch, np.int32))
+"""
+
+    def call(self, *arguments):
+        """Run the command."""
+        return subprocess.run(
+            [sys.executable, "-m", "chainer_dist.scaling", *map(str, arguments)],
+            capture_output=True,
+            text=True,
+            timeout=120,
+            check=False,
+        )
+
+    def test_measure_stop_and_go_on(self, tmp_path):
+        """A user's own model is measured; what a stop has left is completed, not repeated."""
+        (tmp_path / "own.py").write_text(self.WORKLOAD)
+        out = tmp_path / "out"
+        arguments = ["--workloads", f"{tmp_path}/own.py:make", "--rounds", 1, "--seconds", 0.1]
+        arguments += ["--contenders", "chainer_dist", "independent", "--accuracy", 0]
+        arguments += ["--scaling", "weak", "--ranks", 2, "--oversubscribe", "--out", out]
+        done = self.call(*arguments)
+        assert done.returncode == 0, done.stderr
+        assert "chainer_dist       2    32" in done.stdout
+        content = json.loads((out / "scaling.json").read_text())
+        with (out / "scaling.csv").open(newline="") as file:
+            assert len(list(csv.DictReader(file))) == len(content["rows"]) == 4
+        page = (out / "index.html").read_text()
+        assert page.count("<svg") == 3
+        assert "src=" not in page  # it needs nothing else
+        assert 'href="http' not in page
+
+        # As if killed within the last line.
+        lines = (out / "runs.jsonl").read_bytes().splitlines(keepends=True)
+        (out / "runs.jsonl").write_bytes(b"".join(lines[:-1]) + lines[-1][:20])
+        again = self.call(*arguments)
+        assert again.returncode == 0, again.stderr
+        assert (out / "runs.jsonl").read_bytes().splitlines(keepends=True)[:-1] == lines[:-1]
+        assert "75%" in again.stderr  # three of four were there
+
+        other = self.call(*arguments, "--batch", 8)
+        assert other.returncode == 1
+        assert "other batch" in other.stderr
+
+    @pytest.mark.parametrize(
+        ("arguments", "words"),
+        [
+            (["--ranks", 10_000], "more than this machine's"),
+            (["--ranks", 0], "no number from 1 up"),
+            (["--workloads", "nothing"], "there is no workload 'nothing'"),
+            (["--workloads", "nothing.py:make"], "there is no file 'nothing.py'"),
+            (["--seconds", "-1"], "no number of seconds"),
+            (["--accuracy", "101"], "no percentage"),
+        ],
+    )
+    def test_bad_input(self, tmp_path, capsys, arguments, words):
+        """It is told before anything is measured."""
+        try:
+            status = cli.main(["--out", str(tmp_path / "out"), *map(str, arguments)])
+        except SystemExit as leaving:
+            status = leaving.code
+        assert status in {1, 2}
+        assert words in capsys.readouterr().err
+        assert not (tmp_path / "out").exists()
+
+    def test_a_job_that_fails(self, tmp_path):
+        """Its words are shown, and the others' results stay."""
+        (tmp_path / "bad.py").write_text(
+            "def make(batch, rank):\n    raise KeyError('broken model')\n"
+        )
+        done = self.call(
+            "--workloads", f"{tmp_path}/bad.py:make", "--ranks", 1, "--out", tmp_path / "out"
+        )
+        assert done.returncode == 1
+        assert "broken model" in done.stderr
