@@ -101,6 +101,28 @@ def test_training(create_cluster, capfd, hosts, ranks_per_host):
     assert len(table) == hosts  # host 0 in itself, and to each of the others
 
 
+LEAVE = """
+import sys
+import numpy as np
+import chainer_dist
+
+comm = chainer_dist.create_communicator("shared_memory")
+comm.mean_arrays([np.ones(1000, np.float32)])
+if sys.argv[1:] == ["early"] and comm.rank == 0:
+    sys.exit(0)
+"""
+
+
+@pytest.mark.parametrize("when", ["together", "early"])
+def test_leaving_communicators_open(create_cluster, when):
+    """A script that finalizes no communicator ends well, whichever rank gets there first."""
+    with create_cluster(2, check=False) as cluster:
+        job = cluster.run(
+            [sys.executable, "-c", LEAVE, when], env=mpi_job.environment(), timeout=60
+        )
+    assert job.returncode == 0
+
+
 def test_check_finds_a_wrong_rate(create_cluster):
     """A link that is slower, or faster, than was asked for is noticed."""
     with create_cluster(2, rate="200mbit", check=False) as cluster:

@@ -7,7 +7,9 @@ they end; and it is not taken from ``/dev/shm``, which is small in containers.
 
 from __future__ import annotations
 
+import atexit
 import contextlib
+import functools
 import mmap
 import os
 import tempfile
@@ -58,6 +60,30 @@ def share_memory(comm: CommunicatorBase, nbytes: int) -> Array:
         )
     raise_together(comm, error)
     return np.frombuffer(cast("mmap.mmap", shared), dtype=np.uint8)[:nbytes]
+
+
+@functools.cache
+def barrier() -> Callable[[], None]:
+    """Return a function after which other ranks see what this one wrote before it. Local.
+
+    And after which this rank sees what they wrote. Between stores to data and a store that tells of
+    them this has to be called, and between a load that tells of data and loads of it.
+    """
+    from mpi4py import MPI
+
+    # MPI knows what makes stores visible in order on any processor. The window is this rank's alone,
+    # so that it can be freed without the others: MPICH over libfabric aborts in MPI_Finalize if a
+    # window is left.
+    window = MPI.Win.Allocate_shared(1, comm=MPI.COMM_SELF)
+    window.Lock_all(MPI.MODE_NOCHECK)
+
+    def free() -> None:
+        if not MPI.Is_finalized():
+            window.Unlock_all()
+            window.Free()
+
+    atexit.register(free)
+    return window.Sync
 
 
 def default_directories() -> list[Path]:

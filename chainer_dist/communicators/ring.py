@@ -19,7 +19,7 @@ import numpy as np
 
 from chainer_dist.communicators import _reduction
 from chainer_dist.communicators.agreement import describe_error, raise_first
-from chainer_dist.communicators.node_memory import share_memory
+from chainer_dist.communicators.node_memory import barrier, share_memory
 from chainer_dist.communicators.operation import EXCHANGE, WAITING, Kind, Operation, innermost
 
 if TYPE_CHECKING:
@@ -41,6 +41,7 @@ _NODE_BYTES = 256 << 20  # that many slots may take on a node of many ranks
 
 _LINE_BYTES = 64  # counters of different ranks, and kinds, are on cache lines of their own
 _PACKED, _REDUCED, _UNPACKED, _FAILED = (i * _LINE_BYTES // 8 for i in range(4))
+_COUNTER_BYTES = 4 * _LINE_BYTES
 
 _SPINS = 200
 _YIELDS = 2_000
@@ -119,24 +120,20 @@ class Ring:
             self._peers = cast("MPI.Intracomm", comm.mpi_comm.Split(color, comm.rank))
         cores = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else range(1)
         self._spins = _SPINS if self._ranks <= len(cores) else 0
-        # A window for the counters: MPI knows what makes stores visible in order on any processor.
-        self._window = MPI.Win.Allocate_shared(4 * _LINE_BYTES, comm=node)
-        shared = [cast("bytes", self._window.Shared_query(rank)[0]) for rank in range(node.size)]
-        self._counters = [memoryview(each).cast("B").cast("q") for each in shared]
+        self._sync = barrier()
         affordable = _NODE_BYTES // (node.size * BLOCK_BYTES)
         self._depth = max(_FEWEST_SLOTS, min(SLOTS, affordable))
-        blocks = share_memory(comm, node.size * self._depth * BLOCK_BYTES)
-        self._slots = list(blocks.reshape(node.size, -1))
-        for counter in (_PACKED, _REDUCED, _UNPACKED, _FAILED):
-            self._counters[self._rank][counter] = 0
+        shared = share_memory(comm, node.size * (self._depth * BLOCK_BYTES + _COUNTER_BYTES))
+        slots, counters = np.split(shared, [node.size * self._depth * BLOCK_BYTES])
+        self._slots = list(slots.reshape(node.size, -1))
+        # Elements of a memoryview are read and written faster than those of an array.
+        self._counters = [memoryview(each).cast("q") for each in counters.reshape(node.size, -1)]
         self.scratch = np.empty(BLOCK_BYTES, dtype=np.uint8)
         self.patient = False
         self._done = 0  # blocks in all calls so far
         self._error: Exception | None = None
         self._caller = _RUN  # what the blocks are exchanged for
         self._members = node.allgather(comm.rank)
-        self._window.Lock_all(MPI.MODE_NOCHECK)
-        node.Barrier()
 
     def cut(self, sizes: Sequence[int], dtype: np.dtype[Any]) -> list[Block]:
         """Cut arrays of so many elements, one behind the other, into blocks. Local.
@@ -261,7 +258,7 @@ class Ring:
         self._tell(_UNPACKED, number + 1)
 
     def _tell(self, counter: int, value: int) -> None:
-        self._window.Sync()  # what was written before is seen before the counter
+        self._sync()  # what was written before is seen before the counter
         self._counters[self._rank][counter] = value
 
     def _wait(self, counter: int, value: int, ranks: int) -> None:
@@ -274,7 +271,7 @@ class Ring:
                     self._wait_long(rank, counter, value)
                 elif tries > self._spins:
                     os.sched_yield()
-        self._window.Sync()
+        self._sync()
 
     def _wait_long(self, rank: int, counter: int, value: int) -> None:
         """Wait for a rank of the node that is far behind, and may want this core."""
@@ -294,8 +291,6 @@ class Ring:
     def free(self) -> None:
         """Give the memory back. Collective."""
         self._counters, self._slots = [], []
-        self._window.Unlock_all()
-        self._window.Free()
         if self._peers is not None and self._rank < self._reducers:
             self._peers.Free()
 
