@@ -54,6 +54,18 @@ def sum_in_place(mpi_comm: MPI.Intracomm, x: Array) -> None:
     _in_place(mpi_comm, x, _mpi_op("sum", x.dtype))
 
 
+def begin_sum(mpi_comm: MPI.Intracomm, x: Array) -> MPI.Request:
+    """Begin to replace a C-contiguous array of a wire dtype by its sum over the ranks. Collective.
+
+    Args:
+        mpi_comm: Over whose ranks.
+        x: Of less than ``MAX_COUNT`` elements; nobody touches it until the request is done.
+    """
+    from mpi4py import MPI
+
+    return mpi_comm.Iallreduce(MPI.IN_PLACE, x, _mpi_op("sum", x.dtype))
+
+
 def mean_in_place(mpi_comm: MPI.Intracomm, x: Array) -> None:
     """Replace a float array of any layout by its mean over the ranks. Collective."""
     dtype = wire_dtype(x.dtype)

@@ -8,17 +8,16 @@ follow one another without a barrier; counters in the shared memory tell how far
 
 from __future__ import annotations
 
-import bisect
-import functools
-import itertools
+import collections
 import os
 import time
-from typing import TYPE_CHECKING, Any, NamedTuple, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 
 from chainer_dist.communicators import _reduction
 from chainer_dist.communicators.agreement import describe_error, raise_first
+from chainer_dist.communicators.blocks import Block, Slice, cut
 from chainer_dist.communicators.node_memory import barrier, share_memory
 from chainer_dist.communicators.operation import EXCHANGE, WAITING, Kind, Operation, innermost
 
@@ -38,57 +37,19 @@ BLOCK_BYTES = 1 << 20
 SLOTS = 12
 _FEWEST_SLOTS = 4
 _NODE_BYTES = 256 << 20  # that many slots may take on a node of many ranks
+_MOST_IN_FLIGHT = 8
+_FEWEST_BLOCKS = 4
+_SMALL_BLOCK_BYTES = 256 << 10
 
 _LINE_BYTES = 64  # counters of different ranks, and kinds, are on cache lines of their own
 _PACKED, _REDUCED, _UNPACKED, _FAILED = (i * _LINE_BYTES // 8 for i in range(4))
 _COUNTER_BYTES = 4 * _LINE_BYTES
 
-_SPINS = 200
-_YIELDS = 2_000
+_SPINS = 10
+_YIELDS = 1_000
 
 _RUN = Kind("exchange in shared memory", EXCHANGE)
 _WAIT = Kind("waiting for blocks", WAITING)
-
-
-class Slice(NamedTuple):
-    """Consecutive elements of a block: all of some arrays, or of the first and the last a part."""
-
-    start: int  # in the block
-    stop: int
-    arrays: slice  # which arrays, none of them if there are no elements
-    begin: int  # the first element of the first of them
-    end: int  # the end in the last of them
-    inside: list[slice]  # where each of them is, counted from ``start``
-
-    def views(self, arrays: Sequence[Array]) -> list[Array]:
-        """Return what of 1-dimensional arrays is in the slice."""
-        views = list(arrays[self.arrays])
-        if views:
-            views[-1] = views[-1][: self.end]
-            views[0] = views[0][self.begin :]
-        return views
-
-    def gather(self, arrays: Sequence[Array], out: Array | None) -> Array:
-        """Return the slice, in ``out`` or, if it is of one array and there is no ``out``, a view."""
-        views = self.views(arrays)
-        if out is None:
-            return views[0] if len(views) == 1 else np.concatenate(views)
-        if views:
-            np.concatenate(views, out=out, casting="same_kind")
-        return out
-
-    def scatter(self, values: Array, arrays: Sequence[Array]) -> None:
-        """Copy the slice's values to the arrays."""
-        for view, inside in zip(self.views(arrays), self.inside):
-            view[...] = values[inside]
-
-
-class Block(NamedTuple):
-    """What is reduced in one go."""
-
-    start: int  # of its first element, counted through all arrays
-    stop: int
-    slices: list[Slice]  # one a reducing rank
 
 
 class Ring:
@@ -121,18 +82,22 @@ class Ring:
         cores = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else range(1)
         self._spins = _SPINS if self._ranks <= len(cores) else 0
         self._sync = barrier()
+        self._current: Run | None = None
         affordable = _NODE_BYTES // (node.size * BLOCK_BYTES)
         self._depth = max(_FEWEST_SLOTS, min(SLOTS, affordable))
+        # So many sums between nodes keep the links busy while ranks pack and unpack other blocks.
+        self._in_flight = 0
+        if comm.inter_size > 1:
+            self._in_flight = max(1, min(_MOST_IN_FLIGHT, self._depth - _FEWEST_SLOTS))
         shared = share_memory(comm, node.size * (self._depth * BLOCK_BYTES + _COUNTER_BYTES))
         slots, counters = np.split(shared, [node.size * self._depth * BLOCK_BYTES])
         self._slots = list(slots.reshape(node.size, -1))
         # Elements of a memoryview are read and written faster than those of an array.
-        self._counters = [memoryview(each).cast("q") for each in counters.reshape(node.size, -1)]
+        self._counters = [each.data.cast("q") for each in counters.reshape(node.size, -1)]
         self.scratch = np.empty(BLOCK_BYTES, dtype=np.uint8)
         self.patient = False
         self._done = 0  # blocks in all calls so far
         self._error: Exception | None = None
-        self._caller = _RUN  # what the blocks are exchanged for
         self._members = node.allgather(comm.rank)
 
     def cut(self, sizes: Sequence[int], dtype: np.dtype[Any]) -> list[Block]:
@@ -142,7 +107,12 @@ class Ring:
             sizes: Elements of each array.
             dtype: In which they are reduced.
         """
-        return cut(tuple(sizes), BLOCK_BYTES // dtype.itemsize, self._reducers)
+        nbytes = BLOCK_BYTES
+        if self._in_flight:
+            # Of a small model, too, several blocks are on their way at a time.
+            total = sum(sizes) * dtype.itemsize
+            nbytes = min(nbytes, max(_SMALL_BLOCK_BYTES, total // _FEWEST_BLOCKS))
+        return cut(tuple(sizes), nbytes // dtype.itemsize, self._reducers)
 
     def own(self, block: Block) -> Slice:
         """Return what of a block this rank reduces."""
@@ -155,7 +125,7 @@ class Ring:
         self,
         blocks: Sequence[Block],
         dtype: np.dtype[Any],
-        sources: Sequence[Array] | None,
+        sources: Sequence[Array | None] | None,
         deliver: Callable[[int, Array, Array], None],
         targets: Sequence[Array] | None,
     ) -> None:
@@ -167,118 +137,77 @@ class Ring:
             sources: 1-dimensional arrays, unchanged except where ``deliver`` or ``targets`` change
                 them. None if there is nothing to sum.
             deliver: Called for each block of which this rank has a slice, with the block's number,
-                the slice's sum over all ranks, added in the order of rank, and an array that takes
-                what the other ranks get; both arrays are of ``dtype``. The sum is its to change.
+                the slice's sum over all ranks, and an array that takes what the other ranks get;
+                both arrays are of ``dtype``, and may be one. The sum is its to change. On a node it
+                is added in the order of rank, between nodes as MPI does.
             targets: Arrays that take the slices of the other ranks; None if nobody wants them.
 
         Raises:
             Exception: On every rank of the node, what ``deliver`` raised on one, after the last block.
+            RuntimeError: If an earlier run has not come to its end.
         """
-        outer = innermost()
-        self._caller = _RUN if outer is None else outer.kind
-        with Operation(_RUN, self._comm):
-            self._run(blocks, dtype, sources, deliver, targets)
+        self.begin(blocks, dtype, sources, deliver, targets).finish()
 
-    def _run(
+    def begin(
         self,
         blocks: Sequence[Block],
         dtype: np.dtype[Any],
-        sources: Sequence[Array] | None,
+        sources: Sequence[Array | None] | None,
         deliver: Callable[[int, Array, Array], None],
         targets: Sequence[Array] | None,
-    ) -> None:
-        slots = [each.view(dtype).reshape(self._depth, -1) for each in self._slots]
-        # Three stages, each a block behind the one before, so that ranks seldom wait.
-        for step in range(len(blocks) + 2):
-            if step < len(blocks):
-                self._pack(blocks[step], sources, slots, self._done + step)
-            if 1 <= step <= len(blocks):
-                self._reduce(blocks[step - 1], sources, slots, self._done + step - 1, deliver)
-            if step > 1:
-                self._unpack(blocks[step - 2], targets, slots, self._done + step - 2)
-        self._done += len(blocks)
-        if any(counters[_FAILED] for counters in self._counters):
-            self._raise()
+        *,
+        is_ready: Callable[[Block], bool] | None = None,
+    ) -> Run:
+        """Begin what :meth:`run` does, with arrays that come later. Local.
 
-    def _pack(
-        self, block: Block, sources: Sequence[Array] | None, slots: list[Array], number: int
-    ) -> None:
-        # The slot's last block is through.
-        self._wait(_UNPACKED, number + 1 - self._depth, self._ranks)
-        if sources is not None:
-            mine = slots[self._rank][number % self._depth]
-            for rank, part in enumerate(block.slices):
-                if rank != self._rank:  # the own slice is read where it is, when its turn comes
-                    part.gather(sources, mine[part.start : part.stop])
-        self._tell(_PACKED, number + 1)
+        All ranks of the communicator must begin it, and finish it before anything else is done with
+        this ring.
 
-    def _reduce(
-        self,
-        block: Block,
-        sources: Sequence[Array] | None,
-        slots: list[Array],
-        number: int,
-        deliver: Callable[[int, Array, Array], None],
-    ) -> None:
-        if self._rank >= self._reducers:
-            return
-        own = self.own(block)
-        out = slots[self._rank][number % self._depth][own.start : own.stop]
-        total = self.scratch.view(out.dtype)[: out.size]  # stays in the nearest cache
-        if sources is not None and out.size:
-            self._wait(_PACKED, number + 1, self._ranks)
-            parts = [each[number % self._depth][own.start : own.stop] for each in slots]
-            parts[self._rank] = own.gather(sources, None)
-            if len(parts) == 1:
-                np.copyto(total, parts[0])
-            else:
-                np.add(parts[0], parts[1], out=total)
-            for part in parts[2:]:
-                total += part
-            if self._peers is not None:
-                _reduction.sum_in_place(self._peers, total)
-        if out.size:
-            try:
-                with Operation(self._caller):  # whose work it is
-                    deliver(number - self._done, total, out)
-            except Exception as error:  # noqa: BLE001 - the others wait for the blocks to come
-                self._error = self._error or error
-                self._counters[self._rank][_FAILED] = 1
-        self._tell(_REDUCED, number + 1)
+        Args:
+            blocks: See :meth:`run`.
+            dtype: See :meth:`run`.
+            sources: See :meth:`run`; entries may be set until their blocks are ready.
+            deliver: See :meth:`run`.
+            targets: See :meth:`run`.
+            is_ready: Tells whether the sources of a block are there; once so, always so.
 
-    def _unpack(
-        self, block: Block, targets: Sequence[Array] | None, slots: list[Array], number: int
-    ) -> None:
-        self._wait(_REDUCED, number + 1, self._reducers)
-        if targets is not None:
-            for rank, part in enumerate(block.slices):
-                if rank != self._rank:
-                    values = slots[rank][number % self._depth][part.start : part.stop]
-                    part.scatter(values, targets)
-        self._tell(_UNPACKED, number + 1)
+        Returns:
+            The run, to be advanced at times, and finished.
+        """
+        if self._current is not None:
+            raise RuntimeError(
+                "an exchange of this communicator has not come to its end: either this is called "
+                "while gradients are exchanged during backward, or an error ended an exchange on "
+                "this rank; after an error create a new communicator"
+            )
+        self._current = Run(
+            self, blocks, dtype, sources, deliver, targets=targets, is_ready=is_ready
+        )
+        return self._current
+
+    def _reached(self, counter: int, value: int, ranks: int) -> bool:
+        """Tell whether a counter of each of the first ``ranks`` ranks has come to ``value``."""
+        for counters in self._counters[:ranks]:
+            if counters[counter] < value:
+                return False
+        self._sync()
+        return True
 
     def _tell(self, counter: int, value: int) -> None:
         self._sync()  # what was written before is seen before the counter
         self._counters[self._rank][counter] = value
 
-    def _wait(self, counter: int, value: int, ranks: int) -> None:
-        """Wait until a counter of each of the first ``ranks`` ranks has come to ``value``."""
-        tries = 0
-        for rank, counters in enumerate(self._counters[:ranks]):
-            while counters[counter] < value:
-                tries += 1
-                if self.patient or tries > _YIELDS:
-                    self._wait_long(rank, counter, value)
-                elif tries > self._spins:
-                    os.sched_yield()
-        self._sync()
+    def _behind(self, counter: int, value: int, ranks: int) -> str:
+        """Name the ranks of which a counter has not come to ``value``."""
+        late = [self._members[i] for i in range(ranks) if self._counters[i][counter] < value]
+        return f"rank {', '.join(map(str, late))}" if late else ""
 
-    def _wait_long(self, rank: int, counter: int, value: int) -> None:
-        """Wait for a rank of the node that is far behind, and may want this core."""
-        counters = self._counters[rank]
-        with Operation(_WAIT, self._comm, within=f"of rank {self._members[rank]}"):
-            while counters[counter] < value:
-                time.sleep(5e-5)
+    def _end(self, blocks: int) -> None:
+        """Count the blocks of a run, and raise what went wrong in it."""
+        self._done += blocks
+        self._current = None
+        if any(counters[_FAILED] for counters in self._counters):
+            self._raise()
 
     def _raise(self) -> None:
         """Raise on every rank of the node what went wrong on one."""
@@ -295,35 +224,198 @@ class Ring:
             self._peers.Free()
 
 
-@functools.lru_cache(maxsize=64)
-def cut(sizes: tuple[int, ...], capacity: int, reducers: int) -> list[Block]:
-    """Cut arrays, one behind the other, into blocks of ``capacity`` elements. Local.
+class Run:
+    """Blocks on their way through a ring; made by :meth:`Ring.begin`.
 
-    Args:
-        sizes: Elements of each array.
-        capacity: Elements of a block; the last one may have less.
-        reducers: How many slices each block has.
+    Four stages follow one another, each a block or more behind the one before, so that ranks seldom
+    wait. The sums between nodes are nonblocking: several are under way at a time.
     """
-    edges = list(itertools.accumulate(sizes, initial=0))
-    return [
-        Block(start, stop, _share_out(edges, start, stop, reducers))
-        for start in range(0, edges[-1], capacity)
-        for stop in [min(start + capacity, edges[-1])]
-    ]
 
+    def __init__(
+        self,
+        ring: Ring,
+        blocks: Sequence[Block],
+        dtype: np.dtype[Any],
+        sources: Sequence[Array | None] | None,
+        deliver: Callable[[int, Array, Array], None],
+        *,
+        targets: Sequence[Array] | None,
+        is_ready: Callable[[Block], bool] | None,
+    ) -> None:
+        self._ring = ring
+        self._blocks = blocks
+        self._sources = cast("Sequence[Array] | None", sources)  # when they are looked at
+        self._deliver_one = deliver
+        self._targets = targets
+        self._is_ready = is_ready
+        self._slots = [each.view(dtype).reshape(ring._depth, -1) for each in ring._slots]
+        self._first = ring._done  # the number of the first block
+        self._packed = self._summed = self._delivered = self._unpacked = 0  # blocks
+        self._sums: collections.deque[MPI.Request] = collections.deque()  # between nodes
+        outer = innermost()
+        self._caller = _RUN if outer is None else outer.kind
 
-def _share_out(edges: list[int], start: int, stop: int, reducers: int) -> list[Slice]:
-    """Share elements ``[start, stop)`` of arrays, which begin at ``edges``, out to ranks."""
-    slices = []
-    for rank in range(reducers):
-        low, high = (start + (stop - start) * i // reducers for i in (rank, rank + 1))
-        if low == high:
-            slices.append(Slice(low - start, low - start, slice(0, 0), 0, 0, []))
-            continue
-        first = bisect.bisect_right(edges, low) - 1
-        last = bisect.bisect_left(edges, high)  # behind the last array
-        ends = [low, *edges[first + 1 : last], high]
-        inside = [slice(begin - low, end - low) for begin, end in zip(ends, ends[1:])]
-        begin, end = low - edges[first], high - edges[last - 1]
-        slices.append(Slice(low - start, high - start, slice(first, last), begin, end, inside))
-    return slices
+    def advance(self) -> bool:
+        """Do what can be done without waiting; return whether that was anything. Local."""
+        moved = False
+        while True:
+            while self._pack():
+                moved = True
+            if not (self._sum() | self._deliver() | self._unpack()):
+                return moved
+            moved = True
+
+    @property
+    def is_done(self) -> bool:
+        """Whether there is nothing left to advance."""
+        return self._unpacked == len(self._blocks)
+
+    def finish(self) -> None:
+        """Do the rest. Collective.
+
+        Raises:
+            Exception: See :meth:`Ring.run`.
+        """
+        ring = self._ring
+        with Operation(_RUN, ring._comm):
+            tries = 0
+            while not self.is_done:
+                if self.advance():
+                    tries = 0
+                    continue
+                tries += 1
+                if ring.patient or tries > _YIELDS:
+                    self._wait_long()
+                elif tries > ring._spins:
+                    os.sched_yield()
+            self.end()
+
+    def end(self) -> None:
+        """Let the ring go when all is done. Collective on the node if something went wrong.
+
+        Raises:
+            Exception: See :meth:`Ring.run`.
+        """
+        self._ring._end(len(self._blocks))
+
+    def _wait_long(self) -> None:
+        """Wait for ranks that are far behind, and may want this core."""
+        with Operation(_WAIT, self._ring._comm, within=f"of {self._awaited()}"):
+            while not self.advance():
+                time.sleep(5e-5)
+
+    def _awaited(self) -> str:
+        """Say for whom this rank waits."""
+        ring, number = self._ring, self._first
+        late = self._packed > self._summed and ring._behind(
+            _PACKED, number + self._summed + 1, ring._ranks
+        )
+        if late or not self._sums:
+            return (
+                late
+                or ring._behind(_REDUCED, number + self._unpacked + 1, ring._reducers)
+                or ring._behind(_UNPACKED, number + self._packed + 1 - ring._depth, ring._ranks)
+            )
+        return "other nodes"
+
+    def _pack(self) -> bool:
+        """Copy the next block to where the other ranks of the node see it, if it is time."""
+        ring, packed = self._ring, self._packed
+        number = self._first + packed
+        if (
+            packed == len(self._blocks)
+            or packed - self._summed > 1
+            or packed - self._unpacked > 2 + ring._in_flight
+            or (self._is_ready is not None and not self._is_ready(self._blocks[packed]))
+            # The slot's last block is through.
+            or not ring._reached(_UNPACKED, number + 1 - ring._depth, ring._ranks)
+        ):
+            return False
+        if self._sources is not None:
+            mine = self._slots[ring._rank][number % ring._depth]
+            for rank, part in enumerate(self._blocks[packed].slices):
+                if rank != ring._rank:  # the own slice is read where it is, when its turn comes
+                    part.gather(self._sources, mine[part.start : part.stop])
+        ring._tell(_PACKED, number + 1)
+        self._packed += 1
+        return True
+
+    def _sum(self) -> bool:
+        """Sum the own slice of the next block over the node, and begin to do so over the nodes."""
+        ring, number = self._ring, self._first + self._summed
+        if self._summed == self._packed or len(self._sums) >= max(1, ring._in_flight):
+            return False
+        out = self._own(self._summed)
+        is_summed = self._sources is not None and out.size > 0
+        if is_summed and not ring._reached(_PACKED, number + 1, ring._ranks):
+            return False
+        if self._sums and not is_summed:  # blocks are handed over in their order
+            return False
+        self._summed += 1
+        total = ring.scratch.view(out.dtype)[: out.size]  # stays in the nearest cache
+        if is_summed:
+            if ring._peers is not None:
+                total = out
+            self._sum_over_node(number, total)
+            if ring._peers is not None:
+                self._sums.append(_reduction.begin_sum(ring._peers, total))
+                return True
+        self._hand_over(total, out)
+        return True
+
+    def _sum_over_node(self, number: int, total: Array) -> None:
+        assert self._sources is not None  # noqa: S101 - for the type checker
+        ring = self._ring
+        own = ring.own(self._blocks[number - self._first])
+        if ring._ranks == 1:
+            own.gather(self._sources, total)
+            return
+        parts = [each[number % ring._depth][own.start : own.stop] for each in self._slots]
+        parts[ring._rank] = own.gather(self._sources, None)
+        np.add(parts[0], parts[1], out=total)
+        for part in parts[2:]:
+            total += part
+
+    def _own(self, index: int) -> Array:
+        """Return where the own slice of a block goes."""
+        ring = self._ring
+        own = ring.own(self._blocks[index])
+        slot: Array = self._slots[ring._rank][(self._first + index) % ring._depth]
+        return slot[own.start : own.stop]
+
+    def _deliver(self) -> bool:
+        """Hand the next sum over the nodes over, if it is there."""
+        if not self._sums or not self._sums[0].Test():
+            return False
+        self._sums.popleft()
+        out = self._own(self._delivered)
+        self._hand_over(out, out)
+        return True
+
+    def _hand_over(self, total: Array, out: Array) -> None:
+        ring = self._ring
+        if out.size:
+            try:
+                with Operation(self._caller):  # whose work it is
+                    self._deliver_one(self._delivered, total, out)
+            except Exception as error:  # noqa: BLE001 - the others wait for the blocks to come
+                ring._error = ring._error or error
+                ring._counters[ring._rank][_FAILED] = 1
+        self._delivered += 1
+        ring._tell(_REDUCED, self._first + self._delivered)
+
+    def _unpack(self) -> bool:
+        """Copy the others' slices of the next block, if they are there."""
+        ring, number = self._ring, self._first + self._unpacked
+        if self._unpacked == self._delivered or not ring._reached(
+            _REDUCED, number + 1, ring._reducers
+        ):
+            return False
+        if self._targets is not None:
+            for rank, part in enumerate(self._blocks[self._unpacked].slices):
+                if rank != ring._rank:
+                    values = self._slots[rank][number % ring._depth][part.start : part.stop]
+                    part.scatter(values, self._targets)
+        ring._tell(_UNPACKED, number + 1)
+        self._unpacked += 1
+        return True

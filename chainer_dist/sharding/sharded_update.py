@@ -20,9 +20,9 @@ import numpy as np
 
 from chainer_dist.communicators import _reduction
 from chainer_dist.communicators.agreement import raise_together
+from chainer_dist.communicators.blocks import cut
 from chainer_dist.communicators.node_memory import share_memory
 from chainer_dist.communicators.operation import EXCHANGE, Kind, Operation
-from chainer_dist.communicators.ring import cut
 from chainer_dist.exchange import same
 from chainer_dist.sharding.chunk import Chunk, state_keys
 from chainer_dist.sharding.eligibility import elementwise_hooks, obstacle_in_arrays
@@ -33,11 +33,11 @@ if TYPE_CHECKING:
     import chainer
 
     from chainer_dist.communicators.arrays import Array
-    from chainer_dist.communicators.ring import Block, Slice
+    from chainer_dist.communicators.blocks import Block, Slice
     from chainer_dist.communicators.shared_memory import SharedMemoryCommunicator
     from chainer_dist.exchange import ParameterSet
 
-__all__ = ["ShardedUpdate"]
+__all__ = ["Part", "ShardedUpdate"]
 
 _NORM = Kind("norm of gradients", EXCHANGE)
 
@@ -61,6 +61,8 @@ class ShardedUpdate:
             Otherwise it stays this rank's own gradient.
         share_parameters: Whether parameters, too, exist once per node: ``param.array`` becomes
             memory that the ranks share. Otherwise each rank keeps its own arrays.
+        order: The numbers of the parameters in the order in which gradients are exchanged, the same
+            on every rank, if they are exchanged before the update; see :attr:`parts`.
 
     Raises:
         OSError: On every rank, if a node has no memory to share.
@@ -74,6 +76,7 @@ class ShardedUpdate:
         *,
         mean_grad: bool = False,
         share_parameters: bool = False,
+        order: Sequence[int] | None = None,
     ) -> None:
         self._comm = comm
         self._optimizer = optimizer
@@ -85,12 +88,14 @@ class ShardedUpdate:
         found = list(parameters.arrays)
         self._arrays = found
         hooks = optimizer._hookable._pre_update_hooks.values()
-        # Where the norm of all gradients is wanted they are read twice.
-        stored = mean_grad or not {type(hook) for hook in hooks} <= {*elementwise_hooks()}
+        # Where the norm of all gradients is wanted, or they come before the update, they are read twice.
+        clips = not {type(hook) for hook in hooks} <= {*elementwise_hooks()}
+        stored = mean_grad or clips or order is not None
 
         memory = _Memory(comm)
         members: dict[np.dtype[Any], list[int]] = {}
-        for index, array in enumerate(found):
+        for index in range(len(found)) if order is None else order:
+            array = found[index]
             if array.size:
                 members.setdefault(array.dtype, []).append(index)
         planned_means = [
@@ -218,11 +223,12 @@ class ShardedUpdate:
             return False
         return same(self._arrays, parameters.arrays) or not obstacle_in_arrays(parameters)
 
-    def update(self, parameters: ParameterSet) -> None:
+    def update(self, parameters: ParameterSet, *, averaged: bool = False) -> None:
         """Average the gradients, run hooks and update rules on them, share the result. Collective.
 
         Args:
             parameters: They :meth:`fit <fits>`, and all of them have a gradient.
+            averaged: Whether the gradients were averaged already, by :attr:`parts`.
 
         Raises:
             Exception: On every rank of the node, what a hook or a rule raised on one.
@@ -236,7 +242,9 @@ class ShardedUpdate:
             else:
                 clips.append(hook)
                 stages.append([])
-        flat = [cast("Array", grad).reshape(-1) for grad in parameters.grads]
+        flat = None
+        if not averaged:
+            flat = [cast("Array", grad).reshape(-1) for grad in parameters.grads]
         for group in self._groups:
             self._run(group, flat, stages[0], last=not clips)
         for number, clip in enumerate(clips, start=1):
@@ -248,6 +256,23 @@ class ShardedUpdate:
             for group in self._groups:
                 self._run(group, None, stages[-1], last=True)
         self._finish()
+
+    @property
+    def parts(self) -> list[Part]:
+        """How to exchange the gradients before :meth:`update`; only with an ``order``."""
+
+        def deliver_to(group: _Group) -> Callable[[int, Array, Array], None]:
+            def deliver(number: int, total: Array, out: Array) -> None:
+                del out
+                mean, scale = group.slices[number].mean, self._comm.ring.scale
+                np.multiply(total, scale, out=mean, casting="same_kind")
+
+            return deliver
+
+        return [
+            Part(group.indices, group.blocks, group.dtype, deliver_to(group), None)
+            for group in self._groups
+        ]
 
     def _follow(self, arrays: Sequence[Array]) -> None:
         """Go on with the arrays that a user has put in the place of others."""
@@ -277,7 +302,7 @@ class ShardedUpdate:
             return
         ring = self._comm.ring
         targets: list[Array] | None = None
-        if last and not self._shared:
+        if last and not self._shared and self._comm.intra_size > 1:
             targets = [self._arrays[index].reshape(-1) for index in group.indices]
 
         def deliver(number: int, total: Array, out: Array) -> None:
@@ -342,6 +367,16 @@ class ShardedUpdate:
                 param.grad = mean.copy()
             if self._shared and param.array is array:
                 param.array = array.copy()
+
+
+class Part(NamedTuple):
+    """Gradients of one dtype, and how to exchange them: what :meth:`Ring.begin` is called with."""
+
+    indices: list[int]  # the numbers of their parameters, in the order of the exchange
+    blocks: list[Block]
+    dtype: np.dtype[Any]
+    deliver: Callable[[int, Array, Array], None]
+    targets: list[Array] | None
 
 
 class _Slice(NamedTuple):
