@@ -16,6 +16,7 @@ import pytest
 import mpi_job
 from chainer_dist.launch import cli
 from chainer_dist.launch import job as job_module
+from chainer_dist.watch import settings
 from launcher import LAUNCHER, MARK, Launched, launch, run, write
 
 # These start jobs of their own.
@@ -279,11 +280,24 @@ print("fine")
 
 
 def test_environment(tmp_path):
-    """--env sets variables, and --timeline names an absolute path."""
-    code = "print(os.environ['A'], os.environ['CHAINER_DIST_TIMELINE'])"
-    options = ("--env", "A=b=c", "--env", MARK, "--timeline", "trace.json")
+    """--env sets variables."""
+    options = ("--env", "A=b=c", "--env", MARK)
+    job = run(tmp_path, "print(os.environ['A'])", *options, ranks=1, cwd=tmp_path)
+    assert job.stdout == "b=c\n", job
+
+
+def test_watching(tmp_path):
+    """Options set what the ranks read; the path of a timeline is then absolute."""
+    code = """
+from chainer_dist.watch import settings
+print(settings.from_environment())
+"""
+    options = ("--timeline", "trace.json", "--stall-abort", "90.5", "--checked")
     job = run(tmp_path, code, *options, ranks=1, cwd=tmp_path)
-    assert job.stdout.split()[:2] == ["b=c", str(tmp_path / "trace.json")], job
+    wanted = settings.Settings(60.0, 90.5, checked=True, timeline=str(tmp_path / "trace.json"))
+    assert job.stdout == f"{wanted}\n", job
+    job = run(tmp_path, code, ranks=1)
+    assert job.stdout == f"{settings.Settings(60.0, None, checked=False, timeline=None)}\n", job
 
 
 @pytest.mark.skipif(not hasattr(os, "sched_getaffinity"), reason="no binding on this system")
@@ -337,6 +351,7 @@ WRONG_CALLS = [
     (["run", "-n", "0", "x.py"], "'0' is no number from 1 up"),
     (["run", "--max-restarts", "-1", "x.py"], "'-1' is no number from 0 up"),
     (["run", "--timeout", "soon", "x.py"], "'soon' is no number of seconds"),
+    (["run", "--stall-abort", "0", "x.py"], "'0' is no number of seconds"),
     (["run", "--hosts", "a:0", __file__], "hosts 'a:0': slots are a number from 1 up, not '0'"),
     (["run", "--hosts", "a", "--hostfile", "b", __file__], "not allowed with"),
     (["run", "--hostfile", "nosuch", __file__], "hostfile nosuch: No such file"),
@@ -346,7 +361,7 @@ WRONG_CALLS = [
 ]
 
 
-@pytest.mark.parametrize(("arguments", "message"), WRONG_CALLS, ids=[str(n) for n in range(12)])
+@pytest.mark.parametrize(("arguments", "message"), WRONG_CALLS, ids=[str(n) for n in range(len(WRONG_CALLS))])
 def test_wrong_calls(arguments, message, capsys):
     """One line, and status 2."""
     with pytest.raises(SystemExit) as left:

@@ -88,6 +88,17 @@ def _parser() -> _Parser:
         "--timeline", metavar="FILE", help="write what the ranks did when, to open in Perfetto"
     )
     run.add_argument(
+        "--stall-abort",
+        type=_seconds,
+        metavar="SECONDS",
+        help="end the job, as a failure, once ranks have waited for one another for so long",
+    )
+    run.add_argument(
+        "--checked",
+        action="store_true",
+        help="compare what the ranks do before they do it, and look for NaN in gradients",
+    )
+    run.add_argument(
         "--env",
         action="append",
         default=[],
@@ -261,6 +272,10 @@ def _added_environment(options: argparse.Namespace) -> dict[str, str]:
         added[wire.PIN] = "0"
     if options.timeline:
         added[wire.TIMELINE] = str(Path(options.timeline).absolute())
+    if options.stall_abort:
+        added[wire.STALL_ABORT] = str(options.stall_abort)
+    if options.checked:
+        added[wire.CHECKED] = "1"
     return added
 
 

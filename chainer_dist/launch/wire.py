@@ -39,7 +39,10 @@ LAUNCHER = "CHAINER_DIST_LAUNCHER"  # the token, the port and the launcher's add
 PIN = "CHAINER_DIST_PIN"  # 0: do not bind ranks to cores
 PROGRESS_FILE = "CHAINER_DIST_PROGRESS"  # where a script writes how far it has come
 RESTART = "CHAINER_DIST_RESTART"  # how often the job has been started again
+# What chainer_dist.watch reads: importing it would import Chainer.
 TIMELINE = "CHAINER_DIST_TIMELINE"  # where the ranks write their timeline
+STALL_ABORT = "CHAINER_DIST_STALL_ABORT"  # seconds after which a stall ends the job
+CHECKED = "CHAINER_DIST_CHECKED"  # 1: compare collectives
 
 
 def message(kind: bytes, content: bytes = b"") -> bytes:
