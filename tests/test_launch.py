@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import mmap
 import os
 import re
 import shlex
@@ -14,7 +15,7 @@ from pathlib import Path
 import pytest
 
 import mpi_job
-from chainer_dist.launch import cli
+from chainer_dist.launch import cli, leftovers
 from chainer_dist.launch import job as job_module
 from chainer_dist.watch import settings
 from launcher import LAUNCHER, MARK, Launched, launch, run, write
@@ -229,6 +230,71 @@ if rank == 1:
     assert "rank 1 on" in job.reason or "mpiexec ended the job" in job.reason
 
 
+# How rank 1 leaves, while all ranks share memory.
+LEAVES_MEMORY = {
+    "killed": "os.kill(os.getpid(), signal.SIGKILL)",
+    "aborts": "MPI.COMM_WORLD.Abort(3)",
+    "monitor killed": "os.kill(os.getppid(), signal.SIGKILL)",
+    "workers": "os.kill(os.getppid(), signal.SIGKILL)",
+    "launcher killed": "pass",
+}
+
+
+@pytest.mark.skipif(not Path("/dev/shm").is_dir(), reason="finds shared memory in /dev/shm")
+@pytest.mark.parametrize("how", LEAVES_MEMORY)
+def test_no_shared_memory_is_left(tmp_path, how):
+    """What MPI and multiprocessing would have removed goes when the job ends, and so do folders."""
+    code = f"""
+import multiprocessing
+from mpi4py import MPI
+MPI.COMM_WORLD.Barrier()
+if {how == "workers"}:
+    lock = multiprocessing.get_context("spawn").Lock()
+used = {{line.split()[-1] for line in open("/proc/self/maps") if "/dev/shm/" in line}}
+if {how == "workers"}:
+    used.add("/dev/shm/sem." + lock._semlock.name[1:])
+left = [name for name in used if os.path.exists(name)]
+print(*left, flush=True)
+MPI.COMM_WORLD.Barrier()
+open({str(tmp_path)!r} + f"/{{rank}}", "w").write("ready")
+if rank == 1: time.sleep(0.5); {LEAVES_MEMORY[how]}
+{HANG}"""
+    folders = tmp_path / "folders"
+    folders.mkdir()
+    job = Launched("run", "-n", 3, write(tmp_path, code), env={"TMPDIR": str(folders)})
+    for rank in range(3):
+        job.wait_for(tmp_path / str(rank), "ready")
+    if how == "launcher killed":
+        job.process.kill()
+    ended = job.end()
+    assert ended.status != 0
+    used = {name for line in ended.stdout.splitlines() for name in line.split()[1:]}
+    assert used
+    if how == "workers":
+        assert any("sem" in name for name in used)
+    assert not [name for name in used if os.path.exists(name)]
+    assert not [*folders.iterdir()]
+
+
+def test_shared_memory_of_others_stays(tmp_path, monkeypatch):
+    """What a process maps or has open, what is older, and what is called otherwise."""
+    monkeypatch.setattr(leftovers, "SHARED_MEMORY", tmp_path)
+    since = time.time() - 5
+    names = ["mpich_shm_mapped", "mpich_shm_open", "mpich_shm_unused", "sem.mp-unused", "mine"]
+    for name in names:
+        (tmp_path / name).write_bytes(bytes(mmap.PAGESIZE))
+    with (tmp_path / names[0]).open("rb") as file:
+        memory = mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ)
+    os.rename(tmp_path / names[0], tmp_path / "sem.mp-mapped")  # as semaphores are made
+    names[0] = "sem.mp-mapped"
+    with (tmp_path / names[1]).open("rb"), memory:
+        leftovers.remove_shared_memory(time.time() + 5)
+        assert sorted(path.name for path in tmp_path.iterdir()) == sorted(names)
+        leftovers.remove_shared_memory(since)
+        left = sorted(path.name for path in tmp_path.iterdir())
+        assert left == ["mine", "mpich_shm_open", "sem.mp-mapped"]
+
+
 def test_nobody_reads_the_output(tmp_path):
     """As with ``| head -1``: the job ends."""
     code = "while True: print(rank)"
@@ -361,7 +427,9 @@ WRONG_CALLS = [
 ]
 
 
-@pytest.mark.parametrize(("arguments", "message"), WRONG_CALLS, ids=[str(n) for n in range(len(WRONG_CALLS))])
+@pytest.mark.parametrize(
+    ("arguments", "message"), WRONG_CALLS, ids=[str(n) for n in range(len(WRONG_CALLS))]
+)
 def test_wrong_calls(arguments, message, capsys):
     """One line, and status 2."""
     with pytest.raises(SystemExit) as left:

@@ -6,7 +6,8 @@ to see how the script ended, and that nothing is left of it. The third is the sc
 ``python script.py`` starts it, bound to its share of the host's cores.
 
 The monitor ends the script, and all processes that the script started, when the launcher says so,
-when the connection to the launcher breaks, and when the first process dies.
+when the connection to the launcher breaks, and when the first process dies. When the script has failed, and
+those of the other ranks have ended too, it removes the shared memory that nobody uses any more.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import functools
 import json
 import os
 import selectors
+import shutil
 import signal
 import socket
 import subprocess
@@ -27,7 +29,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from chainer_dist import _threads
-from chainer_dist.launch import cores, mpi, output, wire
+from chainer_dist.launch import cores, leftovers, mpi, output, wire
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -36,6 +38,7 @@ SECONDS_TO_CONNECT = 10
 SECONDS_TO_LEAVE = 1.0  # by itself, after what it depends on has ended
 SECONDS_TO_OBEY = 2.0  # from being asked to end to being killed
 SECONDS_BETWEEN_LOOKS = 0.5  # at the file of progress
+SECONDS_APART = 10.0  # that ranks of a host may start from one another
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -64,6 +67,9 @@ def main(arguments: Sequence[str]) -> int:
     except OSError as error:
         return _refuse(f"rank {rank} on {socket.gethostname()}: {error}")
     signal.pthread_sigmask(signal.SIG_BLOCK, wire.FORWARDED)
+    started = time.time()
+    folder = Path(tempfile.mkdtemp(prefix="chainer-dist-"))
+    progress = Path(os.environ.setdefault(wire.PROGRESS_FILE, str(folder / "progress")))
     ours, its = socket.socketpair()
     pid = os.fork()
     if pid == 0:
@@ -71,12 +77,17 @@ def main(arguments: Sequence[str]) -> int:
         os.setsid()
         signal.pthread_sigmask(signal.SIG_UNBLOCK, wire.FORWARDED)
         status = 1
-        monitor = Monitor(launcher, its, has_input=rank == 0)
+        monitor = Monitor(launcher, its, progress, has_input=rank == 0)
         try:
-            status = monitor.run(command, cpus)
+            try:
+                status = monitor.run(command, cpus)
+            except BaseException:
+                monitor.kill()
+                raise
+            finally:
+                _clean_up_after(status, started, folder)
         except BaseException:  # noqa: BLE001 - this process must not return
             traceback.print_exc()
-            monitor.kill()
         finally:
             os._exit(status)
     its.close()
@@ -84,7 +95,11 @@ def main(arguments: Sequence[str]) -> int:
     ended = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
     if ended < 0:  # somebody killed the monitor, and the script has nobody else
         with contextlib.suppress(ValueError, ProcessLookupError):
-            os.killpg(int(ours.recv(wire.CHUNK)), signal.SIGKILL)
+            script = int(ours.recv(wire.CHUNK))
+            os.killpg(script, signal.SIGKILL)
+            shutil.rmtree(folder, ignore_errors=True)  # before mpiexec kills this process as well
+            _wait_for_group(script)
+        _clean_up_after(ended, started, folder)
     return _exit_status(ended)
 
 
@@ -140,12 +155,16 @@ class Monitor:
     Args:
         launcher: Connection to the launcher.
         parent: Connection to the process that mpiexec knows.
+        progress: File that the script may write its progress to.
         has_input: Whether the script gets the launcher's standard input.
     """
 
-    def __init__(self, launcher: socket.socket, parent: socket.socket, *, has_input: bool) -> None:
+    def __init__(
+        self, launcher: socket.socket, parent: socket.socket, progress: Path, *, has_input: bool
+    ) -> None:
         self._launcher = launcher
         self._parent = parent
+        self._progress = progress
         self._received = b""
         self._selector = selectors.DefaultSelector()
         self._has_input = has_input
@@ -168,15 +187,13 @@ class Monitor:
         Returns:
             Its exit status, 128 and the signal's number if it was killed.
         """
-        with tempfile.TemporaryDirectory(prefix="chainer-dist-") as folder:
-            file = Path(os.environ.setdefault(wire.PROGRESS_FILE, str(Path(folder, "progress"))))
-            script = self._start(command, cpus)
-            while script.poll() is None:
-                self._look(SECONDS_BETWEEN_LOOKS)
-                self._tell_progress(file)
-                self._send_due_signals()
-            self._clean_up()
-            self._tell_progress(file)
+        script = self._start(command, cpus)
+        while script.poll() is None:
+            self._look(SECONDS_BETWEEN_LOOKS)
+            self._tell_progress()
+            self._send_due_signals()
+        self._clean_up()
+        self._tell_progress()
         status = script.returncode
         end = {"status": status, "by_itself": not (self._asked or self._alone)}
         self._tell(wire.END, json.dumps(end).encode())
@@ -257,9 +274,9 @@ class Monitor:
         except OSError:
             self._launcher_is_gone()
 
-    def _tell_progress(self, file: Path) -> None:
+    def _tell_progress(self) -> None:
         try:
-            progress = file.read_bytes().strip()
+            progress = self._progress.read_bytes().strip()
         except OSError:
             return  # nothing has been written yet
         if progress != self._told:
@@ -334,6 +351,24 @@ class Monitor:
                 break
             self._look(0.02)
         self._look(0)
+
+
+def _wait_for_group(pid: int) -> None:
+    """Wait, not for long, until the processes of a group, which are no children, have ended.
+
+    Raises:
+        ProcessLookupError: When they have.
+    """
+    deadline = time.monotonic() + SECONDS_TO_LEAVE
+    while time.monotonic() < deadline:
+        os.killpg(pid, 0)
+        time.sleep(0.01)
+
+
+def _clean_up_after(status: int, started: float, folder: Path) -> None:
+    shutil.rmtree(folder, ignore_errors=True)
+    if status:
+        leftovers.remove_shared_memory(started - SECONDS_APART)
 
 
 def _refuse(reason: str) -> int:
