@@ -1,4 +1,4 @@
-"""What Chainer 7.8.1 needs on today's Python and NumPy, before and after its import.
+"""What Chainer 7.8.1 needs on today's Python and NumPy, and not to hang, before and after its import.
 
 Importing this module is enough, before or after Chainer, and imports neither Chainer nor NumPy nor MPI:
 it leaves an :class:`ImportHook` that acts when Chainer is imported. It knows nothing of the package around
@@ -113,9 +113,39 @@ def restore_numpy_names() -> None:
 
 
 def patch_chainer(chainer: Any) -> None:
-    """Replace what imports but does not run: ``Categorical.log_prob`` on NumPy 2."""
+    """Replace what imports but does not run (``Categorical.log_prob`` on NumPy 2), or does not end."""
     if _numpy_version() >= (2, 0):
         chainer.distributions.Categorical.log_prob = _categorical_log_prob
+    _raise_errors_of_workers(chainer.iterators.multiprocess_iterator)
+
+
+def _raise_errors_of_workers(module: Any) -> None:
+    """Let ``MultiprocessIterator`` raise what its workers raise, where it would wait for ever.
+
+    The thread that fetches batches from the workers ended with the error, and nobody learned of it.
+    """
+    loop, queue = module._PrefetchLoop, module._Communicator
+    run, get = loop._run, queue.get
+    if run.__module__ == __name__:
+        return
+
+    def run_and_tell(self: Any) -> None:
+        try:
+            run(self)
+        except Exception as error:  # noqa: BLE001 - a dataset may raise anything
+            with self._comm._lock:
+                self._comm._error = error
+                self._comm._batch_queue.append((None, None))
+                self._comm._not_empty_cond.notify()
+
+    def get_or_raise(self: Any) -> Any:
+        error = getattr(self, "_error", None)
+        batch, state = (None, None) if error and not self._batch_queue else get(self)
+        if state is None:  # of a batch, and of the end of the data, there is one
+            raise self._error
+        return batch, state
+
+    loop._run, queue.get = run_and_tell, get_or_raise
 
 
 def _categorical_log_prob(self: Any, x: Any) -> Any:

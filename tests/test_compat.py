@@ -203,6 +203,47 @@ def test_children_of_multiprocessing(installed, method):
 
 
 @pytest.mark.mpi_skip
+@pytest.mark.parametrize("method", ["fork", "spawn", "forkserver"])
+def test_errors_of_workers(installed, method):
+    """They are raised where the batch is asked for, then and ever after; Chainer itself would hang."""
+    out = installed.check(
+        """
+        import multiprocessing
+        import sys
+
+        import chainer
+
+
+        class Dataset(chainer.dataset.DatasetMixin):
+            def __len__(self):
+                return 12
+
+            def get_example(self, i):
+                if i == 7:
+                    raise KeyError("seven")
+                return i
+
+
+        if __name__ == "__main__":
+            multiprocessing.set_start_method(sys.argv[1])
+            iterator = chainer.iterators.MultiprocessIterator(
+                Dataset(), 2, shuffle=False, n_processes=2, n_prefetch=4
+            )
+            for _ in range(3):
+                print([int(i) for i in iterator.next()])
+            for _ in range(2):
+                try:
+                    iterator.next()
+                except KeyError as error:
+                    print(error, "get_example" in str(error.__cause__))
+            iterator.finalize()
+        """,
+        method,
+    )
+    assert out.splitlines() == ["[0, 1]", "[2, 3]", "[4, 5]", "'seven' True", "'seven' True"]
+
+
+@pytest.mark.mpi_skip
 def test_asking_for_the_spec_imports_nothing(installed):
     """Code that only looks whether Chainer is there neither imports it nor uses up the finder."""
     installed.check(

@@ -240,7 +240,7 @@ LEAVES_MEMORY = {
 }
 
 
-@pytest.mark.skipif(not Path("/dev/shm").is_dir(), reason="finds shared memory in /dev/shm")
+@pytest.mark.skipif(not leftovers.SHARED_MEMORY.is_dir(), reason="finds shared memory in /dev/shm")
 @pytest.mark.parametrize("how", LEAVES_MEMORY)
 def test_no_shared_memory_is_left(tmp_path, how):
     """What MPI and multiprocessing would have removed goes when the job ends, and so do folders."""
@@ -272,7 +272,7 @@ if rank == 1: time.sleep(0.5); {LEAVES_MEMORY[how]}
     assert used
     if how == "workers":
         assert any("sem" in name for name in used)
-    assert not [name for name in used if os.path.exists(name)]
+    assert not [name for name in used if Path(name).exists()]
     assert not [*folders.iterdir()]
 
 
@@ -285,7 +285,7 @@ def test_shared_memory_of_others_stays(tmp_path, monkeypatch):
         (tmp_path / name).write_bytes(bytes(mmap.PAGESIZE))
     with (tmp_path / names[0]).open("rb") as file:
         memory = mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ)
-    os.rename(tmp_path / names[0], tmp_path / "sem.mp-mapped")  # as semaphores are made
+    (tmp_path / names[0]).rename(tmp_path / "sem.mp-mapped")  # as semaphores are made
     names[0] = "sem.mp-mapped"
     with (tmp_path / names[1]).open("rb"), memory:
         leftovers.remove_shared_memory(time.time() + 5)

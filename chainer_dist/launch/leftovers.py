@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-SHARED_MEMORY = Path("/dev/shm")
+SHARED_MEMORY = Path("/dev/shm")  # noqa: S108 - where the system has it
 PROCESSES = Path("/proc")
 
 # Of MPICH and its transport, Open MPI, Intel MPI, and Python's semaphores and shared memory.

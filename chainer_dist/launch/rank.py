@@ -66,6 +66,13 @@ def main(arguments: Sequence[str]) -> int:
         launcher = connect(where, rank)
     except OSError as error:
         return _refuse(f"rank {rank} on {socket.gethostname()}: {error}")
+    return _exit_status(_run_monitored(command, cpus, launcher, has_input=rank == 0))
+
+
+def _run_monitored(
+    command: Sequence[str], cpus: Sequence[int] | None, launcher: socket.socket, *, has_input: bool
+) -> int:
+    """Run the script under a monitor, wait for that one and return how it ended."""
     signal.pthread_sigmask(signal.SIG_BLOCK, wire.FORWARDED)
     started = time.time()
     folder = Path(tempfile.mkdtemp(prefix="chainer-dist-"))
@@ -77,7 +84,7 @@ def main(arguments: Sequence[str]) -> int:
         os.setsid()
         signal.pthread_sigmask(signal.SIG_UNBLOCK, wire.FORWARDED)
         status = 1
-        monitor = Monitor(launcher, its, progress, has_input=rank == 0)
+        monitor = Monitor(launcher, its, progress, has_input=has_input)
         try:
             try:
                 status = monitor.run(command, cpus)
@@ -100,7 +107,7 @@ def main(arguments: Sequence[str]) -> int:
             shutil.rmtree(folder, ignore_errors=True)  # before mpiexec kills this process as well
             _wait_for_group(script)
         _clean_up_after(ended, started, folder)
-    return _exit_status(ended)
+    return ended
 
 
 def share_of_host(local_rank: int, local_size: int) -> list[int] | None:
