@@ -696,3 +696,19 @@ def test_progress_is_told(comm, out, monkeypatch):
     assert manifest["content"]["ranks"] == comm.size
     assert {"chainer_dist", "chainer", "numpy", "python"} <= set(manifest["content"]["versions"])
     assert os.environ["CHAINER_DIST_PROGRESS"]
+
+
+def test_an_exception_on_all_ranks(comm, out, capfd):
+    """Chainer tells extensions of it, by a method of a name that no option may have."""
+
+    def fail(_):
+        raise ArithmeticError("planted")
+
+    trainer = make_trainer(comm, 9)
+    checkpoint = Checkpoint(comm, out, on_error="raise")
+    trainer.extend(checkpoint, trigger=(1, "iteration"))
+    trainer.extend(fail, name="fail", trigger=(3, "iteration"))
+    checkpoint.resume(trainer)
+    with pytest.raises(ArithmeticError, match="planted"):
+        trainer.run(show_loop_exception_msg=False)
+    assert "Exception in error handler" not in capfd.readouterr().err

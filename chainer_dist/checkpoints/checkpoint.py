@@ -136,7 +136,7 @@ class Checkpoint(extension.Extension):  # type: ignore[misc]  # Chainer has no t
         self.comm = comm
         self.keep = operator.index(keep)
         self.asynchronous = bool(asynchronous)
-        self.on_error = on_error
+        self._on_error = on_error
         self.preemption = bool(preemption)
 
         self._archive = Archive(comm, self.directory, self.keep)
@@ -386,7 +386,7 @@ class Checkpoint(extension.Extension):  # type: ignore[misc]  # Chainer has no t
         message = (
             f"{error}; {what} cannot be written to {self.directory}; newest complete one: {newest}"
         )
-        if self.on_error == "raise":
+        if self._on_error == "raise":
             raise rebuild_error(type(error), message) from error
         if self.comm.rank == 0:
             warnings.warn(message, stacklevel=4)
