@@ -77,7 +77,7 @@ test: $(STAMP)
 	$(RUN) tests/run.py $(ARGS)
 
 test-faults: $(STAMP)
-	$(RUN) tests/run.py --ranks 1 --timeout 3600 -- -m faults $(ARGS)
+	$(RUN) tests/run.py --ranks 1 --timeout 3600 -- -m faults --mpi-limit 1800 $(ARGS)
 
 test-%: $(STAMP)
 	$(RUN) tests/run.py --ranks $* $(ARGS)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hypothesis
 import pytest
 
-pytest_plugins = ["mpi_agreement", "result_file"]
+pytest_plugins = ["fault_table", "mpi_agreement", "result_file"]
 
 # All ranks draw the same examples, however fast each of them is.
 hypothesis.settings.register_profile(

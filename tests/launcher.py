@@ -78,12 +78,13 @@ class Launched:
         return Ended(self.process.returncode, stdout.decode(), stderr.decode())
 
     def processes(self):
-        """Return the command lines of the processes that carry the mark, on Linux."""
-        found = []
+        """Return the processes that carry the mark and their command lines, on Linux."""
+        found = {}
         for folder in Path("/proc").glob("[0-9]*"):
             with contextlib.suppress(OSError):  # it has ended, or is somebody else's
                 if f"{MARK}={self._mark}".encode() in (folder / "environ").read_bytes():
-                    found.append((folder / "cmdline").read_bytes().replace(b"\0", b" "))
+                    command = (folder / "cmdline").read_bytes().replace(b"\0", b" ")
+                    found[int(folder.name)] = command
         return found
 
 
