@@ -67,7 +67,7 @@ class Checkpoint(extension.Extension):  # type: ignore[misc]  # Chainer has no t
 
     **What is saved.** What Chainer serializes, and besides the random states of every rank
     (``numpy.random`` and ``random``, those of order samplers, and that of the multi-node optimizer),
-    dynamic loss scales, and the float32 copies of ``use_fp32_update``. Parameters under multi-node
+    dynamic loss scales, the float32 copies of ``use_fp32_update``, and gradients that are being accumulated. Parameters under multi-node
     optimizers, and the state of these, are the same on all ranks: rank 0 writes them. Every rank writes
     what is its own. A run that was resumed on as many ranks is, to the bit, the one that was not
     interrupted, with three exceptions: hyperparameters that are set in a loop of your own are what the

@@ -2,7 +2,7 @@
 
 Chainer's own serialization leaves out the random states, from which dropout and shuffling draw; dynamic
 loss scales; the float32 copies of float16 parameters; and the orders that iterators with workers have
-drawn ahead. Nothing here communicates.
+drawn ahead; and gradients that are being accumulated. Nothing here communicates.
 """
 
 from __future__ import annotations
@@ -36,6 +36,7 @@ __all__ = ["State", "check_target", "collect", "prepare", "restore"]
 # Before the path of what is not in Chainer's own serialization.
 _BESIDE = "+"
 _RANDOM = f"{_BESIDE}random"
+_OWN = f"{_BESIDE}own:"  # and what a rank has alone, though it belongs to something all have alike
 _OWN_PARAMETERS = f"{_BESIDE}own_parameters"
 
 _GENERATOR = "MT19937"
@@ -108,6 +109,8 @@ def collect(target: Any, comm: CommunicatorBase, *, copy: bool) -> State:
     collector = _Collector(target, comm, copy=copy)
     _serialize_beside(collector, target)
     _serialize(collector, target)
+    for path, optimizer in _multi_node_optimizers(target):
+        optimizer.serialize_own(collector[f"{_OWN}{path}"])
     collector.own[_RANDOM] = _encode(_random_state())
     collector.own[_OWN_PARAMETERS] = _encode(collector.own_parameters)
     return State(collector.common, collector.own)
@@ -140,6 +143,10 @@ def restore(
     loader = _Loader([common, *own], ignored=rank_bound(target) if new_place else None)
     _serialize_beside(loader, target)
     _serialize(loader, target)
+    for path, optimizer in _multi_node_optimizers(target):
+        # Of another number of ranks the first goes on for all that have saved.
+        sources = [_Loader([each])[f"{_OWN}{path}"] for each in own]
+        optimizer.load_own(sources, takes_over=new_place is None or new_place[0] == 0)
     # At last, as initializing parameters draws numbers.
     if new_place is None:
         _set_random_state(_decode(own[0][_RANDOM]))
@@ -214,6 +221,12 @@ def _serialize_generator(serializer: _Optional, key: str, state: Any) -> Any:
     return state
 
 
+def _multi_node_optimizers(target: Any) -> Iterator[tuple[str, MultiNodeOptimizer]]:
+    for path, part in parts(target):
+        if isinstance(part, MultiNodeOptimizer):
+            yield path, part
+
+
 def _plain_iterators(target: Any) -> Iterator[tuple[str, Any]]:
     """Yield Chainer's own iterators that a target has on this rank, with their paths."""
     for path, part in parts(target):
@@ -280,7 +293,9 @@ class _Collector(serializers.Serializer):  # type: ignore[misc]  # Chainer has n
     def __call__(self, key: str, value: Any) -> Any:
         key = self._path + key.lstrip("/")
         values = self.own
-        if key.startswith(self._common_paths) or id(value) in self._common_arrays:
+        if not key.startswith(_OWN) and (
+            key.startswith(self._common_paths) or id(value) in self._common_arrays
+        ):
             if not self._writes_common:
                 return value
             values = self.common

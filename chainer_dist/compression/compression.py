@@ -13,7 +13,7 @@ import numpy as np
 from chainer_dist.communicators import _reduction
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterable, Mapping
 
     import chainer
     from mpi4py import MPI
@@ -139,6 +139,10 @@ class Kept:
     def keep(self, name: str, array: Array) -> None:
         """Keep an array, which nobody changes from now on. Local."""
         self._arrays[name] = array
+
+    def items(self) -> Iterable[tuple[str, Array]]:
+        """Return all names and arrays. Local."""
+        return self._arrays.items()
 
     def serialize(self, serializer: chainer.AbstractSerializer, rank: int | None = None) -> None:
         """Save or load the arrays; if they are one rank's own, load them on that rank only. Local."""

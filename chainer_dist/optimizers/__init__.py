@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from typing import TYPE_CHECKING
 
 from chainer_dist.optimizers.double_buffering import DoubleBufferingOptimizer
@@ -27,6 +28,7 @@ def create_multi_node_optimizer(
     mean_grad: bool = False,
     share_parameters: bool = False,
     compression: Compression | None = None,
+    accumulate_steps: int = 1,
 ) -> MultiNodeOptimizer:
     """Make an optimizer that averages gradients over the ranks before each of its updates.
 
@@ -75,6 +77,18 @@ def create_multi_node_optimizer(
             between nodes, approximately; the same kind on every rank, and an object of this
             optimizer alone. Every rank updates all parameters then. Its state is saved with the
             optimizer's.
+        accumulate_steps: How many calls of ``update`` make one update, for batches that are too
+            large for the memory, or for fewer exchanges: k calls compute gradients k times, and
+            exchange and update once, by the mean. So k batches of size b, each of whose losses is a
+            mean, give what one batch of k * b gives, to rounding (but for batch normalization,
+            dropout and the like, which see b samples at a time). A parameter without a gradient in
+            some of the batches counts as zero there. ``optimizer.t``, hooks, dynamic loss
+            scaling, compression and double buffering count updates; iterations of a Trainer count
+            calls, so that a trigger of (1000, "iteration") comes every 1000 / k updates. Batches
+            after the last update, if they are fewer than k, bring nothing. Can be set later, as
+            ``optimizer.accumulate_steps``. :class:`~chainer_dist.Checkpoint` saves what is being
+            accumulated; Chainer's snapshots leave it out. For numbers that change from update to
+            update see ``optimizer.no_sync()``.
 
     Returns:
         The optimizer to use in place of ``actual_optimizer``. Pickled, it leaves its communicator
@@ -83,9 +97,13 @@ def create_multi_node_optimizer(
     Raises:
         ValueError: If ``double_buffering`` and ``compression`` are asked for together, or one of
             them with ``sharded_update=True``, or ``double_buffering`` with an MPI library that was
-            not built, or not started, for several threads. From updates, if ``sharded_update`` is
-            True and the update cannot be sharded.
+            not built, or not started, for several threads; or if ``accumulate_steps`` is not 1 or
+            more. From updates, if ``sharded_update`` is True and the update cannot be sharded.
+        RankMismatchError: From updates, on every rank, if ``accumulate_steps`` differs.
     """
+    accumulate_steps = operator.index(accumulate_steps)
+    if accumulate_steps < 1:
+        raise ValueError(f"accumulate_steps is {accumulate_steps}, expected 1 or more")
     if sharded_update and (double_buffering or compression is not None):
         option = "double_buffering" if double_buffering else "compression"
         raise ValueError(f"{option} updates on every rank; leave sharded_update out")
@@ -93,6 +111,6 @@ def create_multi_node_optimizer(
         raise ValueError("double_buffering exchanges gradients exactly; leave compression out")
     if double_buffering or compression is not None:
         sharded_update = False
-    options = Options(sharded_update, mean_grad, share_parameters, compression)
+    options = Options(sharded_update, mean_grad, share_parameters, compression, accumulate_steps)
     kind = DoubleBufferingOptimizer if double_buffering else MultiNodeOptimizer
     return kind(actual_optimizer, communicator, zero_fill, options)

@@ -45,7 +45,9 @@ class Join:
 
     A rank that leaves the block takes part in the updates that others still make until they leave
     it too. Each update uses the mean of the gradients over the ranks that still have batches, and
-    all ranks' parameters stay equal. A rank may have no batch at all.
+    all ranks' parameters stay equal. A rank may have no batch at all. With ``accumulate_steps`` it
+    is the mean over all batches that were accumulated on any rank; where the last ones do not make
+    up an update, they stay for the first update after this block.
 
     With :class:`~chainer_dist.links.MultiNodeBatchNormalization` in a model, forward and backward
     are collective as well: a rank that stands by repeats them with its last batch, which counts
@@ -118,14 +120,16 @@ class Join:
         lossfun: Callable[..., Any] | None,
         args: tuple[Any, ...],
         kwds: dict[str, Any],
+        *,
+        postponed: bool = False,
     ) -> None:
         """Update by this rank's gradients and those of other ranks that have any. Collective."""
         number = next(i for i, each in enumerate(self._optimizers) if each is optimizer)
         if lossfun is not None and _repeats(optimizer):
             self._calls[number] = lossfun, args, kwds
-        _, ranks = self._meet(number)
+        _, ranks, _ = self._meet(number, postponed=postponed)
         with chainer.using_config("chainer_dist_joined", value=False):
-            optimizer.take_part(lossfun, args, kwds, self._comm.size / ranks)
+            optimizer.take_part(lossfun, args, kwds, ranks, postponed=postponed)
 
     def end_step(self) -> None:
         """Tell ranks that stand by that this step is over. Collective."""
@@ -138,24 +142,29 @@ class Join:
                 number in self._calls or not _repeats(optimizer)
                 for number, optimizer in enumerate(self._optimizers)
             )
-            number, ranks = self._meet(_STANDS_BY if able else _CANNOT_REPEAT)
+            word = _STANDS_BY if able else _CANNOT_REPEAT
+            number, ranks, postponed = self._meet(word)
             if not ranks or number == _STEP_IS_OVER:
                 return
             lossfun, args, kwds = self._calls.get(number, (None, (), {}))
             with _standing_by():
-                self._optimizers[number].take_part(lossfun, args, kwds, 0.0)
+                self._optimizers[number].take_part(
+                    lossfun, args, kwds, ranks, stands_by=True, postponed=postponed
+                )
 
     @property
     def _comm(self) -> CommunicatorBase:
         return self._optimizers[0]._connected()
 
-    def _meet(self, word: int) -> tuple[int, int]:
+    def _meet(self, word: int, *, postponed: bool = False) -> tuple[int, int, bool]:
         """Find out what the other ranks are about to do. Collective.
 
         Returns:
-            The number of the optimizer that is updated, or that the step is over; and how many
-            ranks do that, 0 if all stand by.
+            The number of the optimizer that is updated, or that the step is over; how many
+            ranks do that, 0 if all stand by; and whether they postpone the update.
         """
+        if word >= 0:
+            word = 2 * word + postponed
         words = np.empty(self._comm.size, dtype=np.int64)
         with Operation(_MEETING, self._comm):
             self._comm.mpi_comm.Allgather(np.array([word], dtype=np.int64), words)
@@ -163,19 +172,23 @@ class Join:
         if len(set(active)) > 1:
             raise_mismatch(self._comm, [("the update", self._describe(word, active[0]))])
         if not active:
-            return _STANDS_BY, 0
-        if active[0] >= 0 and _CANNOT_REPEAT in words and _repeats(self._optimizers[active[0]]):
+            return _STANDS_BY, 0, False
+        number, postpones = divmod(active[0], 2) if active[0] >= 0 else (active[0], 0)
+        if number >= 0 and _CANNOT_REPEAT in words and _repeats(self._optimizers[number]):
             rank = int(np.flatnonzero(words == _CANNOT_REPEAT)[0])
             raise RuntimeError(
                 f"rank {rank} stands by without a batch that it could repeat, as a model with "
                 "MultiNodeBatchNormalization needs: give every rank at least one batch, and "
                 "optimizer.update the loss function"
             )
-        return active[0], len(active)
+        return number, len(active), bool(postpones)
 
     def _describe(self, word: int, default: int) -> str:
         word = default if word in (_STANDS_BY, _CANNOT_REPEAT) else word
-        return "none, the step is over" if word == _STEP_IS_OVER else f"that of optimizer {word}"
+        if word == _STEP_IS_OVER:
+            return "none, the step is over"
+        number, postponed = divmod(word, 2)
+        return f"that of optimizer {number}{', in no_sync' if postponed else ''}"
 
 
 @contextlib.contextmanager

@@ -22,10 +22,11 @@ from chainer_dist.communicators.operation import (
     stage,
 )
 from chainer_dist.communicators.shared_memory import SharedMemoryCommunicator
+from chainer_dist.optimizers.accumulation import Accumulation
 from chainer_dist.sharding import ShardedUpdate, Signature, obstacle
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterator, Sequence
 
     import chainer
     from typing_extensions import Self
@@ -52,6 +53,7 @@ class Options(NamedTuple):
     mean_grad: bool
     share_parameters: bool
     compression: Compression | None = None
+    accumulate_steps: int = 1
 
 
 class MultiNodeOptimizer:
@@ -61,6 +63,7 @@ class MultiNodeOptimizer:
         actual_optimizer: The wrapped one.
         communicator: Over whose ranks gradients are averaged.
         zero_fill: Whether a gradient that is None on this rank counts as zero.
+        accumulate_steps: How many calls of :meth:`update` make one update; the same on every rank.
         join: What lets ranks that have run out of data take part, or None.
     """
 
@@ -69,6 +72,9 @@ class MultiNodeOptimizer:
             "actual_optimizer",
             "communicator",
             "zero_fill",
+            "accumulate_steps",
+            "_accumulation",
+            "_postponed",
             "_structure",
             "_started",
             "_loaded",
@@ -94,6 +100,9 @@ class MultiNodeOptimizer:
         self.actual_optimizer = actual_optimizer
         self.communicator: CommunicatorBase | None = communicator
         self.zero_fill = zero_fill
+        self.accumulate_steps = options.accumulate_steps
+        self._accumulation = Accumulation()  # of batches since the last update
+        self._postponed = False  # whether updates are put off, in no_sync
         self._structure: exchange.Structure | None = None  # of the last parameters made equal
         self._started = False  # whether the first update is over
         self._loaded = False  # whether a snapshot was loaded since the last update
@@ -115,6 +124,7 @@ class MultiNodeOptimizer:
         """Set the target link, and make its parameters equal to rank 0's. Collective."""
         self._unshare()
         self.actual_optimizer.setup(link)
+        self._accumulation = Accumulation()
         self._started = False
         self._make_equal()
         return self
@@ -123,6 +133,10 @@ class MultiNodeOptimizer:
         """Update the parameters by the gradients' mean over the ranks. Collective.
 
         Gradients are averaged after backward and before any hook of the optimizer runs.
+
+        With :attr:`accumulate_steps` above 1, and in :meth:`no_sync`, a call that is not the last of
+        an accumulation adds its gradients to this rank's sum, and leaves the parameters as they
+        are, without a gradient. It is local once parameters are known to be equal and initialized.
 
         The first update, and every one before which the parameters changed on some rank (layers
         initialized by this very forward pass, links added, a snapshot loaded), makes them equal
@@ -138,9 +152,30 @@ class MultiNodeOptimizer:
             RankMismatchError: On every rank, naming the rank and the parameter, if ranks differ.
         """
         if self.join is None:
-            self.take_part(lossfun, args, kwds, 1.0)
+            ranks = self._connected().size
+            self.take_part(lossfun, args, kwds, ranks, postponed=self._postponed)
         else:
-            self.join.update(self, lossfun, args, kwds)
+            self.join.update(self, lossfun, args, kwds, postponed=self._postponed)
+
+    @contextlib.contextmanager
+    def no_sync(self) -> Iterator[None]:
+        """Accumulate only: calls of :meth:`update` in this scope compute gradients. Local.
+
+        The next call outside, on every rank, updates by the mean of all of them and its own::
+
+            with optimizer.no_sync():
+                for x, t in batches[:-1]:
+                    optimizer.update(lossfun, x, t)
+            optimizer.update(lossfun, *batches[-1])
+
+        All ranks make as many calls in it. As torch's ``DistributedDataParallel.no_sync``, where
+        gradients are added up instead: as many batches make as large a step here as one does.
+        """
+        before, self._postponed = self._postponed, True
+        try:
+            yield
+        finally:
+            self._postponed = before
 
     @stage(UPDATE)
     def take_part(
@@ -148,18 +183,59 @@ class MultiNodeOptimizer:
         lossfun: Callable[..., Any] | None,
         args: tuple[Any, ...],
         kwds: dict[str, Any],
-        weight: float,
+        ranks: int,
+        *,
+        stands_by: bool = False,
+        postponed: bool = False,
     ) -> None:
-        """Do what :meth:`update` does, with gradients that count more or not at all. Collective.
+        """Do what :meth:`update` does, with the gradients of some ranks only. Collective.
 
         Args:
             lossfun: See :meth:`update`.
             args: See :meth:`update`.
             kwds: See :meth:`update`.
-            weight: What this rank's gradients are multiplied by; 0 for a rank that has none. It is
-                1 on all ranks or on none.
+            ranks: How many ranks have gradients that count, the same on every rank.
+            stands_by: Whether this rank has none.
+            postponed: Whether to accumulate only, the same on every rank.
         """
-        if not self._started:
+        accumulation, size = self._accumulation, self._connected().size
+        is_last = accumulation.calls + 1 >= self.accumulate_steps and not postponed
+        parameters, same_grads = self._compute(
+            lossfun, args, kwds, stands_by=stands_by, compare=is_last
+        )
+        if not is_last:
+            accumulation.add(parameters, ranks, stands_by=stands_by)
+            return
+        if accumulation.calls or ranks != size:
+            accumulation.add(parameters, ranks, stands_by=stands_by)
+            accumulation.finish(parameters, size)
+            self._accumulation = Accumulation()
+            if not self.zero_fill and accumulation.batches != accumulation.calls * size:
+                same_grads = self._follow_pattern(parameters, has_batch=accumulation.own > 0)
+        dynamic = self.actual_optimizer._loss_scaling_is_dynamic  # it deals with overflows itself
+        exchange.check_finite(self._connected(), parameters, look=not dynamic)
+        self._allow_missing_grads(parameters, same_grads=same_grads)
+        self._step(parameters, same_grads=same_grads)
+
+    def _compute(
+        self,
+        lossfun: Callable[..., Any] | None,
+        args: tuple[Any, ...],
+        kwds: dict[str, Any],
+        *,
+        stands_by: bool = False,
+        compare: bool,
+    ) -> tuple[exchange.ParameterSet, bool]:
+        """Compute the gradients of a batch from parameters that all ranks have alike.
+
+        Collective where ``compare`` is true or the parameters are not settled yet, otherwise local.
+
+        Returns:
+            The parameters, and whether the same ones have a gradient on every rank; True if ranks did
+            not compare.
+        """
+        is_first = not self._started
+        if is_first:
             self._make_equal()
             self._started = True
         target, persistents = self.target, None
@@ -167,22 +243,29 @@ class MultiNodeOptimizer:
             if any(spec is None for _, spec in self._structure or ()):
                 persistents = _persistent_values(target)
             self._backward(lossfun, args, kwds)
-        elif not weight:
+        elif stands_by:
             target.cleargrads()
-        parameters, same_grads, changed = self._agree()
+        if not (compare or is_first or self._is_unsettled()):
+            return exchange.ParameterSet(target), True
+        parameters, same_grads, changed = self._agree(stands_by=stands_by)
         if changed:
             self._make_equal()
             if lossfun is not None:
                 if persistents is not None:
                     _restore(persistents)
                 self._backward(lossfun, args, kwds)
-            parameters, same_grads, _ = self._agree()
-        if weight != 1:
-            same_grads = self._weigh(parameters, weight, same_grads=same_grads)
-        dynamic = self.actual_optimizer._loss_scaling_is_dynamic  # it deals with overflows itself
-        exchange.check_finite(self._connected(), parameters, look=not dynamic)
-        self._allow_missing_grads(parameters, same_grads=same_grads)
-        self._step(parameters, same_grads=same_grads)
+            parameters, same_grads, _ = self._agree(stands_by=stands_by)
+        return parameters, same_grads
+
+    def _is_unsettled(self) -> bool:
+        """Tell whether ranks have to compare parameters before the gradients can count. Local.
+
+        Every rank comes to the same answer, or to an error in the next comparison: what is not
+        initialized is known to all of them, as some batches may use it and others not.
+        """
+        structure = exchange.ParameterSet(self.target).structure
+        waits = any(spec is None for _, spec in self._structure or ())
+        return waits or self._loaded or structure != self._structure
 
     def _step(self, parameters: exchange.ParameterSet, *, same_grads: bool) -> None:
         """Average the gradients and update the parameters. Collective."""
@@ -202,19 +285,17 @@ class MultiNodeOptimizer:
         with self._equal_randomness():
             self.actual_optimizer.update(None)
 
-    def _weigh(self, parameters: exchange.ParameterSet, weight: float, *, same_grads: bool) -> bool:
-        """Multiply the gradients; return whether the same ones are there on every rank. Collective.
+    def _follow_pattern(self, parameters: exchange.ParameterSet, *, has_batch: bool) -> bool:
+        """Give a rank without a batch, if a gradient is everywhere or nowhere, zeros where others have one.
 
-        A rank of weight 0 has those that the others have, if a gradient must be everywhere or
-        nowhere.
+        Collective.
+
+        Returns:
+            Whether the ranks that have a batch have the same gradients.
         """
-        for grad in exchange.private_grads(parameters):
-            grad[...] = grad * weight if weight else 0  # 0 times NaN is NaN
-        if self.zero_fill:
-            return same_grads
-        patterns = self._connected().allgather_obj(parameters.has_grad if weight else None)
+        patterns = self._connected().allgather_obj(parameters.has_grad if has_batch else None)
         known = [pattern for pattern in patterns if pattern is not None]
-        if not weight:
+        if not has_batch:
             for param, has in zip(parameters.params, known[0]):
                 param.grad = np.zeros_like(param.array) if has else None
             parameters.look_at_grads()
@@ -232,13 +313,16 @@ class MultiNodeOptimizer:
         """Save or load the optimizer as Chainer does. Local; to load, load on every rank.
 
         Any single rank can save alone: all of the state is there on each. A serializer that keeps
-        arrays to write them later gets copies of what the ranks of a node share.
+        arrays to write them later gets copies of what the ranks of a node share. What is under way is
+        in :meth:`serialize_own`: gradients that are being accumulated are left out here, and
+        loading begins to accumulate anew.
         """
         import chainer
 
         if isinstance(serializer, chainer.Deserializer):
             self._unshare()
             self._loaded = True
+            self._accumulation = Accumulation()
         with contextlib.ExitStack() as stack:
             if self._shards is not None:
                 stack.enter_context(self._shards.copied_states())
@@ -246,6 +330,21 @@ class MultiNodeOptimizer:
         if self._options.compression is not None:
             rank = self._connected().rank
             self._options.compression.serialize(serializer["compression"], rank)
+
+    def serialize_own(self, serializer: chainer.AbstractSerializer) -> None:
+        """Save what only this rank has: gradients that are being accumulated. Local."""
+        self._accumulation.serialize(serializer)
+
+    def load_own(
+        self, sources: Sequence[chainer.AbstractSerializer], *, takes_over: bool = True
+    ) -> None:
+        """Load what ranks have saved with :meth:`serialize_own`. Local; after :meth:`serialize`.
+
+        Args:
+            sources: This rank's; or those of all ranks that have saved, if it was another number.
+            takes_over: Whether this rank goes on in their place. Of all ranks one does.
+        """
+        self._accumulation.load(sources, takes_sums=takes_over)
 
     def _backward(
         self, lossfun: Callable[..., Any], args: tuple[Any, ...], kwds: dict[str, Any]
@@ -259,26 +358,39 @@ class MultiNodeOptimizer:
                 self.target.zerograds()  # alone it would write to arrays that may be read-only
             loss.backward(loss_scale=self.actual_optimizer._loss_scale)
 
-    def _agree(self) -> tuple[exchange.ParameterSet, bool, bool]:
+    def _agree(self, *, stands_by: bool = False) -> tuple[exchange.ParameterSet, bool, bool]:
         """Compare the ranks' parameters before a step. Collective.
 
         Returns:
             The parameters, whether the same ones have a gradient on every rank, and whether any
             rank's parameters are not those that were last made equal.
         """
-        comm, optimizer = self._connected(), self.actual_optimizer
+        comm, optimizer, calls = self._connected(), self.actual_optimizer, self._accumulation.calls
         parameters = exchange.ParameterSet(self.target)
+        self._accumulation.mark(parameters, stands_by=stands_by)
         changed = self._loaded or parameters.structure != self._structure
         signature = Signature(optimizer, parameters)
         settled = signature == self._signature and (
             self._shards is None or self._shards.fits(parameters)
         )
-        settings = _settings(optimizer, parameters)
+        settings = [
+            ("accumulate_steps", str(self.accumulate_steps)),
+            *_settings(optimizer, parameters),
+        ]
         with Operation(_COMPARE, comm):
-            same_structure, same_grads, same_t, same_changed, same_settled, same_settings = agree(
+            (
+                same_structure,
+                same_grads,
+                same_t,
+                same_calls,
+                same_changed,
+                same_settled,
+                same_settings,
+            ) = agree(
                 comm,
                 *parameters.digests,
                 optimizer.t,
+                calls,
                 int(changed),
                 int(settled),
                 digest(settings),
@@ -290,6 +402,12 @@ class MultiNodeOptimizer:
             )
         if not same_settings:
             raise_mismatch(comm, settings)
+        if not same_calls:
+            subject = (
+                "the number of batches accumulated before this one (did only some ranks call update "
+                "in no_sync, add links or load a snapshot?)"
+            )
+            raise_mismatch(comm, [(subject, str(calls))])
         if same_structure:
             parameters.check_supported()
         changed = changed or not (same_structure and same_changed)

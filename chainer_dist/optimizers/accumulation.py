@@ -1,0 +1,118 @@
+"""Gradients of several batches, summed up before they are exchanged."""
+
+from __future__ import annotations
+
+import contextlib
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from chainer_dist import exchange
+from chainer_dist.communicators._reduction import wire_dtype
+from chainer_dist.compression.compression import Kept
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    import chainer
+
+__all__ = ["Accumulation"]
+
+
+class Accumulation:
+    """What batches since the last update have brought. Nothing here communicates.
+
+    float16 gradients are summed in float32.
+
+    Attributes:
+        calls: How many calls of ``update`` have added to it, the same on every rank.
+        batches: How many batches those were over all ranks; fewer than ``calls`` times the number
+            of ranks if some ranks stood by.
+        own: How many of them were this rank's.
+    """
+
+    def __init__(self) -> None:
+        self.calls = self.batches = self.own = 0
+        self._sums = Kept()
+
+    def mark(self, parameters: exchange.ParameterSet, *, stands_by: bool) -> None:
+        """Let ``has_grad`` tell which parameters have a gradient from this batch or from those before."""
+        if self.own or stands_by:
+            parameters.has_grad = tuple(
+                [
+                    (has and not stands_by) or self._sums.get(name, array.shape) is not None
+                    for has, name, array in zip(
+                        parameters.has_grad, parameters.names, parameters.arrays
+                    )
+                ]
+            )
+
+    def add(self, parameters: exchange.ParameterSet, ranks: int, *, stands_by: bool) -> None:
+        """Take over the gradients of a batch; the parameters have none then.
+
+        Args:
+            parameters: Of this rank.
+            ranks: How many ranks have computed gradients.
+            stands_by: Whether this one has not, so that what it has does not count.
+        """
+        self.calls += 1
+        self.batches += ranks
+        if stands_by:
+            return
+        self.own += 1
+        exchange.private_grads(parameters)
+        for name, param, grad in zip(parameters.names, parameters.params, parameters.grads):
+            if grad is None:
+                continue
+            total = self._sums.get(name, grad.shape)
+            if total is None:
+                self._sums.keep(name, grad.astype(wire_dtype(grad.dtype), copy=False))
+            else:
+                np.add(total, grad, out=total)
+            param.grad = None
+
+    def finish(self, parameters: exchange.ParameterSet, size: int) -> None:
+        """Make what was added gradients, whose mean over the ranks is that over all batches.
+
+        Args:
+            parameters: They get the gradients; None where no batch had one on this rank.
+            size: Number of ranks.
+        """
+        scale = size / self.batches
+        for name, param, array in zip(parameters.names, parameters.params, parameters.arrays):
+            total = self._sums.get(name, array.shape)
+            if total is None:
+                param.grad = None
+                continue
+            np.multiply(total, scale, out=total)
+            param.grad = total.astype(array.dtype, copy=False)
+        parameters.look_at_grads()
+
+    def serialize(self, serializer: chainer.AbstractSerializer) -> None:
+        """Save it, unless it is empty."""
+        if self.calls:
+            for name in ("calls", "batches", "own"):
+                serializer(name, getattr(self, name))
+            self._sums.serialize(serializer["sums"])
+
+    def load(self, sources: Sequence[chainer.AbstractSerializer], *, takes_sums: bool) -> None:
+        """Load what ranks have saved, in the place of what is here.
+
+        Args:
+            sources: For each rank that this one goes on for; they differ in what was that rank's own.
+            takes_sums: Whether this rank goes on with the sums of these ranks, added up.
+        """
+        self.__init__()  # type: ignore[misc]  # begins anew
+        for source in sources:
+            with contextlib.suppress(KeyError):  # nothing was under way
+                self.calls, self.batches = (
+                    int(source(name, None)) for name in ("calls", "batches")
+                )
+                if not takes_sums:
+                    return
+                self.own += int(source("own", None))
+                sums = Kept()
+                sums.serialize(source["sums"])
+                for name, array in sums.items():
+                    known = self._sums.get(name, array.shape)
+                    self._sums.keep(name, array if known is None else known + array)
