@@ -32,12 +32,15 @@ pytestmark = pytest.mark.usefixtures("float64")
 BATCH = 4
 
 
-@pytest.fixture(params=["naive", "shared_memory"])
+@pytest.fixture
 def comm(request):
-    """Return a communicator that updates every parameter on every rank, or one that shares."""
-    communicator = create_communicator(request.param)
+    """Return a communicator that shares the update, unless another kind is asked for."""
+    communicator = create_communicator(getattr(request, "param", "shared_memory"))
     yield communicator
     communicator.finalize()
+
+
+both = pytest.mark.parametrize("comm", ["naive", "shared_memory"], indirect=True)
 
 
 @pytest.fixture
@@ -113,6 +116,7 @@ def adam_with_hooks():
     return make
 
 
+@both
 @pytest.mark.parametrize("steps", [1, 2, 3])
 @pytest.mark.parametrize("make_optimizer", [optimizers.MomentumSGD, adam_with_hooks()])
 @pytest.mark.parametrize("given_loss", [True, False])
@@ -180,6 +184,7 @@ def test_no_sync(comm, sizes):
     )
 
 
+@both
 def test_batches_before_the_last_are_local(comm):
     """Ranks talk once for four batches: as often as for one."""
     counts = {}
@@ -211,6 +216,7 @@ class Branches(chainer.Chain):
         return F.mean(sum(F.square(self.layers[number](x)) for number in used))
 
 
+@both
 @pytest.mark.parametrize("zero_fill", [True, False])
 def test_layers_that_some_batches_use(comm, zero_fill):
     """A gradient that is missing counts as zero, and layers may appear in any batch of any rank."""
@@ -301,6 +307,7 @@ def test_float16_is_summed_in_float32(comm):
     np.testing.assert_allclose(link.w.array, [-60000, -(2048 + 63) / 64], rtol=1e-3)
 
 
+@both
 @settings(max_examples=10)
 @given(
     counts=st.lists(st.integers(0, 5), min_size=4, max_size=4),
@@ -555,6 +562,7 @@ def test_trainer_with_uneven_data(comm, tmp_path, monkeypatch):
     assert_same(comm, model, want)
 
 
+@both
 def test_ranks_that_differ(comm):
     """All ranks raise one error that names the rank and what it has, and none waits."""
     with pytest.raises(ValueError, match="accumulate_steps is 0, expected 1 or more"):
