@@ -44,7 +44,11 @@ from chainer_dist.datasets import (
 from chainer_dist.errors import RankMismatchError
 from chainer_dist.extensions import create_multi_node_checkpointer, create_multi_node_evaluator
 from chainer_dist.links import MultiNodeChainList
-from chainer_dist.optimizers import Join, create_multi_node_optimizer
+from chainer_dist.optimizers import (
+    Join,
+    create_local_sgd_optimizer,
+    create_multi_node_optimizer,
+)
 from chainer_dist.updaters import create_multi_node_updater
 
 __all__ = [
@@ -60,6 +64,7 @@ __all__ = [
     "compression",
     "create_communicator",
     "create_empty_dataset",
+    "create_local_sgd_optimizer",
     "create_multi_node_checkpointer",
     "create_multi_node_evaluator",
     "create_multi_node_optimizer",

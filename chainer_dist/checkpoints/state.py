@@ -259,7 +259,8 @@ class _Optional:
 class _Collector(serializers.Serializer):  # type: ignore[misc]  # Chainer has no types
     """Sorts what is serialized into what all ranks have alike, and what is a rank's own.
 
-    Alike are the state of multi-node optimizers over all ranks, and the parameters of their targets.
+    Alike are the state of multi-node optimizers over all ranks, and the parameters of their targets,
+    but for those that average now and then.
     Persistent values of links, such as the running mean of an ordinary batch normalization, are not.
     """
 
@@ -267,8 +268,9 @@ class _Collector(serializers.Serializer):  # type: ignore[misc]  # Chainer has n
         optimizers: list[tuple[str, Any]] = []
         links: list[chainer.Link] = []
         for path, part in parts(target):
-            if isinstance(part, MultiNodeOptimizer) and part._connected().size == comm.size:
-                optimizers.append((path, part))
+            if isinstance(part, MultiNodeOptimizer):
+                if part.alike and part._connected().size == comm.size:
+                    optimizers.append((path, part))
             elif isinstance(part, chainer.Link):
                 links.append(part)
         # Arrays are known by identity, which lasts as long as their parameters hold them.
@@ -351,7 +353,8 @@ def _check_own_parameters(own: Sequence[Mapping[str, Array]]) -> None:
             if key not in source or not np.array_equal(source[key], own[0][key], equal_nan=True):
                 raise ValueError(
                     f"{key} was another one on rank {rank} than on rank 0, as the parts of a model "
-                    f"that spans ranks are: it can be resumed on {len(own)} ranks only"
+                    "that spans ranks are, and between two averagings those of a local SGD optimizer: "
+                    f"it can be resumed on {len(own)} ranks only"
                 )
 
 

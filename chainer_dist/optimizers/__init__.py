@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from chainer_dist.optimizers.double_buffering import DoubleBufferingOptimizer
 from chainer_dist.optimizers.join import Join
+from chainer_dist.optimizers.local_sgd import create_local_sgd_optimizer
 from chainer_dist.optimizers.multi_node_optimizer import MultiNodeOptimizer, Options
 
 if TYPE_CHECKING:
@@ -15,7 +16,7 @@ if TYPE_CHECKING:
     from chainer_dist.communicators import CommunicatorBase
     from chainer_dist.compression import Compression
 
-__all__ = ["Join", "create_multi_node_optimizer"]
+__all__ = ["Join", "create_local_sgd_optimizer", "create_multi_node_optimizer"]
 
 
 def create_multi_node_optimizer(

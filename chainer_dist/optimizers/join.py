@@ -76,6 +76,10 @@ class Join:
                 raise ValueError(
                     f"Join takes optimizers made by create_multi_node_optimizer, got {optimizer!r}"
                 )
+            if not optimizer.alike:
+                raise ValueError(
+                    "Join takes no optimizers that update on each rank alone, such as local SGD"
+                )
             if optimizer.communicator is not optimizers[0].communicator:
                 raise ValueError("the optimizers of a Join must have one and the same communicator")
         self._optimizers = optimizers

@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from chainer_dist.compression import Compression
     from chainer_dist.optimizers.join import Join
 
-__all__ = ["MultiNodeOptimizer", "Options"]
+__all__ = ["MultiNodeOptimizer", "Options", "describe_states"]
 
 _logger = logging.getLogger("chainer_dist")
 
@@ -65,7 +65,10 @@ class MultiNodeOptimizer:
         zero_fill: Whether a gradient that is None on this rank counts as zero.
         accumulate_steps: How many calls of :meth:`update` make one update; the same on every rank.
         join: What lets ranks that have run out of data take part, or None.
+        alike: Whether parameters and state are the same on all ranks after each update.
     """
+
+    alike: ClassVar[bool] = True
 
     _OWN = frozenset(
         {
@@ -201,7 +204,7 @@ class MultiNodeOptimizer:
         accumulation, size = self._accumulation, self._connected().size
         is_last = accumulation.calls + 1 >= self.accumulate_steps and not postponed
         parameters, same_grads = self._compute(
-            lossfun, args, kwds, stands_by=stands_by, compare=is_last
+            lossfun, args, kwds, stands_by=stands_by, compare=is_last and self._exchanges()
         )
         if not is_last:
             accumulation.add(parameters, ranks, stands_by=stands_by)
@@ -216,6 +219,14 @@ class MultiNodeOptimizer:
         exchange.check_finite(self._connected(), parameters, look=not dynamic)
         self._allow_missing_grads(parameters, same_grads=same_grads)
         self._step(parameters, same_grads=same_grads)
+
+    def _exchanges(self) -> bool:
+        """Tell whether ranks communicate in the next update. Local; the same on every rank."""
+        return True
+
+    def _own_settings(self) -> list[tuple[str, str]]:
+        """Return names and values of options that must be the same on every rank."""
+        return [("accumulate_steps", str(self.accumulate_steps))]
 
     def _compute(
         self,
@@ -373,10 +384,7 @@ class MultiNodeOptimizer:
         settled = signature == self._signature and (
             self._shards is None or self._shards.fits(parameters)
         )
-        settings = [
-            ("accumulate_steps", str(self.accumulate_steps)),
-            *_settings(optimizer, parameters),
-        ]
+        settings = [*self._own_settings(), *_settings(optimizer, parameters)]
         with Operation(_COMPARE, comm):
             (
                 same_structure,
@@ -424,7 +432,7 @@ class MultiNodeOptimizer:
         reasons = comm.allgather_obj(self._against_sharding(parameters))
         reason = next(filter(None, reasons), None)
         if reason is None:
-            states = _states(parameters)
+            states = describe_states(parameters)
             if not all(agree(comm, digest(states))):
                 raise_mismatch(comm, states)
             assert isinstance(comm, SharedMemoryCommunicator)  # noqa: S101 - no reason against it
@@ -545,7 +553,7 @@ def _settings(
     return found
 
 
-def _states(parameters: exchange.ParameterSet) -> list[tuple[str, str]]:
+def describe_states(parameters: exchange.ParameterSet) -> list[tuple[str, str]]:
     """Describe the state of all update rules, which must be of the same kind on every rank."""
     found = []
     for name, param in parameters.all.items():
