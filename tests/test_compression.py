@@ -131,10 +131,10 @@ def test_what_a_rank_left_out_is_its_own(far_apart):
     way = compression.TopK(0.5)
     way.mean(comm, {"b": np.arange(8, dtype=np.float32) + 1})
     saved = chainer.serializers.DictionarySerializer()
-    way.serialize(saved, comm.rank)
+    way.serialize(saved, comm)
     loaded = compression.TopK(1.0)
     target = comm.bcast_obj(saved.target)
-    loaded.serialize(chainer.serializers.NpzDeserializer(target), comm.rank)
+    loaded.serialize(chainer.serializers.NpzDeserializer(target), comm)
     rest = {"b": np.zeros(8, np.float32)}
     loaded.mean(comm, rest)
     want = [1, 2, 3, 4, 0, 0, 0, 0] if comm.size > 1 else [0] * 8

@@ -1,4 +1,4 @@
-"""Averaging gradients over the network in fewer bytes, at the price of exactness.
+"""Averaging gradients over the network in fewer bytes: approximately, or only what is not zero.
 
 Read :mod:`~chainer_dist.compression.compression` for what all ways have in common; each is one small
 file. Give one of them to :func:`~chainer_dist.create_multi_node_optimizer`::
@@ -9,9 +9,19 @@ file. Give one of them to :func:`~chainer_dist.create_multi_node_optimizer`::
 
 from __future__ import annotations
 
-from chainer_dist.compression.compression import Compression
+from chainer_dist.compression.compression import Compression, NodeCompression
 from chainer_dist.compression.low_rank import PowerSGD
 from chainer_dist.compression.quantized import BFloat16, Float16, Int8
 from chainer_dist.compression.sparse import TopK
+from chainer_dist.compression.sparse_rows import SparseRows
 
-__all__ = ["BFloat16", "Compression", "Float16", "Int8", "PowerSGD", "TopK"]
+__all__ = [
+    "BFloat16",
+    "Compression",
+    "Float16",
+    "Int8",
+    "NodeCompression",
+    "PowerSGD",
+    "SparseRows",
+    "TopK",
+]

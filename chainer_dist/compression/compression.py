@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 
 class Nodes(NamedTuple):
-    """One rank of each node, which compresses for it."""
+    """One rank of each node, which speaks for it."""
 
     mpi_comm: MPI.Intracomm
     weights: list[float]  # of the nodes' means in the mean over all ranks
@@ -35,13 +35,10 @@ class Nodes(NamedTuple):
 
 
 class Compression(abc.ABC):
-    """Averages gradients with fewer bytes between nodes.
+    """Averages gradients with fewer bytes.
 
-    Gradients are first averaged exactly on each node. Then one rank of each node exchanges what
-    :meth:`mean_over_nodes` makes of them, and the others of the node get the result: the same bits
-    on every rank. On a single node nothing is compressed.
-
-    A new way is a subclass in a file of its own. One object serves one optimizer.
+    A new way is a subclass in a file of its own; one that is approximate is a
+    :class:`NodeCompression`. One object serves one optimizer.
 
     Attributes:
         sent: Bytes that this rank gave MPI to send to other nodes in the last exchange.
@@ -51,58 +48,29 @@ class Compression(abc.ABC):
         self.sent = 0
         self._comm: CommunicatorBase | None = None
         self._node: CommunicatorBase | None = None
-        self._nodes: Nodes | None = None  # None on ranks that do not compress
-        self._residual = Residual()
+        self._nodes: Nodes | None = None  # None on ranks that do not speak for their node
 
     @abc.abstractmethod
-    def mean_over_nodes(self, nodes: Nodes, grads: dict[str, Array]) -> None:
-        """Replace arrays by their approximate weighted means over the nodes, in place. Collective.
-
-        Args:
-            nodes: Over which ranks, and with which weights.
-            grads: By parameter name, in the same order everywhere: writable arrays of any layout,
-                float32 or float64.
-        """
-
     def mean(self, comm: CommunicatorBase, grads: dict[str, Array]) -> None:
-        """Replace gradients by their approximate means over the ranks, in place. Collective.
+        """Replace gradients by their means over the ranks, in place: the same bits everywhere. Collective.
 
         Args:
             comm: Over whose ranks; the same at every call.
             grads: By parameter name, in the same order, shapes and dtypes on every rank: writable
                 float arrays of any layout, no two of which share memory.
         """
-        self.sent = 0
-        if comm.inter_size == 1:
-            comm.mean_arrays(list(grads.values()))
-            return
-        if self._comm is not comm:
-            self._connect(comm)
-        wide = {
-            name: np.ascontiguousarray(grad, _reduction.wire_dtype(grad.dtype)).reshape(grad.shape)
-            for name, grad in grads.items()
-        }
-        node = cast("CommunicatorBase", self._node)
-        node.mean_arrays(list(wide.values()))
-        if self._nodes is not None:
-            self.mean_over_nodes(self._nodes, wide)
-        for name, grad in grads.items():
-            for piece in _reduction.pieces(wide[name]):
-                node.mpi_comm.Bcast(piece, root=0)
-            if wide[name] is not grad:
-                np.copyto(grad, wide[name], casting="same_kind")
 
-    def serialize(self, serializer: chainer.AbstractSerializer, rank: int) -> None:
+    def serialize(self, serializer: chainer.AbstractSerializer, comm: CommunicatorBase) -> None:
         """Save or load what is kept from one exchange to the next. Local.
 
         Args:
             serializer: Chainer's.
-            rank: This rank. Another one does not load what only this rank has left out.
+            comm: Over whose ranks. A rank does not load what only another one has left out.
         """
-        self._residual.serialize(serializer["residual"], rank)
+        del serializer, comm  # nothing is kept
 
     def _connect(self, comm: CommunicatorBase) -> None:
-        """Find out who compresses. Collective."""
+        """Find out who speaks for each node. Collective."""
         from mpi4py import MPI
 
         self._comm = comm
@@ -125,6 +93,55 @@ class Compression(abc.ABC):
         return twin
 
 
+class NodeCompression(Compression):
+    """Averages gradients with fewer bytes between nodes, approximately.
+
+    Gradients are first averaged exactly on each node. Then one rank of each node exchanges what
+    :meth:`mean_over_nodes` makes of them, and the others of the node get the result: the same bits
+    on every rank. On a single node nothing is compressed.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._residual = Residual()
+
+    @abc.abstractmethod
+    def mean_over_nodes(self, nodes: Nodes, grads: dict[str, Array]) -> None:
+        """Replace arrays by their approximate weighted means over the nodes, in place. Collective.
+
+        Args:
+            nodes: Over which ranks, and with which weights.
+            grads: By parameter name, in the same order everywhere: writable arrays of any layout,
+                float32 or float64.
+        """
+
+    def mean(self, comm: CommunicatorBase, grads: dict[str, Array]) -> None:
+        """See :meth:`Compression.mean`."""
+        self.sent = 0
+        if comm.inter_size == 1:
+            comm.mean_arrays(list(grads.values()))
+            return
+        if self._comm is not comm:
+            self._connect(comm)
+        wide = {
+            name: np.ascontiguousarray(grad, _reduction.wire_dtype(grad.dtype)).reshape(grad.shape)
+            for name, grad in grads.items()
+        }
+        node = cast("CommunicatorBase", self._node)
+        node.mean_arrays(list(wide.values()))
+        if self._nodes is not None:
+            self.mean_over_nodes(self._nodes, wide)
+        for name, grad in grads.items():
+            for piece in _reduction.pieces(wide[name]):
+                node.mpi_comm.Bcast(piece, root=0)
+            if wide[name] is not grad:
+                np.copyto(grad, wide[name], casting="same_kind")
+
+    def serialize(self, serializer: chainer.AbstractSerializer, comm: CommunicatorBase) -> None:
+        """See :meth:`Compression.serialize`."""
+        self._residual.serialize(serializer["residual"], comm.rank)
+
+
 class Kept:
     """Arrays by parameter name that a way of compressing keeps from one exchange to the next."""
 
@@ -145,7 +162,12 @@ class Kept:
         return self._arrays.items()
 
     def serialize(self, serializer: chainer.AbstractSerializer, rank: int | None = None) -> None:
-        """Save or load the arrays; if they are one rank's own, load them on that rank only. Local."""
+        """Save or load the arrays; those of one rank are loaded on that rank only. Local.
+
+        Args:
+            serializer: Chainer's.
+            rank: This rank, if the arrays are its own; None if all ranks have the same.
+        """
         import chainer
 
         if not isinstance(serializer, chainer.Deserializer):
@@ -158,7 +180,7 @@ class Kept:
         self._arrays = {}
         with contextlib.suppress(KeyError):  # saved without compression
             names = json.loads(serializer("names", None).tobytes())
-            if rank is None or int(serializer("rank", None)) == rank:
+            if rank is None or int(serializer("rank", None)) in (-1, rank):
                 loaded = [serializer(str(number), None) for number in range(len(names))]
                 self._arrays = dict(zip(names, loaded))
 

@@ -8,16 +8,17 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from chainer_dist.communicators.agreement import digest
-from chainer_dist.compression.compression import Compression, Kept, allreduce_mean
+from chainer_dist.compression.compression import Kept, NodeCompression, allreduce_mean
 
 if TYPE_CHECKING:
     import chainer
 
+    from chainer_dist.communicators import CommunicatorBase
     from chainer_dist.communicators.arrays import Array
     from chainer_dist.compression.compression import Nodes
 
 
-class PowerSGD(Compression):
+class PowerSGD(NodeCompression):
     """Approximates each gradient by a matrix of low rank (Vogels et al., arXiv 1905.13727).
 
     A gradient of shape ``(n, ...)`` is a matrix of ``n`` rows; of an ``(n, m)`` matrix only
@@ -43,7 +44,7 @@ class PowerSGD(Compression):
         self._rights = Kept()  # the last right factors, the same on every rank
 
     def mean_over_nodes(self, nodes: Nodes, grads: dict[str, Array]) -> None:
-        """See :meth:`Compression.mean_over_nodes`."""
+        """See :meth:`NodeCompression.mean_over_nodes`."""
         matrices = {
             name: grad.reshape(len(grad), -1) for name, grad in grads.items() if self._pays(grad)
         }
@@ -76,9 +77,9 @@ class PowerSGD(Compression):
         random = np.random.RandomState(digest((name, shape)) % (1 << 32))
         return random.standard_normal(shape).astype(matrix.dtype)
 
-    def serialize(self, serializer: chainer.AbstractSerializer, rank: int) -> None:
-        """See :meth:`Compression.serialize`."""
-        super().serialize(serializer, rank)
+    def serialize(self, serializer: chainer.AbstractSerializer, comm: CommunicatorBase) -> None:
+        """See :meth:`NodeCompression.serialize`."""
+        super().serialize(serializer, comm)
         self._rights.serialize(serializer["rights"])
 
 

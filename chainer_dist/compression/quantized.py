@@ -8,14 +8,14 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from chainer_dist.compression.compression import Compression
+from chainer_dist.compression.compression import NodeCompression
 
 if TYPE_CHECKING:
     from chainer_dist.communicators.arrays import Array
     from chainer_dist.compression.compression import Nodes
 
 
-class Quantized(Compression):
+class Quantized(NodeCompression):
     """Sends each number in a coarser format, once to who sums it and once back.
 
     Every rank gets a part of all gradients from the others, sums it in float32, and sends the sum to
@@ -36,7 +36,7 @@ class Quantized(Compression):
         """Return what :meth:`encode` encoded, float32 of shape ``(rows, n)``. Local."""
 
     def mean_over_nodes(self, nodes: Nodes, grads: dict[str, Array]) -> None:
-        """See :meth:`Compression.mean_over_nodes`."""
+        """See :meth:`NodeCompression.mean_over_nodes`."""
         comm = nodes.mpi_comm
         flat = np.concatenate([np.ravel(grad) for grad in grads.values()]).astype(np.float32)
         flat *= nodes.weight

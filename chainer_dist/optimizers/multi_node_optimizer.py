@@ -339,12 +339,16 @@ class MultiNodeOptimizer:
                 stack.enter_context(self._shards.copied_states())
             self.actual_optimizer.serialize(serializer)
         if self._options.compression is not None:
-            rank = self._connected().rank
-            self._options.compression.serialize(serializer["compression"], rank)
+            self._options.compression.serialize(serializer["compression"], self._connected())
 
     def serialize_own(self, serializer: chainer.AbstractSerializer) -> None:
-        """Save what only this rank has: gradients that are being accumulated. Local."""
+        """Save what only this rank has, beside what rank 0 saves for all. Local.
+
+        That is gradients that are being accumulated, and what compression has left out.
+        """
         self._accumulation.serialize(serializer)
+        if self._options.compression is not None and self._connected().rank:
+            self._options.compression.serialize(serializer["compression"], self._connected())
 
     def load_own(
         self, sources: Sequence[chainer.AbstractSerializer], *, takes_over: bool = True
@@ -353,9 +357,13 @@ class MultiNodeOptimizer:
 
         Args:
             sources: This rank's; or those of all ranks that have saved, if it was another number.
-            takes_over: Whether this rank goes on in their place. Of all ranks one does.
+            takes_over: Whether this rank goes on in their place. If the number is another one, one
+                rank does for all.
         """
         self._accumulation.load(sources, takes_sums=takes_over)
+        comm = self._connected()
+        if self._options.compression is not None and comm.rank and takes_over:
+            self._options.compression.serialize(sources[0]["compression"], comm)
 
     def _backward(
         self, lossfun: Callable[..., Any], args: tuple[Any, ...], kwds: dict[str, Any]
