@@ -20,7 +20,7 @@ from chainer_dist.communicators.operation import EXCHANGE, Kind, Operation, coll
 from chainer_dist.errors import NonFiniteGradientError
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
     import chainer
 
@@ -214,6 +214,7 @@ def mean_agreed_grad(
     same_grads: bool,
     zero_fill: bool,
     compression: Compression | None = None,
+    means: Mapping[str, Array] | None = None,
 ) -> None:
     """Do what :func:`mean_grad` does, for parameters that the ranks agree on. Collective.
 
@@ -223,14 +224,20 @@ def mean_agreed_grad(
         same_grads: Whether the same parameters have a gradient on every rank; if not, ``zero_fill``.
         zero_fill: See :func:`mean_grad`.
         compression: How to average with fewer bytes between nodes; None for exactly.
+        means: The means, by name, where they are there already; 1-dimensional. A gradient that has
+            none is zero on all ranks.
     """
     if not same_grads:
         parameters.fill_zeros()
     grads = private_grads(parameters)
-    if compression is None:
+    names = [name for name, has in zip(parameters.names, parameters.has_grad) if has]
+    if means is not None:
+        for name, grad in zip(names, grads):
+            if name in means:
+                grad[...] = means[name].reshape(grad.shape)
+    elif compression is None:
         comm.mean_arrays(grads)
     else:
-        names = [name for name, has in zip(parameters.names, parameters.has_grad) if has]
         compression.mean(comm, dict(zip(names, grads)))
     if same_grads and zero_fill:
         parameters.fill_zeros()

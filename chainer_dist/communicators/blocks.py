@@ -58,8 +58,8 @@ class Block(NamedTuple):
     @property
     def last_array(self) -> int:
         """The number of the last array of which it has elements."""
-        behind: int = max(each.arrays.stop for each in self.slices)
-        return behind - 1
+        last: int = max(each.arrays.stop for each in self.slices) - 1
+        return last
 
 
 @functools.lru_cache(maxsize=64)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import operator
 from typing import TYPE_CHECKING
 
+from chainer_dist.communicators.shared_memory import SharedMemoryCommunicator
 from chainer_dist.optimizers.double_buffering import DoubleBufferingOptimizer
 from chainer_dist.optimizers.join import Join
 from chainer_dist.optimizers.local_sgd import create_local_sgd_optimizer
@@ -30,6 +31,7 @@ def create_multi_node_optimizer(
     share_parameters: bool = False,
     compression: Compression | None = None,
     accumulate_steps: int = 1,
+    overlap: bool | None = None,
 ) -> MultiNodeOptimizer:
     """Make an optimizer that averages gradients over the ranks before each of its updates.
 
@@ -90,6 +92,14 @@ def create_multi_node_optimizer(
             ``optimizer.accumulate_steps``. :class:`~chainer_dist.Checkpoint` saves what is being
             accumulated; Chainer's snapshots leave it out. For numbers that change from update to
             update see ``optimizer.no_sync()``.
+        overlap: Whether gradients are exchanged while backward still computes others, in the order
+            in which they become final. It needs the communicator ``shared_memory``, and
+            ``update`` to be given the loss function. None stands for: where there are several
+            nodes; within one node no processor is idle meanwhile. The same on every rank. The
+            parameters are the same as without it, to the bit where MPI adds in an order that does
+            not depend on the size of a message (MPICH does, and any MPI between two nodes). Not
+            overlapped are ``update(None)``, accumulated batches, ``Join``, ``double_buffering`` and
+            ``compression``.
 
     Returns:
         The optimizer to use in place of ``actual_optimizer``. Pickled, it leaves its communicator
@@ -98,9 +108,10 @@ def create_multi_node_optimizer(
     Raises:
         ValueError: If ``double_buffering`` and ``compression`` are asked for together, or one of
             them with ``sharded_update=True``, or ``double_buffering`` with an MPI library that was
-            not built, or not started, for several threads; or if ``accumulate_steps`` is not 1 or
+            not built, or not started, for several threads; or ``overlap`` with one of them or
+            another communicator than ``shared_memory``; or if ``accumulate_steps`` is not 1 or
             more. From updates, if ``sharded_update`` is True and the update cannot be sharded.
-        RankMismatchError: From updates, on every rank, if ``accumulate_steps`` differs.
+        RankMismatchError: From updates, on every rank, if ``accumulate_steps`` or ``overlap`` differs.
     """
     accumulate_steps = operator.index(accumulate_steps)
     if accumulate_steps < 1:
@@ -112,6 +123,17 @@ def create_multi_node_optimizer(
         raise ValueError("double_buffering exchanges gradients exactly; leave compression out")
     if double_buffering or compression is not None:
         sharded_update = False
-    options = Options(sharded_update, mean_grad, share_parameters, compression, accumulate_steps)
+    if overlap and (double_buffering or compression is not None):
+        option = "double_buffering" if double_buffering else "compression"
+        raise ValueError(f"{option} exchanges gradients in its own way; leave overlap out")
+    if overlap and not isinstance(communicator, SharedMemoryCommunicator):
+        raise ValueError(
+            f"overlap needs the communicator shared_memory, this one is {communicator.name}"
+        )
+    if double_buffering:
+        overlap = False
+    options = Options(
+        sharded_update, mean_grad, share_parameters, compression, accumulate_steps, overlap
+    )
     kind = DoubleBufferingOptimizer if double_buffering else MultiNodeOptimizer
     return kind(actual_optimizer, communicator, zero_fill, options)

@@ -52,7 +52,9 @@ class LocalSGDOptimizer(MultiNodeOptimizer):
         self.period = period
         self.warmup_updates = warmup_updates
         self.average_state = average_state
-        options = Options(sharded_update=False, mean_grad=False, share_parameters=False)
+        options = Options(
+            sharded_update=False, mean_grad=False, share_parameters=False, overlap=False
+        )
         super().__init__(actual_optimizer, communicator, zero_fill=True, options=options)
 
     def average(self) -> None:

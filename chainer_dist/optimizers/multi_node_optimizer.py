@@ -23,6 +23,7 @@ from chainer_dist.communicators.operation import (
 )
 from chainer_dist.communicators.shared_memory import SharedMemoryCommunicator
 from chainer_dist.optimizers.accumulation import Accumulation
+from chainer_dist.optimizers.overlap import Overlap
 from chainer_dist.sharding import ShardedUpdate, Signature, obstacle
 
 if TYPE_CHECKING:
@@ -54,6 +55,7 @@ class Options(NamedTuple):
     share_parameters: bool
     compression: Compression | None = None
     accumulate_steps: int = 1
+    overlap: bool | None = None
 
 
 class MultiNodeOptimizer:
@@ -86,12 +88,19 @@ class MultiNodeOptimizer:
             "_shards",
             "_signature",
             "_reported",
+            "_overlap",
+            "_averaged",
             "join",
         }
     )
 
     # What copies start with.
-    _FRESH: ClassVar[dict[str, Any]] = {"_shards": None, "_signature": None, "join": None}
+    _FRESH: ClassVar[dict[str, Any]] = {
+        "_shards": None,
+        "_signature": None,
+        "_overlap": None,
+        "join": None,
+    }
 
     def __init__(
         self,
@@ -114,9 +123,16 @@ class MultiNodeOptimizer:
         self._shards: ShardedUpdate | None = None  # None while every rank updates everything
         self._signature: Signature | None = None  # what that was chosen for
         self._reported: str | None = ""  # why the update was last said not to be sharded
+        self._averaged = False  # whether this step's gradients are averaged already
+        self._overlap: Overlap | None = None  # None while gradients are exchanged after backward
         self.join: Join | None = None
         if actual_optimizer.target is not None:
             self._make_equal()
+
+    @property
+    def overlapped(self) -> bool:
+        """Whether the gradients of the last update were exchanged during backward."""
+        return self._averaged
 
     @property
     def sharded(self) -> bool | None:
@@ -204,7 +220,12 @@ class MultiNodeOptimizer:
         accumulation, size = self._accumulation, self._connected().size
         is_last = accumulation.calls + 1 >= self.accumulate_steps and not postponed
         parameters, same_grads = self._compute(
-            lossfun, args, kwds, stands_by=stands_by, compare=is_last and self._exchanges()
+            lossfun,
+            args,
+            kwds,
+            stands_by=stands_by,
+            compare=is_last and self._exchanges(),
+            is_whole=not accumulation.calls and ranks == size,
         )
         if not is_last:
             accumulation.add(parameters, ranks, stands_by=stands_by)
@@ -234,12 +255,14 @@ class MultiNodeOptimizer:
         args: tuple[Any, ...],
         kwds: dict[str, Any],
         *,
-        stands_by: bool = False,
+        stands_by: bool,
         compare: bool,
+        is_whole: bool,
     ) -> tuple[exchange.ParameterSet, bool]:
         """Compute the gradients of a batch from parameters that all ranks have alike.
 
         Collective where ``compare`` is true or the parameters are not settled yet, otherwise local.
+        Where ``is_whole`` is true the batch is all that the next update is of.
 
         Returns:
             The parameters, and whether the same ones have a gradient on every rank; True if ranks did
@@ -250,12 +273,15 @@ class MultiNodeOptimizer:
             self._make_equal()
             self._started = True
         target, persistents = self.target, None
+        overlap = self._usable_overlap() if compare else None
         if lossfun is not None:
             if any(spec is None for _, spec in self._structure or ()):
                 persistents = _persistent_values(target)
-            self._backward(lossfun, args, kwds)
+            self._backward(lossfun, args, kwds, overlap, is_whole=is_whole)
         elif stands_by:
             target.cleargrads()
+        elif overlap is not None:
+            overlap.meet(None, exchange.ParameterSet(target), is_usual=False)
         if not (compare or is_first or self._is_unsettled()):
             return exchange.ParameterSet(target), True
         parameters, same_grads, changed = self._agree(stands_by=stands_by)
@@ -264,7 +290,7 @@ class MultiNodeOptimizer:
             if lossfun is not None:
                 if persistents is not None:
                     _restore(persistents)
-                self._backward(lossfun, args, kwds)
+                self._backward(lossfun, args, kwds, None)
             parameters, same_grads, _ = self._agree(stands_by=stands_by)
         return parameters, same_grads
 
@@ -284,7 +310,7 @@ class MultiNodeOptimizer:
             parameters.fill_zeros()
             if self._connected().size == 1:  # hooks change the gradients where they are
                 exchange.private_grads(parameters)
-            self._shards.update(parameters)
+            self._shards.update(parameters, averaged=self._averaged)
             return
         exchange.mean_agreed_grad(
             self._connected(),
@@ -292,6 +318,7 @@ class MultiNodeOptimizer:
             same_grads=same_grads,
             zero_fill=self.zero_fill,
             compression=self._options.compression,
+            means=self._overlap.means if self._averaged and self._overlap else None,
         )
         with self._equal_randomness():
             self.actual_optimizer.update(None)
@@ -366,16 +393,47 @@ class MultiNodeOptimizer:
             self._options.compression.serialize(sources[0]["compression"], comm)
 
     def _backward(
-        self, lossfun: Callable[..., Any], args: tuple[Any, ...], kwds: dict[str, Any]
+        self,
+        lossfun: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwds: dict[str, Any],
+        overlap: Overlap | None,
+        *,
+        is_whole: bool = True,
     ) -> None:
-        """Compute the gradients, in the way of ``chainer.GradientMethod.update``."""
+        """Compute the gradients, in the way of ``chainer.GradientMethod.update``.
+
+        Collective with ``overlap``, which then averages the gradients at the same time, if they are
+        all that the next update is of.
+        """
         with Operation(_FORWARD):
             loss = lossfun(*args, **kwds)
+        optimizer, target = self.actual_optimizer, self.target
+        if overlap is not None:
+            parameters = exchange.ParameterSet(target)
+            is_usual = (
+                is_whole
+                and not self._loaded
+                and parameters.structure == self._structure
+                and self._is_settled(parameters, Signature(optimizer, parameters))
+            )
+            overlap.meet(loss, parameters, is_usual=is_usual)
         with Operation(_BACKWARD):
-            self.target.cleargrads()
+            target.cleargrads()
             if not getattr(self, "_use_cleargrads", True):
-                self.target.zerograds()  # alone it would write to arrays that may be read-only
-            loss.backward(loss_scale=self.actual_optimizer._loss_scale)
+                target.zerograds()  # alone it would write to arrays that may be read-only
+            if overlap is None:
+                loss.backward(loss_scale=optimizer._loss_scale)
+            else:
+                overlap.backward(loss, optimizer._loss_scale)
+
+    def _is_settled(self, parameters: exchange.ParameterSet, signature: Signature) -> bool:
+        """Tell whether parameters can be updated in the way that was last chosen. Local."""
+        return (
+            signature == self._signature
+            and (self._shards is None or self._shards.fits(parameters))
+            and not (self._overlap is not None and self._overlap.is_stale)
+        )
 
     def _agree(self, *, stands_by: bool = False) -> tuple[exchange.ParameterSet, bool, bool]:
         """Compare the ranks' parameters before a step. Collective.
@@ -389,10 +447,9 @@ class MultiNodeOptimizer:
         self._accumulation.mark(parameters, stands_by=stands_by)
         changed = self._loaded or parameters.structure != self._structure
         signature = Signature(optimizer, parameters)
-        settled = signature == self._signature and (
-            self._shards is None or self._shards.fits(parameters)
-        )
+        settled = self._is_settled(parameters, signature)
         settings = [*self._own_settings(), *_settings(optimizer, parameters)]
+        clean = self._overlap is None or self._overlap.is_clean()
         with Operation(_COMPARE, comm):
             (
                 same_structure,
@@ -402,6 +459,7 @@ class MultiNodeOptimizer:
                 same_changed,
                 same_settled,
                 same_settings,
+                same_clean,
             ) = agree(
                 comm,
                 *parameters.digests,
@@ -410,6 +468,7 @@ class MultiNodeOptimizer:
                 int(changed),
                 int(settled),
                 digest(settings),
+                int(clean),
             )
         if not same_t:
             raise_mismatch(
@@ -427,7 +486,13 @@ class MultiNodeOptimizer:
         if same_structure:
             parameters.check_supported()
         changed = changed or not (same_structure and same_changed)
+        self._averaged = (
+            self._overlap is not None
+            and self._overlap.settle(is_clean=clean and same_clean)
+            and not changed
+        )
         if not (settled and same_settled):
+            self._averaged = False
             self._unshare()
             if not changed:
                 with Operation(_CHOOSE, comm):
@@ -444,15 +509,21 @@ class MultiNodeOptimizer:
             if not all(agree(comm, digest(states))):
                 raise_mismatch(comm, states)
             assert isinstance(comm, SharedMemoryCommunicator)  # noqa: S101 - no reason against it
+            overlap = self._overlap
             self._shards = ShardedUpdate(
                 comm,
                 self.actual_optimizer,
                 parameters,
                 mean_grad=self._options.mean_grad,
                 share_parameters=self._options.share_parameters,
+                order=None if overlap is None else overlap.agree_on_order(parameters),
             )
+            if overlap is not None:
+                overlap.plan_parts(self._shards.parts)
         elif self._options.sharded_update:
             raise ValueError(f"the update cannot be sharded: {reason}")
+        elif self._overlap is not None:
+            self._overlap.plan_means(parameters)
         self._signature = signature
         if comm.rank == 0 and reason != self._reported:
             if reason is None:
@@ -476,9 +547,29 @@ class MultiNodeOptimizer:
         if self._shards is not None:
             self._shards.release()
         self._shards = self._signature = None
+        if self._overlap is not None:
+            self._overlap.drop()
+
+    def _usable_overlap(self) -> Overlap | None:
+        """Return what can exchange gradients during backward, or None. Local, the same everywhere."""
+        comm, options = self._connected(), self._options
+        if (
+            options.overlap is False
+            or options.compression is not None
+            or not isinstance(comm, SharedMemoryCommunicator)
+            or not (comm.inter_size > 1 or (options.overlap and comm.size > 1))
+        ):
+            return None
+        if self._overlap is None or self._overlap.comm is not comm:
+            self._overlap = Overlap(comm)
+        # Ranks of a Join may have no backward, and their gradients do not count as they are.
+        return self._overlap if self.join is None else None
 
     def _make_equal(self) -> None:
-        exchange.bcast_data(self._connected(), self.target)
+        comm, option = self._connected(), repr(self._options.overlap)
+        if not all(agree(comm, digest(option))):
+            raise_mismatch(comm, [("the option overlap of create_multi_node_optimizer", option)])
+        exchange.bcast_data(comm, self.target)
         self._structure = exchange.ParameterSet(self.target).structure
         self._loaded = False
 

@@ -1,0 +1,271 @@
+"""Gradients averaged while backward still computes others.
+
+Between nodes the exchange of gradients takes long, and most of that time the processors wait for the
+network. Backward comes to the last layers first; their gradients are final long before it is over,
+so they are sent while it goes on. They are cut into blocks in the order in which they became final
+on rank 0, and a block is exchanged as soon as all that is in it is there. As PyTorch's
+DistributedDataParallel (Li et al., VLDB 2020), but without buckets of its own: the blocks of the
+ring are those.
+
+Nothing of a step is changed before backward is over on all ranks: means go to memory of their own,
+as backward may still read what it has reported. So ranks can find out afterwards, together, that the
+exchange was of no use, and do it as ever.
+"""
+
+from __future__ import annotations
+
+import itertools
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from chainer_dist.communicators import _reduction
+from chainer_dist.communicators.agreement import agree
+from chainer_dist.communicators.operation import EXCHANGE, Kind, Operation
+from chainer_dist.optimizers.final_gradients import FinalGradients
+from chainer_dist.sharding import Part
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    import chainer
+
+    from chainer_dist.communicators.arrays import Array
+    from chainer_dist.communicators.blocks import Block
+    from chainer_dist.communicators.ring import Ring, Run
+    from chainer_dist.communicators.shared_memory import SharedMemoryCommunicator
+    from chainer_dist.exchange import ParameterSet
+
+__all__ = ["Overlap"]
+
+_EXCHANGE = Kind("exchange begun in backward", EXCHANGE)
+_PLAN = Kind("order of gradients", EXCHANGE)
+
+
+class Overlap:
+    """The exchange of an optimizer's gradients during backward.
+
+    Args:
+        comm: Over whose ranks gradients are averaged.
+
+    Attributes:
+        comm: Over whose ranks gradients are averaged.
+        is_stale: Whether a new :meth:`plan` is to be made; the same on every rank.
+        means: By parameter name, the means that the last exchange came to; None if the plan is one
+            of a sharded update, which has them.
+    """
+
+    def __init__(self, comm: SharedMemoryCommunicator) -> None:
+        self.comm = comm
+        self._order: list[int] = []  # of the last backward, as far as gradients were reported
+        self._reached: tuple[int, ...] = ()
+        self._plan: _Plan | None = None
+        self._watch: FinalGradients | None = None
+        self._exchange: _Exchange | None = None  # the last one, if that is of use
+        self.is_stale = False
+        self.means: dict[str, Array] | None = None
+
+    def meet(
+        self, loss: chainer.Variable | None, parameters: ParameterSet, *, is_usual: bool
+    ) -> bool:
+        """Find out whether gradients are exchanged during this backward. Collective.
+
+        Args:
+            loss: From which this rank's backward starts, or None if there is no backward here.
+            parameters: Those of the model.
+            is_usual: Whether nothing is changed that the plan rests on.
+
+        Returns:
+            That, the same on every rank.
+        """
+        self._exchange = None
+        self._watch = watch = None
+        if loss is not None and FinalGradients.can_watch(loss):
+            self._watch = watch = FinalGradients(loss, parameters.params)
+        plan = self._plan
+        is_able = is_other = False
+        if is_usual and not self.is_stale and plan is not None and watch is not None:
+            # What the loss does not come from has no gradient, and is left out of the exchange.
+            is_other = plan.reached is not None and plan.reached != watch.reached
+            is_able = not is_other
+        same_able, same_other = agree(self.comm, int(is_able), int(is_other))
+        self.is_stale = self.is_stale or is_other or not same_other
+        if plan is not None and is_able and same_able:
+            self._exchange = _Exchange(self.comm, plan.parts, parameters)
+        return self._exchange is not None
+
+    def backward(self, loss: chainer.Variable, loss_scale: float | None) -> None:
+        """Run backward, and the exchange that :meth:`meet` has arranged. Collective in that case.
+
+        Args:
+            loss: That of :meth:`meet`.
+            loss_scale: See ``chainer.Variable.backward``.
+        """
+        watch, exchange = self._watch, self._exchange
+        self._watch = None
+        if watch is None:
+            self._order, self._reached = [], ()
+            loss.backward(loss_scale=loss_scale)
+            return
+        self._order, self._reached = [], watch.reached
+
+        def report(number: int, grad: Array) -> None:
+            self._order.append(number)
+            if exchange is not None:
+                exchange.take(number, grad)
+
+        watch.backward(report, (lambda: None) if exchange is None else exchange.advance, loss_scale)
+        if exchange is not None:
+            exchange.finish()
+
+    def is_clean(self) -> bool:
+        """Tell whether this rank's gradients are those that were exchanged, if any were. Local."""
+        return self._exchange is None or self._exchange.is_clean()
+
+    def settle(self, *, is_clean: bool) -> bool:
+        """Take the result of :meth:`is_clean` on all ranks; return whether there are means. Local."""
+        if self._exchange is None:
+            return False
+        self._exchange = None
+        self.is_stale = self.is_stale or not is_clean
+        return is_clean
+
+    def agree_on_order(self, parameters: ParameterSet) -> list[int]:
+        """Return all parameters' numbers in the order in which gradients become final. Collective.
+
+        It is rank 0's. What was not reported there comes last.
+        """
+        with Operation(_PLAN, self.comm):
+            order, self._reached = self.comm.bcast_obj((self._order, self._reached))
+        return list(dict.fromkeys([*order, *range(len(parameters.params))]))
+
+    def plan_means(self, parameters: ParameterSet) -> None:
+        """Plan for an update of everything on every rank. Collective.
+
+        Gradients that rank 0 does not have now are left out.
+        """
+        order = self.agree_on_order(parameters)
+        has_grad = self.comm.bcast_obj(parameters.has_grad)
+        ring = self.comm.ring
+        groups: dict[np.dtype[Any], list[int]] = {}
+        for index in order:
+            array = parameters.arrays[index]
+            if array.size and has_grad[index]:
+                groups.setdefault(array.dtype, []).append(index)
+        parts = []
+        self.means = {}
+        for dtype, indices in groups.items():
+            sizes = [parameters.arrays[index].size for index in indices]
+            means = np.split(np.empty(sum(sizes), dtype), list(itertools.accumulate(sizes))[:-1])
+            wire = _reduction.wire_dtype(dtype)
+            blocks = ring.cut(sizes, wire)
+            self.means.update(zip([parameters.names[index] for index in indices], means))
+            parts.append(Part(indices, blocks, wire, _deliver_to(ring, blocks, means), means))
+        self._plan = _Plan(parts, self._reached)
+        self.is_stale = False
+
+    def plan_parts(self, parts: list[Part]) -> None:
+        """Plan for a sharded update, which has all gradients in its parts. Local."""
+        self.means = None
+        self._plan = _Plan(parts, None)
+        self.is_stale = False
+
+    def drop(self) -> None:
+        """Forget the plan. Local."""
+        self._plan = self.means = None
+
+
+class _Plan:
+    """What is exchanged: ``reached`` are the parameters that it is for, None if it is for all."""
+
+    def __init__(self, parts: list[Part], reached: tuple[int, ...] | None) -> None:
+        self.parts, self.reached = parts, reached
+
+
+class _Exchange:
+    """One exchange of gradients, which come one after the other. Begun and finished by all ranks."""
+
+    def __init__(
+        self, comm: SharedMemoryCommunicator, parts: list[Part], parameters: ParameterSet
+    ) -> None:
+        self._comm = comm
+        self._params, self._arrays = parameters.params, parameters.arrays
+        self._taken: dict[int, Array] = {}
+        self._queues = [_Queue(part) for part in parts]
+        self._queue_of = {index: queue for queue in self._queues for index in queue.part.indices}
+        self._rest = iter(self._queues)
+        self._run: Run | None = None
+        self._begin_next()
+
+    def _begin_next(self) -> None:
+        queue = next(self._rest, None)
+        self._run = None
+        if queue is not None:
+            blocks, dtype, deliver, targets = queue.part[1:]
+            self._run = self._comm.ring.begin(
+                blocks, dtype, queue.sources, deliver, targets, is_ready=queue.is_ready
+            )
+
+    def take(self, index: int, grad: Array) -> None:
+        """Take a final gradient."""
+        array = self._arrays[index]
+        # What Chainer is about to refuse is not taken.
+        if index in self._queue_of and (grad.shape, grad.dtype) == (array.shape, array.dtype):
+            self._taken[index] = grad
+            self._queue_of[index].put(index, grad.reshape(-1))
+
+    def advance(self) -> None:
+        """Do what can be done without waiting."""
+        while self._run is not None:
+            self._run.advance()
+            if not self._run.is_done:
+                return
+            self._run.end()
+            self._begin_next()
+
+    def finish(self) -> None:
+        """Do the rest, when backward is over. Collective. A gradient that is missing counts zero."""
+        for index, queue in self._queue_of.items():
+            if index not in self._taken:
+                grad = self._params[index].grad
+                if grad is None:
+                    queue.put(index, np.zeros(self._arrays[index].size, self._arrays[index].dtype))
+                else:
+                    self.take(index, grad)
+        with Operation(_EXCHANGE, self._comm):
+            while self._run is not None:
+                self._run.finish()
+                self._begin_next()
+
+    def is_clean(self) -> bool:
+        """Tell whether gradients are still those that were taken."""
+        return all(
+            param.grad is self._taken.get(index) or not self._arrays[index].size
+            for index, param in enumerate(self._params)
+        )
+
+
+class _Queue:
+    """The gradients of a part on their way into its blocks."""
+
+    def __init__(self, part: Part) -> None:
+        self.part = part
+        self.sources: list[Array | None] = [None] * len(part.indices)
+        self._places = {index: place for place, index in enumerate(part.indices)}
+        self._there = 0  # so many of the first gradients are there
+
+    def put(self, index: int, grad: Array) -> None:
+        self.sources[self._places[index]] = grad
+        while self._there < len(self.sources) and self.sources[self._there] is not None:
+            self._there += 1
+
+    def is_ready(self, block: Block) -> bool:
+        return block.last_array < self._there
+
+
+def _deliver_to(ring: Ring, blocks: Sequence[Block], means: list[Array]) -> Any:
+    def deliver(number: int, total: Array, out: Array) -> None:
+        np.multiply(total, ring.scale, out=out)
+        ring.own(blocks[number]).scatter(out, means)
+
+    return deliver
