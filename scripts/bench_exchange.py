@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 import chainer
 import numpy as np
+import torch_gloo
 from mpi4py import MPI
 
 import chainer_dist
@@ -79,10 +80,7 @@ def gloo(model: chainer.Link) -> Callable[[], None] | None:
         import torch.distributed as dist
     except ImportError:
         return None
-    if not dist.is_initialized():
-        torch.set_num_threads(1)
-        address = WORLD.bcast(f"tcp://127.0.0.1:{20000 + os.getpid() % 20000}")
-        dist.init_process_group("gloo", init_method=address, rank=WORLD.rank, world_size=WORLD.size)
+    torch_gloo.connect()
     params = [param for _, param in sorted(model.namedparams())]
     buffer = torch.empty(sum(param.size for param in params))
 

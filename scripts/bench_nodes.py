@@ -7,7 +7,8 @@ to send through each link, 2 (n - 1) / n of the gradients on n hosts, timed in t
 
 Steps: a perceptron of 1.5 million parameters (784, 5 x 512, 10) under SGD on two hosts, with few and
 many examples a rank, so that the exchange counts much or little; and one of 22.6 million (784,
-6 x 2048, 10) under Adam on two hosts of two ranks.
+6 x 2048, 10) under Adam on two hosts of two ranks. Without overlap gradients are exchanged after
+backward.
 
 Contenders are those of bench_exchange.py and bench_step.py; they take turns, a turn takes as long as
 its slowest rank, and the table shows medians. All ranks share this machine's processors, so whoever
@@ -23,7 +24,6 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import argparse
 import importlib.util
 import json
-import socket
 import statistics
 import subprocess
 import sys
@@ -40,6 +40,7 @@ if TYPE_CHECKING:
 PEER = "ChainerMN naive"
 FLOOR = "floor: a message"
 TORCH = "torch DDP gloo"
+AFTER = "chainer_dist, no overlap"
 ARRAYS = 160
 REPEATS = {1: 11, 10: 7, 100: 3}  # of an exchange of so many megabytes
 RANK_SECONDS = 300
@@ -80,7 +81,6 @@ def be_exchanging_rank(megabytes: Sequence[int]) -> None:
         if name not in {"dummy", "single_node"}:
             comms[name] = chainer_dist.create_communicator(name)
     hosts = comms["naive"].inter_size
-    start_gloo()
     results = {}
     for number in megabytes:
         shapes = [(number * 10**6 // 4 // ARRAYS,)] * ARRAYS
@@ -105,14 +105,12 @@ def be_training_rank(
 
     world = MPI.COMM_WORLD
     bench_step.WIDTHS[:] = widths
+    bench_step.OURS[AFTER] = {"overlap": False}
     results = {}
     for batch in batches:
         todo: dict[str, Step] = {}
         for name in contenders:
-            if name == TORCH:
-                todo[name] = ddp_step(optimizer, widths, batch)
-            else:
-                todo[name], _ = bench_step.make_step(name, optimizer, batch)
+            todo[name], _ = bench_step.make_step(name, optimizer, batch)
         seconds: dict[str, list[float]] = {name: [] for name in todo}
         for _ in range(bench_step.WARM_UP + steps):
             for name, step in todo.items():
@@ -123,42 +121,6 @@ def be_training_rank(
         results[batch] = {name: each[bench_step.WARM_UP :] for name, each in seconds.items()}
     if world.rank == 0:
         print(json.dumps(results))
-
-
-def ddp_step(optimizer: str, widths: list[int], batch: int) -> Step:
-    """Return a step of torch DDP."""
-    import torch
-
-    start_gloo()
-    layers: list[Any] = []
-    for low, high in zip(widths, widths[1:]):
-        layers += [torch.nn.Linear(low, high), torch.nn.ReLU()]
-    model = torch.nn.parallel.DistributedDataParallel(torch.nn.Sequential(*layers[:-1]))
-    rule = {"Adam": torch.optim.Adam, "SGD": torch.optim.SGD}[optimizer](model.parameters(), 1e-3)
-    x, t = torch.randn(batch, widths[0]), torch.randint(widths[-1], (batch,))
-
-    def step() -> None:
-        rule.zero_grad()
-        torch.nn.functional.cross_entropy(model(x), t).backward()
-        rule.step()
-
-    return step
-
-
-def start_gloo() -> None:
-    """Connect torch's gloo between the hosts, where torch is installed and it is not done."""
-    if not importlib.util.find_spec("torch"):
-        return
-    import torch
-    import torch.distributed as dist
-    from mpi4py import MPI
-
-    if not dist.is_initialized():
-        world = MPI.COMM_WORLD
-        torch.set_num_threads(1)
-        address = socket.gethostbyname(socket.gethostname())
-        url = world.bcast(f"tcp://{address}:{20000 + os.getpid() % 20000}")
-        dist.init_process_group("gloo", init_method=url, rank=world.rank, world_size=world.size)
 
 
 def on_cluster(cluster: netns_cluster.Cluster, part: str, *arguments: Any) -> Any:
@@ -186,7 +148,7 @@ def compare_steps(work: Steps, rate: str, batches: Sequence[int]) -> None:
     """Measure steps on a cluster and print a table of each batch size."""
     import bench_step
 
-    contenders = [PEER, "chainer_dist", "chainer_dist, replicated"]
+    contenders = [PEER, "chainer_dist", AFTER, "chainer_dist, replicated"]
     contenders += [TORCH] * bool(importlib.util.find_spec("torch"))
     contenders += [bench_step.ALONE, bench_step.FORWARD]
     jobs = [contenders] if not work.rounds else [[name] for name in contenders] * work.rounds

@@ -30,6 +30,7 @@ import chainer
 import chainer.functions as F
 import chainer.links as L
 import numpy as np
+import torch_gloo
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -109,13 +110,8 @@ def make_step(contender: str, name: str, batch: int) -> tuple[Step, chainer.Link
 def torch_step(name: str, x: Any, t: Any, *, fused: bool) -> Step:
     """Return a step of torch DDP."""
     import torch
-    import torch.distributed as dist
-    from mpi4py import MPI
 
-    world = MPI.COMM_WORLD
-    torch.set_num_threads(1)
-    address = world.bcast(f"tcp://127.0.0.1:{20000 + os.getpid() % 20000}")
-    dist.init_process_group("gloo", init_method=address, rank=world.rank, world_size=world.size)
+    torch_gloo.connect()
     layers: list[Any] = []
     for low, high in zip(WIDTHS, WIDTHS[1:]):
         layers += [torch.nn.Linear(low, high), torch.nn.ReLU()]
