@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+
 import chainer
 import chainer.functions as F
 import chainer.links as L
@@ -9,6 +11,7 @@ import numpy as np
 import pytest
 from mpi4py import MPI
 
+import mpi_job
 from chainer_dist import Join, RankMismatchError, create_communicator, create_multi_node_optimizer
 from chainer_dist.communicators import ring
 from chainer_dist.compression import Float16
@@ -420,3 +423,45 @@ def test_communicator_used_during_backward(nodes):
     lossfun = lambda *data: Exchanges().apply((optimizer.target(*data),))[0]  # noqa: E731
     with pytest.raises(RuntimeError, match="during backward"):
         optimizer.update(lossfun, *batch(nodes.rank, 0))
+
+
+FAILING = """
+import chainer, chainer.functions as F, chainer.links as L, numpy as np
+import chainer_dist
+
+comm = chainer_dist.create_communicator()
+layers = chainer.Sequential(*[L.Linear(300, 300) for _ in range(6)])
+optimizer = chainer_dist.create_multi_node_optimizer(chainer.optimizers.SGD(), comm, overlap=True)
+optimizer.setup(layers)
+
+class Fails(chainer.FunctionNode):
+    def forward(self, inputs):
+        return (inputs[0],)
+
+    def backward(self, _, grads):
+        if step == 2 and comm.rank == 1:
+            raise ArithmeticError("no gradient here")
+        return grads
+
+def lossfun(x):
+    for number, layer in enumerate(layers):
+        x = layer(x)
+        if number == 2:
+            x = Fails().apply((x,))[0]
+    return F.sum(x)
+
+for step in range(4):
+    optimizer.update(lossfun, np.ones((2, 300), np.float32))
+    assert optimizer.overlapped == (step > 0)
+"""
+
+
+@pytest.mark.mpi_skip  # it starts a job of its own
+@pytest.mark.parametrize("nodes", ["1", "2"])
+def test_an_error_in_backward_ends_the_job(nodes):
+    """A rank that fails in backward leaves nobody waiting in the exchange."""
+    env = mpi_job.environment(MPIR_CVAR_NUM_CLIQUES=nodes)
+    job = mpi_job.run([sys.executable, "-c", FAILING], 2, timeout=60, env=env)
+    assert job.status not in (0, None), job.output
+    assert "ArithmeticError: no gradient here" in job.output
+    assert "AssertionError" not in job.output

@@ -97,9 +97,11 @@ def create_multi_node_optimizer(
             ``update`` to be given the loss function. None stands for: where there are several
             nodes; within one node no processor is idle meanwhile. The same on every rank. The
             parameters are the same as without it, to the bit where MPI adds in an order that does
-            not depend on the size of a message (MPICH does, and any MPI between two nodes). Not
-            overlapped are ``update(None)``, accumulated batches, ``Join``, ``double_buffering`` and
-            ``compression``.
+            not depend on the size of a message (MPICH does, and any MPI between two nodes); with
+            ``GradientClipping`` but for rounding, as its norm is summed in another order. Not
+            overlapped are the first update, ``update(None)``, accumulated batches, ``Join``,
+            ``double_buffering`` and ``compression``, nor, where every rank updates all parameters, an update whose loss
+            comes from other parameters than that of the update before.
 
     Returns:
         The optimizer to use in place of ``actual_optimizer``. Pickled, it leaves its communicator

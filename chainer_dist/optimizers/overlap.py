@@ -7,6 +7,10 @@ on rank 0, and a block is exchanged as soon as all that is in it is there. As Py
 DistributedDataParallel (Li et al., VLDB 2020), but without buckets of its own: the blocks of the
 ring are those.
 
+MPI goes on with what is under way only while it is called, so it is polled after each function of
+backward. A thread that polls in between was tried, every 0.3 to 5 ms: less was left to exchange
+after backward, and backward took longer by as much or more, because no core is idle meanwhile.
+
 Nothing of a step is changed before backward is over on all ranks: means go to memory of their own,
 as backward may still read what it has reported. So ranks can find out afterwards, together, that the
 exchange was of no use, and do it as ever.
