@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 
 import chainer
 import chainer.functions as F
@@ -13,7 +14,7 @@ from chainer import optimizers
 from hypothesis import given
 from hypothesis import strategies as st
 
-from chainer_dist import compression, create_multi_node_optimizer
+from chainer_dist import Checkpoint, compression, create_multi_node_optimizer
 from conftest import NODES, on_nodes
 
 WAYS = {
@@ -22,6 +23,7 @@ WAYS = {
     "int8": lambda: compression.Int8(block=16),
     "power_sgd": lambda: compression.PowerSGD(rank=2),
     "top_k": lambda: compression.TopK(density=0.1),
+    "top_k_momentum": lambda: compression.TopK(0.1, warmup_updates=40, momentum=0.5),
 }
 KEEPING = ["int8", "power_sgd", "top_k"]
 PRECISION = {"float16": 2**-10, "bfloat16": 2**-7, "int8": 0.02}
@@ -125,6 +127,98 @@ def test_nodes_weigh_as_much_as_they_have_ranks(comm, way):
     np.testing.assert_allclose(vector["b"], (comm.size - 1) / 2, rtol=1e-6)
 
 
+def test_density_of_a_warm_up(far_apart):
+    """It begins at a quarter, falls by one factor, and stays."""
+    comm = far_apart
+    if comm.size == 1:
+        pytest.skip("one node sends nothing")
+    way = compression.TopK(0.01, warmup_updates=4)
+    sent = []
+    for step in range(6):
+        way.mean(comm, grads_of(comm.rank, step, shapes={"W": (1000, 10)}))
+        sent.append(way.sent / 8 / (comm.size - 1) / 10000)
+    want = [0.25 * 0.04 ** (step / 4) for step in range(4)] + [0.01, 0.01]
+    np.testing.assert_allclose(sent, want, atol=1e-4)
+
+
+def correct_momentum(comm, steps, density):
+    """Return what deep gradient compression exchanges in each step, computed in one process."""
+    velocity = np.zeros((comm.size, 40))
+    left = np.zeros((comm.size, 40))
+    for step in range(steps):
+        total = np.zeros(40)
+        for rank in range(comm.size):
+            grad = grads_of(rank, step, shapes={"W": (40,)})["W"]
+            velocity[rank] = 0.9 * velocity[rank] + grad
+            left[rank] += velocity[rank]
+            largest = np.argsort(-abs(left[rank]))[: round(40 * density)]
+            total[largest] += left[rank, largest]
+            left[rank, largest] = velocity[rank, largest] = 0
+        yield total / comm.size
+
+
+def test_momentum_correction(far_apart):
+    """Momentum is summed up before numbers are chosen, and cleared for those that are sent."""
+    comm = far_apart
+    way = compression.TopK(0.25, momentum=0.9)
+    if comm.size == 1:
+        pytest.skip("one node sends nothing")
+    for step, want in enumerate(correct_momentum(comm, 8, 0.25)):
+        grads = grads_of(comm.rank, step, shapes={"W": (40,)})
+        way.mean(comm, grads)
+        np.testing.assert_allclose(grads["W"], want, rtol=1e-4, atol=1e-5)
+
+
+def test_momentum_on_one_node():
+    """SGD with it is MomentumSGD there, also after a snapshot of rank 0 was loaded on all ranks."""
+    comm = on_nodes("shared_memory", "one node")
+    models = [make_model(), make_model()]
+    make = [lambda: optimizers.SGD(0.1), lambda: optimizers.MomentumSGD(0.1, 0.9)]
+    ways = [compression.TopK(0.1, momentum=0.9), None]
+    for model, new, way in zip(models, make, ways):
+        optimizer = create_multi_node_optimizer(new(), comm, compression=way).setup(model)
+        for step in range(3):
+            optimizer.update(model, *batch(comm.rank, step))
+        if way is not None:
+            saved = chainer.serializers.DictionarySerializer()
+            optimizer.serialize(saved)
+            target = comm.bcast_obj(saved.target)
+            optimizer = create_multi_node_optimizer(
+                new(), comm, compression=compression.TopK(0.1, momentum=0.9)
+            ).setup(model)
+            optimizer.serialize(chainer.serializers.NpzDeserializer(target))
+        for step in range(3, 6):
+            optimizer.update(model, *batch(comm.rank, step))
+    for (name, got), (_, want) in zip(*(sorted(model.namedparams()) for model in models)):
+        np.testing.assert_allclose(got.array, want.array, rtol=1e-4, atol=1e-6, err_msg=name)
+    assert_equal_on_all_ranks(comm, {name: p.array for name, p in models[0].namedparams()})
+    comm.finalize()
+
+
+@pytest.mark.parametrize("way", ["int8", "power_sgd", "top_k_momentum"])
+def test_checkpoints_keep_what_every_rank_left_out(far_apart, way, tmp_path):
+    """A run that is resumed is, to the bit, the one that was not interrupted."""
+    comm = far_apart
+    folder = Path(comm.bcast_obj(str(tmp_path)))
+    runs = []
+    for _ in range(2):
+        model = make_model(comm.rank)
+        optimizer = create_multi_node_optimizer(
+            optimizers.SGD(0.1), comm, compression=WAYS[way]()
+        ).setup(model)
+        state = {"model": model, "optimizer": optimizer}
+        with Checkpoint(comm, folder / "saved") as checkpoint:
+            first = checkpoint.resume(state)
+            for step in range(first, 6):
+                if step == 3 and not first:
+                    checkpoint.save(state, 3)
+                optimizer.update(model, *batch(comm.rank, step))
+        runs.append(model)
+    assert first == 3
+    for (name, got), (_, want) in zip(*(sorted(model.namedparams()) for model in runs)):
+        np.testing.assert_array_equal(got.array, want.array, err_msg=name)
+
+
 def test_what_a_rank_left_out_is_its_own(far_apart):
     """A snapshot of rank 0 brings back on rank 0 only what had been left out there."""
     comm = far_apart
@@ -169,6 +263,7 @@ def test_fewer_bytes(far_apart, way):
     sending.mean(comm, grads)
     exact_bytes = sum(grad.nbytes for grad in grads.values()) * 2 * (comm.size - 1) / comm.size
     most = {"float16": 0.501, "bfloat16": 0.501, "int8": 0.27, "power_sgd": 0.02, "top_k": 0.05}
+    most["top_k_momentum"] = 0.2501 * comm.size  # a quarter of all numbers, with their places
     assert 0 < sending.sent <= exact_bytes * most[way]
 
 
@@ -264,6 +359,8 @@ def test_what_does_not_go_together(comm):
     for make in (
         lambda: compression.TopK(0),
         lambda: compression.TopK(1.5),
+        lambda: compression.TopK(momentum=1),
+        lambda: compression.TopK(warmup_updates=-1),
         lambda: compression.PowerSGD(0),
         lambda: compression.Int8(0),
     ):

@@ -77,8 +77,8 @@ def create_multi_node_optimizer(
             on every rank doubles it once for each rank; and arrays held elsewhere since before,
             as those of ``model.copy()``, are no longer the model's.
         compression: One of :mod:`chainer_dist.compression`, to average gradients with fewer bytes
-            between nodes, approximately; the same kind on every rank, and an object of this
-            optimizer alone. Every rank updates all parameters then. Its state is saved with the
+            between nodes, approximately, or by their rows that are not zero, exactly; the same kind
+            on every rank, and an object of this optimizer alone. Every rank updates all parameters then. Its state is saved with the
             optimizer's.
         accumulate_steps: How many calls of ``update`` make one update, for batches that are too
             large for the memory, or for fewer exchanges: k calls compute gradients k times, and
