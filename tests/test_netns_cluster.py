@@ -6,6 +6,7 @@ import contextlib
 import importlib.util
 import os
 import re
+import re
 import select
 import signal
 import subprocess
@@ -187,6 +188,39 @@ def test_links_change_while_a_job_runs(create_cluster):
             assert job.poll() is None
         netns_cluster.stop(job)
         assert job.returncode != 0
+
+
+ENDLESS_TRAINING = """
+import chainer, chainer.links as L, numpy as np
+import chainer_dist
+
+comm = chainer_dist.create_communicator()
+optimizer = chainer_dist.create_multi_node_optimizer(chainer.optimizers.SGD(), comm)
+optimizer.setup(L.Classifier(L.Linear(50, 10)))
+x, t = np.zeros((4, 50), np.float32), np.zeros(4, np.int32)
+for number in range(10**9):
+    optimizer.update(optimizer.target, x, t)
+    if comm.rank == 0 and number % 100 == 0:
+        print("round", flush=True)
+"""
+
+
+def test_a_dead_link_ends_the_job(create_cluster):
+    """A host that cannot be reached any more is named, and nobody waits for it for ever."""
+    with create_cluster(2, check=False) as cluster:
+        job = cluster.start(
+            [sys.executable, "-c", ENDLESS_TRAINING],
+            env={"CHAINER_DIST_STALL_WARN": "2", "CHAINER_DIST_STALL_ABORT": "4"},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+        )
+        while not rounds(job, 0.1):
+            assert job.poll() is None
+        cluster.cut(1)
+        out = job.communicate(timeout=60)[0]
+        assert job.returncode != 0
+        assert re.search(r"waits for rank 1\n.*\n?.*host1.*does not answer", out), out
+        assert "ending the job, stalled for 4 s" in out
 
 
 def test_delay(create_cluster):
