@@ -6,7 +6,6 @@ import contextlib
 import importlib.util
 import os
 import re
-import re
 import select
 import signal
 import subprocess

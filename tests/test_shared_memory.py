@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from chainer_dist import create_communicator
-from chainer_dist.communicators import ring
+from chainer_dist import RankMismatchError, create_communicator
+from chainer_dist.communicators import ring, tuning
 
 
 @pytest.fixture(autouse=True)
@@ -94,3 +94,29 @@ def test_few_slots(grouped, monkeypatch):
     x = np.arange(5000.0) * (1 + grouped.rank)
     grouped.mean_arrays([x])
     np.testing.assert_allclose(x, np.arange(5000.0) * (1 + grouped.size) / 2)
+
+
+def test_tuning(grouped, monkeypatch, capsys):
+    """All ranks choose the same of what there is room for, say it once, and exchange as before."""
+    monkeypatch.setattr(tuning, "_FEWEST_BYTES", 128)
+    chosen = grouped.tune(5000)
+    assert grouped.allgather_obj(chosen) == [chosen] * grouped.size
+    assert chosen == grouped.ring.tuning
+    assert chosen.block_bytes in {512, 256, 128}
+    assert (chosen.in_flight > 0) == (grouped.inter_size > 1)
+    said = capsys.readouterr().err
+    assert ("tuned for 5,000 bytes" in said) == (grouped.rank == 0 and grouped.size > 1)
+    for each in (chosen, tuning.Tuning(128, min(1, chosen.in_flight)), grouped.ring.most):
+        grouped.ring.tuning = each
+        x = np.arange(5000.0) + grouped.rank
+        grouped.mean_arrays([x])
+        np.testing.assert_allclose(x, np.arange(5000.0) + (grouped.size - 1) / 2)
+
+
+def test_tuning_with_bad_sizes(grouped):
+    """Every rank is told, and no exchange begins."""
+    with pytest.raises(ValueError, match="nbytes is 0"):
+        grouped.tune(0)
+    if grouped.size > 1:
+        with pytest.raises(RankMismatchError, match="rank 1: nbytes is 2, expected 1"):
+            grouped.tune(1 + min(grouped.rank, 1))

@@ -20,6 +20,7 @@ from chainer_dist.communicators.agreement import describe_error, raise_first
 from chainer_dist.communicators.blocks import Block, Slice, cut
 from chainer_dist.communicators.node_memory import barrier, share_memory
 from chainer_dist.communicators.operation import EXCHANGE, WAITING, Kind, Operation, innermost
+from chainer_dist.communicators.tuning import Tuning
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -60,6 +61,8 @@ class Ring:
     Attributes:
         scale: What makes the sum over all ranks a mean.
         scratch: Where the sum of a slice is while :meth:`run` has it worked on, as bytes.
+        tuning: How large blocks are, and how many are under way at a time; the same on every rank.
+        most: What there is room for, and how it is unless somebody changes ``tuning``.
         patient: Whether to sleep rather than spin while waiting, so that a thread that computes
             has the core and Python's lock.
     """
@@ -86,9 +89,10 @@ class Ring:
         affordable = _NODE_BYTES // (node.size * BLOCK_BYTES)
         self._depth = max(_FEWEST_SLOTS, min(SLOTS, affordable))
         # So many sums between nodes keep the links busy while ranks pack and unpack other blocks.
-        self._in_flight = 0
+        in_flight = 0
         if comm.inter_size > 1:
-            self._in_flight = max(1, min(_MOST_IN_FLIGHT, self._depth - _FEWEST_SLOTS))
+            in_flight = max(1, min(_MOST_IN_FLIGHT, self._depth - _FEWEST_SLOTS))
+        self.tuning = self.most = Tuning(BLOCK_BYTES, in_flight)
         shared = share_memory(comm, node.size * (self._depth * BLOCK_BYTES + _COUNTER_BYTES))
         slots, counters = np.split(shared, [node.size * self._depth * BLOCK_BYTES])
         self._slots = list(slots.reshape(node.size, -1))
@@ -107,8 +111,8 @@ class Ring:
             sizes: Elements of each array.
             dtype: In which they are reduced.
         """
-        nbytes = BLOCK_BYTES
-        if self._in_flight:
+        nbytes = self.tuning.block_bytes
+        if self.tuning.in_flight:
             # Of a small model, too, several blocks are on their way at a time.
             total = sum(sizes) * dtype.itemsize
             nbytes = min(nbytes, max(_SMALL_BLOCK_BYTES, total // _FEWEST_BLOCKS))
@@ -325,7 +329,7 @@ class Run:
         if (
             packed == len(self._blocks)
             or packed - self._summed > 1
-            or packed - self._unpacked > 2 + ring._in_flight
+            or packed - self._unpacked > 2 + ring.tuning.in_flight
             or (self._is_ready is not None and not self._is_ready(self._blocks[packed]))
             # The slot's last block is through.
             or not ring._reached(_UNPACKED, number + 1 - ring._depth, ring._ranks)
@@ -343,7 +347,7 @@ class Run:
     def _sum(self) -> bool:
         """Sum the own slice of the next block over the node, and begin to do so over the nodes."""
         ring, number = self._ring, self._first + self._summed
-        if self._summed == self._packed or len(self._sums) >= max(1, ring._in_flight):
+        if self._summed == self._packed or len(self._sums) >= max(1, ring.tuning.in_flight):
             return False
         out = self._own(self._summed)
         is_summed = self._sources is not None and out.size > 0

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import operator
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from chainer_dist.communicators import _reduction
+from chainer_dist.communicators.agreement import agree, raise_mismatch
 from chainer_dist.communicators.communicator_base import CommunicatorBase
+from chainer_dist.communicators.operation import collective
 from chainer_dist.communicators.ring import Ring
+from chainer_dist.communicators.tuning import Tuning, tune
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -44,6 +48,30 @@ class SharedMemoryCommunicator(CommunicatorBase):
         twin = super().background()
         twin._patient = True
         return twin
+
+    @collective("nbytes")
+    def tune(self, nbytes: int = 16 << 20) -> Tuning:
+        """Measure which block size is fastest, and use that from now on. Collective.
+
+        Takes some fifty exchanges; rank 0 writes to standard error what was chosen. Call it before the
+        first update: an update that is sharded keeps the blocks that it began with.
+
+        Args:
+            nbytes: Bytes of the model's parameters, the same on every rank.
+
+        Returns:
+            What was chosen, the same on every rank. One rank alone has nothing to choose.
+
+        Raises:
+            ValueError: If ``nbytes`` is not 1 or more.
+            RankMismatchError: On every rank, if it differs.
+        """
+        nbytes = operator.index(nbytes)
+        if not all(agree(self, nbytes)):
+            raise_mismatch(self, [("nbytes", str(nbytes))])
+        if nbytes < 1:
+            raise ValueError(f"nbytes is {nbytes}, expected 1 or more")
+        return tune(self, nbytes) if self.size > 1 else self.ring.tuning
 
     def mean_arrays(self, arrays: Sequence[Array]) -> None:
         """See :meth:`CommunicatorBase.mean_arrays`."""

@@ -1,0 +1,68 @@
+"""Trying out how large the blocks of an exchange are best, and how many are best under way at a time."""
+
+from __future__ import annotations
+
+import itertools
+import statistics
+import sys
+import time
+from typing import TYPE_CHECKING, NamedTuple, cast
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from chainer_dist.communicators.shared_memory import SharedMemoryCommunicator
+
+_FEWEST_BYTES = 64 << 10
+_ROUNDS = 5
+
+
+class Tuning(NamedTuple):
+    """How a communicator passes blocks.
+
+    Attributes:
+        block_bytes: Bytes of the largest blocks.
+        in_flight: How many sums between nodes are under way at a time; 0 on one node.
+    """
+
+    block_bytes: int
+    in_flight: int
+
+
+def tune(comm: SharedMemoryCommunicator, nbytes: int) -> Tuning:
+    """Measure, and let the ring of a communicator use what is fastest. Collective.
+
+    See :meth:`SharedMemoryCommunicator.tune`.
+    """
+    from mpi4py import MPI
+
+    ring = comm.ring
+    before, most = ring.tuning, ring.most
+    sizes = [before.block_bytes]
+    while sizes[-1] // 2 >= _FEWEST_BYTES:
+        sizes.append(sizes[-1] // 2)
+    flights = sorted({most.in_flight, max(most.in_flight // 2, 1), 1}) if most.in_flight else [0]
+    candidates = [Tuning(*each) for each in itertools.product(sizes, flights)]
+    data = np.zeros(max(nbytes // 4, 1), dtype=np.float32)
+    seconds: dict[Tuning, list[float]] = {each: [] for each in candidates}
+    for turn in range(_ROUNDS + 1):
+        for each in candidates:
+            ring.tuning = each
+            comm.mpi_comm.Barrier()
+            began = time.perf_counter()
+            comm.mean_arrays([data])
+            # The slowest rank's: so all ranks choose the same.
+            lasted = cast("float", comm.mpi_comm.allreduce(time.perf_counter() - began, MPI.MAX))
+            if turn:  # the first is a warm-up
+                seconds[each].append(lasted)
+    medians = {each: statistics.median(values) for each, values in seconds.items()}
+    chosen = ring.tuning = min(candidates, key=lambda each: medians[each])
+    if comm.rank == 0:
+        flight = f", {chosen.in_flight} under way at a time" if chosen.in_flight else ""
+        default = medians.get(most, medians[chosen])
+        sys.stderr.write(
+            f"chainer_dist: tuned for {nbytes:,} bytes: blocks of {chosen.block_bytes >> 10} KiB"
+            f"{flight}: {medians[chosen] * 1e3:.3g} ms (untuned {default * 1e3:.3g} ms)\n"
+        )
+        sys.stderr.flush()
+    return chosen
