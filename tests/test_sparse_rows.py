@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from chainer_dist import compression, create_communicator, create_multi_node_optimizer
-from conftest import KINDS, NODES, on_nodes
+from conftest import NODES, on_nodes
 
 SHAPES = {"embedding": (300, 6), "table": (200, 3, 2), "dense": (40, 7), "vector": (9,), "n": ()}
 
@@ -54,8 +54,8 @@ def assert_equal_on_all_ranks(comm, grads):
     assert comm.allgather_obj(mine) == [mine] * comm.size
 
 
-@pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64])
-@pytest.mark.parametrize("used", [0, 3, 40, 1000])
+@pytest.mark.parametrize("dtype", [np.float16, np.float32])
+@pytest.mark.parametrize("used", [0, 40, 1000])
 def test_the_mean(comm, dtype, used):
     """It is that of all rows, to rounding, in place, whether few rows are there or all."""
     grads = grads_of(comm.rank, dtype, used=used)
@@ -79,25 +79,22 @@ def test_same_bits_as_shared_memory(dtype):
             np.testing.assert_array_equal(sparse[name], want, err_msg=name)
 
 
-@pytest.mark.parametrize("kind", KINDS)
 @settings(max_examples=10)
 @given(data=st.data())
-def test_any_rows(kind, data):
+def test_any_rows(any_comm, data):
     """Any rows of any rank, none or all of them; what is not a number is no zero."""
-    with create_communicator(kind) as comm:
-        chosen = data.draw(
-            st.lists(st.sets(st.integers(0, 99)), min_size=comm.size, max_size=comm.size)
-        )
-        dense = np.zeros((comm.size, 100, 3), np.float32)
-        for rank, rows in enumerate(chosen):
-            for row in rows:
-                dense[rank, row] = [rank, row, (row % 7) * 1e30]
-            if rows and data.draw(st.booleans()):
-                dense[rank, min(rows)] = [0, np.nan, 0]
-        want = dense.astype(np.float64).mean(axis=0)
-        grads = {"W": dense[comm.rank].copy()}
-        compression.SparseRows().mean(comm, grads)
-        np.testing.assert_allclose(grads["W"], want, rtol=1e-6)
+    size = any_comm.size
+    chosen = data.draw(st.lists(st.sets(st.integers(0, 99)), min_size=size, max_size=size))
+    dense = np.zeros((size, 100, 3), np.float32)
+    for rank, rows in enumerate(chosen):
+        for row in rows:
+            dense[rank, row] = [rank, row, (row % 7) * 1e30]
+        if rows and data.draw(st.booleans()):
+            dense[rank, min(rows)] = [0, np.nan, 0]
+    want = dense.astype(np.float64).mean(axis=0)
+    grads = {"W": dense[any_comm.rank].copy()}
+    compression.SparseRows().mean(any_comm, grads)
+    np.testing.assert_allclose(grads["W"], want, rtol=1e-6)
 
 
 def test_layouts(comm):
