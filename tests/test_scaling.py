@@ -187,7 +187,7 @@ def make(batch, rank):
     def call(self, *arguments):
         """Run the command."""
         return subprocess.run(
-            [sys.executable, "-m", "chainer_dist.scaling", *map(str, arguments)],
+            [sys.executable, "-m", "chainer_dist.scaling.cli", *map(str, arguments)],
             capture_output=True,
             text=True,
             timeout=120,

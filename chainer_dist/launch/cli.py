@@ -26,6 +26,13 @@ USAGE_ERROR = 2
 HERE = Path(__file__).resolve().parent
 
 
+_MEASURING = {
+    "scale": "measure how training scales over ranks, beside its peers",
+    "predict": "replay a step that was measured here on clusters that are not here",
+}
+_MEASURING_MODULES = {"scale": "cli", "predict": "predict"}
+
+
 class _Parser(argparse.ArgumentParser):
     """Says what is wrong in one line."""
 
@@ -43,12 +50,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         The exit status: that of the job, 1 if it cannot be started, 2 if the call is wrong.
     """
     options, unknown = _parser().parse_known_args(arguments)
-    if options.action == "scale":  # which has options of its own
+    if options.action in _MEASURING:  # which have options of their own
         options.arguments = [*unknown, *options.arguments]
     elif unknown:
         options.wrong(f"unrecognized arguments: {' '.join(unknown)}")
     try:
-        return {"run": _run, "info": _info, "scale": _scale}[options.action](options)
+        return _ACTIONS[options.action](options)
     except LaunchError as error:
         output.say(str(error))
         return 1
@@ -59,7 +66,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _parser() -> _Parser:
     parser = _Parser(prog="chainer-dist", description="Distributed training for Chainer over MPI.")
     parser.add_argument("--version", action="version", version=__version__)
-    actions = parser.add_subparsers(dest="action", required=True, metavar="run | info | scale")
+    actions = parser.add_subparsers(
+        dest="action", required=True, metavar="run | info | scale | predict"
+    )
     run = actions.add_parser(
         "run",
         help="run a script on many ranks",
@@ -121,10 +130,9 @@ def _parser() -> _Parser:
     info.set_defaults(max_restarts=0, timeout=math.inf, no_prefix=True, dry_run=False)
     for action in (run, info):
         action.set_defaults(wrong=action.error)
-    scale = actions.add_parser(
-        "scale", help="measure how training scales over ranks, beside its peers", add_help=False
-    )
-    scale.add_argument("arguments", nargs=argparse.REMAINDER)
+    for name, text in _MEASURING.items():
+        action = actions.add_parser(name, help=text, add_help=False)
+        action.add_argument("arguments", nargs=argparse.REMAINDER)
     return parser
 
 
@@ -239,9 +247,10 @@ def _info(options: argparse.Namespace) -> int:
     return _launch(found, report, {}, options)
 
 
-def _scale(options: argparse.Namespace) -> NoReturn:
+def _measure(options: argparse.Namespace) -> NoReturn:
     """Go on in a process that imports Chainer."""
-    command = [sys.executable, "-m", "chainer_dist.scaling", *options.arguments]
+    module = f"chainer_dist.scaling.{_MEASURING_MODULES[options.action]}"
+    command = [sys.executable, "-m", module, *options.arguments]
     os.execv(sys.executable, command)  # noqa: S606 - this package
 
 
@@ -298,3 +307,6 @@ def _places(options: argparse.Namespace) -> tuple[int, list[Host]]:
     if hosts and None not in most and n_ranks > sum(number or 0 for number in most):
         options.wrong(f"{n_ranks} ranks are more than the max_slots of the hosts")
     return n_ranks, [] if all(mpi.is_here(host.name) for host in hosts) else hosts
+
+
+_ACTIONS = {"run": _run, "info": _info, "scale": _measure, "predict": _measure}

@@ -191,3 +191,7 @@ def _percentage(text: str) -> float:
     if not 0 <= _number(text) <= 100:  # noqa: PLR2004 - percent
         raise argparse.ArgumentTypeError(f"{text!r} is no percentage")
     return float(text)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

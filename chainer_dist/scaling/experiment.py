@@ -109,6 +109,11 @@ def machine() -> dict[str, Any]:
     }
 
 
+def environment() -> dict[str, str]:
+    """Return the environment of jobs: one thread of BLAS a rank, for all contenders. Local."""
+    return {**os.environ, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
+
+
 def n_cores() -> int:
     """Return how many cores this process may use. Local."""
     if hasattr(os, "sched_getaffinity"):
@@ -222,8 +227,7 @@ def _run(job: Job, plan: Plan) -> dict[str, Any]:
             stdin=subprocess.DEVNULL,
             text=True,
             check=False,
-            # One thread of BLAS a rank, for all contenders.
-            env={**os.environ, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"},
+            env=environment(),
         )
         if done.returncode or not out.is_file():
             raise RuntimeError(
