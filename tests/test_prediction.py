@@ -22,7 +22,6 @@ STEP = Schedule(
     final=[(0.05 * i, 10_000_000) for i in range(1, 5)],
     update=0.3,
     node_update=0.15,
-    node_exchange=0.0,
 )
 NETWORK = Network(bandwidth=1e9, latency=1e-4)
 LATENCIES = 2 * NETWORK.latency
@@ -41,7 +40,6 @@ def test_recording(comm):
     assert moments == sorted(moments)
     assert 0 < moments[0] <= moments[-1] <= found.backward
     assert min(found.forward, found.update, found.node_update) > 0
-    assert (found.node_exchange > 0) == (comm.size > 1)
 
 
 @pytest.mark.parametrize(

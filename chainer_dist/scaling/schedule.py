@@ -35,7 +35,6 @@ class Schedule(NamedTuple):
         update: Chainer's, of all parameters.
         node_update: Of this package: exchange within a node of so many ranks, and the update in which each
             rank updates its slice.
-        node_exchange: The exchange alone, within a node of so many ranks.
     """
 
     workload: str
@@ -46,7 +45,6 @@ class Schedule(NamedTuple):
     final: list[tuple[float, int]]
     update: float
     node_update: float
-    node_exchange: float
 
     @property
     def compute(self) -> float:
@@ -59,101 +57,108 @@ class Schedule(NamedTuple):
         return sum(nbytes for _, nbytes in self.final)
 
 
-def record(workload: str, batch: int) -> Schedule:
+def record(workload: str, batch: int, ranks_per_node: int | None = None) -> Schedule:
     """Record a step on the ranks of this job, which are on one node. Collective over all of them.
 
     Medians of seven steps, each as long as its slowest rank.
+
+    Args:
+        workload: See :func:`chainer_dist.scaling.workloads.load`.
+        batch: Examples a rank.
+        ranks_per_node: Ranks that are to be one node, of which there are then several, at work at the same
+            time; None for all.
     """
     import chainer
     import numpy as np
     from mpi4py import MPI
 
     import chainer_dist
-    from chainer_dist.optimizers.final_gradients import FinalGradients
 
     world = MPI.COMM_WORLD
     np.random.seed(0)  # noqa: NPY002 - what Chainer draws from
     model, arguments = workloads.load(workload).make(batch, world.rank)
-    chainer.optimizers.Adam(alpha=1e-4).setup(model)
     model(*arguments)  # initializes what waits for its shape
-    params = [param for _, param in sorted(model.namedparams())]
-    recorded: list[list[Any]] = []
+    everyone = chainer_dist.create_communicator()
+    per_node = ranks_per_node or world.size
+    comm = everyone.split(world.rank // per_node, world.rank)
+    assert comm is not None  # noqa: S101 - no rank is left out
 
-    def compute() -> list[Any]:
-        world.Barrier()
-        began = time.perf_counter()
-        loss = model(*arguments)
-        forward = time.perf_counter()
-        model.cleargrads()
-        final: dict[int, float] = {}
+    def times(optimizer: Any) -> tuple[list[_Computation], float]:
+        """Return how long computations took, and the median of updates."""
+        computations, seconds = [], []
+        for _ in range(WARM_UP + STEPS):
+            world.Barrier()
+            computations.append(_compute(model, arguments))
+            world.Barrier()
+            began = time.perf_counter()
+            optimizer.update()
+            seconds.append(world.allreduce(time.perf_counter() - began, MPI.MAX))
+        return computations[WARM_UP:], statistics.median(seconds[WARM_UP:])
 
-        def note(number: int, _: Any) -> None:
-            final[number] = time.perf_counter() - forward
-
-        FinalGradients(loss, params).backward(note, lambda: None)
-        ended = time.perf_counter()
-        del loss
-        return [forward - began, ended - forward, final]
-
-    optimizer: Any = chainer.optimizers.Adam(alpha=1e-4).setup(model)
-    comm = chainer_dist.create_communicator()
-    updates, exchanges, node_updates = [], [], []
-
-    def slowest(began: float) -> float:
-        return float(world.allreduce(time.perf_counter() - began, MPI.MAX))
-
-    for _ in range(WARM_UP + STEPS):
-        recorded.append(compute())
-        world.Barrier()
-        began = time.perf_counter()
-        optimizer.update()
-        updates.append(slowest(began))
-        began = time.perf_counter()
-        comm.multi_node_mean_grad(model)
-        exchanges.append(slowest(began))
-    shared = chainer_dist.create_multi_node_optimizer(
-        chainer.optimizers.Adam(alpha=1e-4), comm
-    ).setup(model)
-    for _ in range(WARM_UP + STEPS):
-        compute()
-        world.Barrier()
-        began = time.perf_counter()
-        shared.update()
-        node_updates.append(slowest(began))
-    kept = recorded[WARM_UP:]
+    computations, update = times(chainer.optimizers.Adam(alpha=1e-4).setup(model))
+    shared = chainer_dist.create_multi_node_optimizer(chainer.optimizers.Adam(alpha=1e-4), comm)
+    _, node_update = times(shared.setup(model))
     forward, backward = (
-        float(world.allreduce(statistics.median(each[part] for each in kept), MPI.MAX))
+        float(world.allreduce(statistics.median(each[part] for each in computations), MPI.MAX))
         for part in (0, 1)
     )
-    order = sorted(
-        (statistics.median(each[2][number] for each in kept), number) for number in kept[0][2]
-    )
+    sizes = [param.array.nbytes for _, param in sorted(model.namedparams())]
+    moments = {
+        number: statistics.median(each.final[number] for each in computations)
+        for number in computations[0].final
+    }
     comm.finalize()
+    everyone.finalize()
     return Schedule(
         workload=workload,
         batch=batch,
-        ranks=world.size,
+        ranks=per_node,
         forward=forward,
         backward=backward,
-        final=[(min(moment, backward), params[number].grad.nbytes) for moment, number in order],
-        update=statistics.median(updates[WARM_UP:]),
-        node_update=statistics.median(node_updates[WARM_UP:]),
-        node_exchange=statistics.median(exchanges[WARM_UP:]) if world.size > 1 else 0.0,
+        final=sorted((min(moment, backward), sizes[number]) for number, moment in moments.items()),
+        update=update,
+        node_update=node_update,
     )
+
+
+class _Computation(NamedTuple):
+    """The seconds of a forward and a backward, and when each gradient was final, by parameter."""
+
+    forward: float
+    backward: float
+    final: dict[int, float]
+
+
+def _compute(model: Any, arguments: tuple[Any, ...]) -> _Computation:
+    from chainer_dist.optimizers.final_gradients import FinalGradients
+
+    params = [param for _, param in sorted(model.namedparams())]
+    final: dict[int, float] = {}
+    began = time.perf_counter()
+    loss = model(*arguments)
+    middle = time.perf_counter()
+
+    def note(number: int, _: Any) -> None:
+        final[number] = time.perf_counter() - middle
+
+    model.cleargrads()
+    FinalGradients(loss, params).backward(note, lambda: None)
+    return _Computation(middle - began, time.perf_counter() - middle, final)
 
 
 def main(text: str) -> None:
     """Record a step and write it to a file. Collective over the ranks of this job.
 
     Args:
-        text: As JSON, ``workload`` and ``batch``, and ``out``, the file.
+        text: As JSON, the arguments of :func:`record`, and ``out``, the file.
     """
     from mpi4py import MPI
 
     task = json.loads(text)
-    schedule = record(task["workload"], task["batch"])
+    out = Path(task.pop("out"))
+    schedule = record(**task)
     if MPI.COMM_WORLD.rank == 0:
-        with replacing(Path(task["out"])) as file:
+        with replacing(out) as file:
             json.dump(schedule._asdict(), file)
     MPI.COMM_WORLD.Barrier()
 
