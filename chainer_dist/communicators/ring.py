@@ -39,7 +39,7 @@ SLOTS = 12
 _FEWEST_SLOTS = 4
 _NODE_BYTES = 256 << 20  # that many slots may take on a node of many ranks
 _MOST_IN_FLIGHT = 8
-_FEWEST_BLOCKS = 4
+_FEWEST_BLOCKS = 32
 _SMALL_BLOCK_BYTES = 256 << 10
 
 _LINE_BYTES = 64  # counters of different ranks, and kinds, are on cache lines of their own
@@ -62,7 +62,8 @@ class Ring:
         scale: What makes the sum over all ranks a mean.
         scratch: Where the sum of a slice is while :meth:`run` has it worked on, as bytes.
         tuning: How large blocks are, and how many are under way at a time; the same on every rank.
-        most: What there is room for, and how it is unless somebody changes ``tuning``.
+        most: What there is room for, and how it is unless somebody changes ``tuning``; small models are
+            then cut into smaller blocks.
         patient: Whether to sleep rather than spin while waiting, so that a thread that computes
             has the core and Python's lock.
     """
@@ -104,15 +105,18 @@ class Ring:
         self._error: Exception | None = None
         self._members = node.allgather(comm.rank)
 
-    def cut(self, sizes: Sequence[int], dtype: np.dtype[Any]) -> list[Block]:
+    def cut(
+        self, sizes: Sequence[int], dtype: np.dtype[Any], *, seldom: bool = False
+    ) -> list[Block]:
         """Cut arrays of so many elements, one behind the other, into blocks. Local.
 
         Args:
             sizes: Elements of each array.
             dtype: In which they are reduced.
+            seldom: Whether runs are advanced seldom: then as much as possible is to be under way.
         """
         nbytes = self.tuning.block_bytes
-        if self.tuning.in_flight:
+        if self.tuning == self.most and self.most.in_flight and not seldom:
             # Of a small model, too, several blocks are on their way at a time.
             total = sum(sizes) * dtype.itemsize
             nbytes = min(nbytes, max(_SMALL_BLOCK_BYTES, total // _FEWEST_BLOCKS))

@@ -21,7 +21,7 @@ class Tuning(NamedTuple):
     """How a communicator passes blocks.
 
     Attributes:
-        block_bytes: Bytes of the largest blocks.
+        block_bytes: Bytes of a block.
         in_flight: How many sums between nodes are under way at a time; 0 on one node.
     """
 
@@ -37,12 +37,12 @@ def tune(comm: SharedMemoryCommunicator, nbytes: int) -> Tuning:
     from mpi4py import MPI
 
     ring = comm.ring
-    before, most = ring.tuning, ring.most
-    sizes = [before.block_bytes]
+    most = ring.most
+    sizes = [most.block_bytes]
     while sizes[-1] // 2 >= _FEWEST_BYTES:
         sizes.append(sizes[-1] // 2)
     flights = sorted({most.in_flight, max(most.in_flight // 2, 1), 1}) if most.in_flight else [0]
-    candidates = [Tuning(*each) for each in itertools.product(sizes, flights)]
+    candidates = [Tuning(*each) for each in itertools.product(sizes, flights[::-1])]  # ``most`` first
     data = np.zeros(max(nbytes // 4, 1), dtype=np.float32)
     seconds: dict[Tuning, list[float]] = {each: [] for each in candidates}
     for turn in range(_ROUNDS + 1):
@@ -59,10 +59,10 @@ def tune(comm: SharedMemoryCommunicator, nbytes: int) -> Tuning:
     chosen = ring.tuning = min(candidates, key=lambda each: medians[each])
     if comm.rank == 0:
         flight = f", {chosen.in_flight} under way at a time" if chosen.in_flight else ""
-        default = medians.get(most, medians[chosen])
+        what = f"blocks of {chosen.block_bytes >> 10} KiB{flight}"
         sys.stderr.write(
-            f"chainer_dist: tuned for {nbytes:,} bytes: blocks of {chosen.block_bytes >> 10} KiB"
-            f"{flight}: {medians[chosen] * 1e3:.3g} ms (untuned {default * 1e3:.3g} ms)\n"
+            f"chainer_dist: tuned for {nbytes:,} bytes: {'as untuned' if chosen == most else what}, "
+            f"{medians[chosen] * 1e3:.3g} ms (untuned {medians[most] * 1e3:.3g} ms)\n"
         )
         sys.stderr.flush()
     return chosen

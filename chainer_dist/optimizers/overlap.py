@@ -162,7 +162,7 @@ class Overlap:
             sizes = [parameters.arrays[index].size for index in indices]
             means = np.split(np.empty(sum(sizes), dtype), list(itertools.accumulate(sizes))[:-1])
             wire = _reduction.wire_dtype(dtype)
-            blocks = ring.cut(sizes, wire)
+            blocks = ring.cut(sizes, wire, seldom=True)
             self.means.update(zip([parameters.names[index] for index in indices], means))
             parts.append(Part(indices, blocks, wire, _deliver_to(ring, blocks, means), means))
         self._plan = _Plan(parts, self._reached)

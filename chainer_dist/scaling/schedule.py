@@ -7,6 +7,7 @@ node slow one another down, as they share its memory, is recorded on as many as 
 
 from __future__ import annotations
 
+import functools
 import json
 import statistics
 import sys
@@ -98,10 +99,9 @@ def record(workload: str, batch: int, ranks_per_node: int | None = None) -> Sche
     computations, update = times(chainer.optimizers.Adam(alpha=1e-4).setup(model))
     shared = chainer_dist.create_multi_node_optimizer(chainer.optimizers.Adam(alpha=1e-4), comm)
     _, node_update = times(shared.setup(model))
-    forward, backward = (
-        float(world.allreduce(statistics.median(each[part] for each in computations), MPI.MAX))
-        for part in (0, 1)
-    )
+    slowest = functools.partial(world.allreduce, op=MPI.MAX)
+    forward = slowest(statistics.median(each.forward for each in computations))
+    backward = slowest(statistics.median(each.backward for each in computations))
     sizes = [param.array.nbytes for _, param in sorted(model.namedparams())]
     moments = {
         number: statistics.median(each.final[number] for each in computations)

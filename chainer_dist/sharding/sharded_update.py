@@ -119,7 +119,9 @@ class ShardedUpdate:
         self._chunks: list[list[Chunk]] = [[] for _ in found]
         self._means: list[Array | None] = [None] * len(found)
         self._groups = [
-            self._make_group(indices, states, place and place(), keep=mean_grad)
+            self._make_group(
+                indices, states, place and place(), keep=mean_grad, early=order is not None
+            )
             for indices, place in zip(members.values(), planned_means)
         ]
         error: Exception | None = None
@@ -155,6 +157,7 @@ class ShardedUpdate:
         means: Array | None,
         *,
         keep: bool,
+        early: bool,
     ) -> _Group:
         """Cut the parameters of one dtype into blocks, and this rank's part of them into chunks."""
         arrays = [self._arrays[index] for index in indices]
@@ -166,7 +169,7 @@ class ShardedUpdate:
             blocks = cut(sizes, _CHUNK_BYTES // wire.itemsize, 1)
             own = [block.slices[0] for block in blocks]
         else:
-            blocks = self._comm.ring.cut(sizes, wire)
+            blocks = self._comm.ring.cut(sizes, wire, seldom=early)
             own = [self._comm.ring.own(block) for block in blocks]
         if alone or dtype != wire:
             scratch = np.empty(max(part.stop - part.start for part in own), dtype)
