@@ -40,7 +40,7 @@ help:
 	@echo "make train      train on handwritten digits on N ranks; ARGS='--model cnn' goes to the script"
 	@echo "make test       run all tests, in one process and on 2, 3 and 4 ranks"
 	@echo "make test-3     run the tests on 3 ranks only (1: in one process)"
-	@echo "make test-faults  kill jobs at random instants and compare what they resume to"
+	@echo "make test-faults  plant faults in jobs, kill them, and compare what they resume to"
 	@echo "make lint       check style with ruff"
 	@echo "make type       check types with mypy"
 	@echo "make bench      run the benchmarks in scripts/"

@@ -24,7 +24,9 @@ SECONDS_TO_VANISH = 10
 SYSTEM_V = Path("/proc/sysvipc/shm")
 
 STALLS = ("--stall-abort", STALL)
-ENDED_BY_STALL = rf"ending the job, stalled for {STALL} s .*which waits for rank {{rank}}\n"
+ENDED_BY_STALL = (
+    rf"rank \d+ on \S+ ended the job: stalled for {STALL} s .* which waits for rank {{rank}}\n"
+)
 
 
 class Case(NamedTuple):

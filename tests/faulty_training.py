@@ -86,7 +86,7 @@ class Fault:
         """Do it, if it is time, before the loss of a step is computed."""
         args, comm = self.args, self.comm
         if args.fault == "killed often" and not (args.out / CALM).exists():
-            time.sleep(0.05)
+            time.sleep(0.1)
         if args.fault == "none" or iteration != args.step or not self.is_first:
             return
         if comm.rank == args.rank:

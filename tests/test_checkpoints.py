@@ -695,7 +695,11 @@ def test_progress_is_told(comm, out, monkeypatch):
     manifest = json.loads(next((out / "checkpoints").glob("12-*/manifest.json")).read_bytes())
     assert manifest["content"]["ranks"] == comm.size
     assert {"chainer_dist", "chainer", "numpy", "python"} <= set(manifest["content"]["versions"])
-    assert os.environ["CHAINER_DIST_PROGRESS"]
+    monkeypatch.setenv("CHAINER_DIST_PROGRESS", str(out / "again"))
+    with Checkpoint(comm, out / "checkpoints") as checkpoint:
+        checkpoint.resume(L.Linear(1, 1))
+    comm.mpi_comm.Barrier()
+    assert (out / "again").read_text() == "12"
 
 
 def test_an_exception_on_all_ranks(comm, out, capfd):

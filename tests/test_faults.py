@@ -69,15 +69,18 @@ def test_a_fault(name, ranks, tmp_path, expected, fault_table):
 def test_killed_at_random_instants(tmp_path, fault_table):
     """However often processes of a job are killed, its restarts end with the result of one that was not.
 
-    Half of the kills come at any time, also while the job starts; the others after a new checkpoint, because a
-    job that fails twice without one is given up.
+    Half of the kills come at any time, also while the job starts; the others when the launcher has heard of a new
+    checkpoint, because it gives up a job that fails twice without one.
     """
     draw = random.Random(0)
-    steps = ("--fault", "killed often", "--steps", 60 * N_KILLS)
+    steps = ("--fault", "killed often", "--steps", 30 * N_KILLS)
     whole = tmp_path / "whole"
     whole.mkdir()
     (whole / CALM).touch()
-    wanted = fault_cases.results(fault_cases.start(2, whole, *steps).end(10 * LIMIT))
+    options = ("--timeout", 10 * LIMIT)
+    wanted = fault_cases.results(
+        fault_cases.start(2, whole, *steps, options=options).end(10 * LIMIT)
+    )
     assert len(wanted) == 2
     folder = tmp_path / "parts"
     folder.mkdir()
@@ -90,7 +93,7 @@ def test_killed_at_random_instants(tmp_path, fault_table):
             newest = newest_iteration(folder)
             if n % 2:
                 wait_until(lambda newest=newest: newest_iteration(folder) > newest, job)
-            time.sleep(draw.uniform(0, 0.5 if n % 2 else 3))
+            time.sleep(draw.uniform(1, 2) if n % 2 else draw.uniform(0, 3))
             wait_until(lambda: victims_of(job), job)
             victims = victims_of(job)
             began = time.monotonic()

@@ -222,6 +222,8 @@ class Checkpoint(extension.Extension):  # type: ignore[misc]  # Chainer has no t
             if manifest is not None:
                 self._archive.load(name, manifest, target)
                 self._newest = manifest.iteration
+                if self.comm.rank == 0:  # the job before may have been killed before it told
+                    _tell_progress(manifest.iteration)
                 return manifest.iteration
         if names:
             raise RuntimeError(

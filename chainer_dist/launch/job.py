@@ -410,6 +410,8 @@ class _Rank:
 
     def why(self) -> str:
         who = f"rank {self.number} on {self.host}"
+        if self.words.stall:
+            return f"{who} ended the job: {self.words.stall}"
         if self.words.abort is None and self.status is None:
             return f"the connection to {who} broke"
         if self.words.abort is None and self.status is not None and self.status < 0:

@@ -19,6 +19,8 @@ MAX_LINE = 1 << 16  # bytes; a longer line is printed in parts
 _LINE = re.compile(rb"[^\n]*\n")
 # These have no traceback of their own.
 _SYNTAX = re.compile(r"(Syntax|Indentation|Tab)Error: ")
+# What chainer_dist.watch says of ranks that have waited for one another for too long.
+_STALL = re.compile(r"chainer_dist: ending the job, (stalled for .*)")
 # What chainer_dist.global_except_hook and MPICH say of a rank that calls MPI_Abort.
 _HOOK = "chainer_dist: "
 _ABORT = re.compile(
@@ -61,11 +63,13 @@ class LastWords:
     Attributes:
         exception: Last line of the last traceback, or "".
         abort: The status with which the rank aborts the job, or None.
+        stall: The stall for which the rank ends the job, and is not to blame itself; or "".
     """
 
     def __init__(self) -> None:
         self.exception = ""
         self.abort: int | None = None
+        self.stall = ""
         self._in_traceback = False
 
     def add(self, line: bytes) -> None:
@@ -78,6 +82,9 @@ class LastWords:
             self.exception = "" if text.startswith(_HOOK) else text
         elif _SYNTAX.match(text):
             self.exception = text
+        match = _STALL.match(text)
+        if match:
+            self.stall = match[1]
         match = _ABORT.match(text)
         if match and self.abort is None:
             self.abort = int(match[1] or match[2]) & 0xFF
