@@ -403,13 +403,3 @@ def test_a_rank_that_waits_answers(comm):
                 came = found["waits"]["number"] if found["waits"] else 0
             assert came == number
         wait()
-
-
-def test_creating_communicators_is_quick(comm):
-    """Watching one more communicator takes a few milliseconds at most."""
-    best = float("inf")
-    for _ in range(5):
-        started = time.perf_counter()
-        comm.split(0, comm.rank).finalize()
-        best = min(best, time.perf_counter() - started)
-    assert best < 0.1
