@@ -22,7 +22,6 @@ from typing import TYPE_CHECKING, Any
 
 import chainer
 import numpy as np
-import torch_gloo
 from mpi4py import MPI
 
 import chainer_dist
@@ -80,6 +79,8 @@ def gloo(model: chainer.Link) -> Callable[[], None] | None:
         import torch.distributed as dist
     except ImportError:
         return None
+    from chainer_dist.scaling import torch_gloo
+
     torch_gloo.connect()
     params = [param for _, param in sorted(model.namedparams())]
     buffer = torch.empty(sum(param.size for param in params))

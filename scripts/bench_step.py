@@ -30,7 +30,6 @@ import chainer
 import chainer.functions as F
 import chainer.links as L
 import numpy as np
-import torch_gloo
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -110,6 +109,8 @@ def make_step(contender: str, name: str, batch: int) -> tuple[Step, chainer.Link
 def torch_step(name: str, x: Any, t: Any, *, fused: bool) -> Step:
     """Return a step of torch DDP."""
     import torch
+
+    from chainer_dist.scaling import torch_gloo
 
     torch_gloo.connect()
     layers: list[Any] = []

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import os
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -99,17 +98,12 @@ def _allreduce_step(
 def _torch_step(workload: str, x: Any, t: Any) -> Step:
     """Return a step of torch, with its fused Adam."""
     import torch
-    import torch.distributed as dist
-    from mpi4py import MPI
 
+    from chainer_dist.scaling import torch_gloo
     from chainer_dist.scaling.workloads import MLP
 
-    nn, world = torch.nn, MPI.COMM_WORLD
-    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
-    host, port = world.bcast((MPI.Get_processor_name(), 20000 + os.getpid() % 20000))
-    single = world.allreduce(int(host == MPI.Get_processor_name())) == world.size
-    address = f"tcp://{'127.0.0.1' if single else host}:{port}"
-    dist.init_process_group("gloo", init_method=address, rank=world.rank, world_size=world.size)
+    nn = torch.nn
+    torch_gloo.connect()
     layers: list[Any] = []
     if workload == "mlp":
         for low, high in zip(MLP.WIDTHS, MLP.WIDTHS[1:]):
