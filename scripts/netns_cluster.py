@@ -2,8 +2,8 @@
 """Run an MPI job on several hosts, all of which are on this machine.
 
 A host is a set of Linux namespaces: a network, a host name, shared memory and semaphores of its own.
-A switch joins the hosts, each by a link that has the bandwidth (and, where the kernel can do it, the
-delay and loss) of the network one wants to know about. TCP over these links is the real one; only
+A switch joins the hosts, each by a link that has the bandwidth, delay and loss of the network one wants
+to know about. TCP over these links is the real one; only
 processors and memory are those of a single machine.
 
     scripts/netns_cluster.py --hosts 2 --ranks-per-host 2 --rate 1gbit -- python train.py
@@ -40,6 +40,7 @@ if TYPE_CHECKING:
 
 CANNOT = 77  # the status that test runners take for "skipped"
 
+_RELAY = Path(__file__).resolve().with_name("netns_relay.py")
 _MOST_HOSTS = 200
 _HEAD = "10.0.0.254"  # mpiexec is here, beside the switch
 _SECONDS_TO_END = 5
@@ -129,6 +130,9 @@ class Cluster:
         self._links = [_Link.parse(rate=rate, delay=delay, loss=loss)] * hosts
         self._check = check
         self._holders: list[subprocess.Popen[str]] = []
+        self._relays: dict[
+            int, subprocess.Popen[str]
+        ] = {}  # by host, where the kernel has no netem
         self._jobs: list[subprocess.Popen[str]] = []
 
     def __enter__(self) -> Self:
@@ -169,14 +173,14 @@ class Cluster:
             pid, pid_inside = self._hold([*into, *hold, f"host{host}", known])
             self.pids.append(pid)
             launch.append(f"{address}) pid={pid_inside};;")
-            _inside(
-                self._head,
-                f"ip link add port{host} type veth peer name eth0 netns {pid}",
-                f"ip link set port{host} master switch up",
-            )
+            if self._needs_relay(link):
+                self._start_relay(host, link)
+            else:
+                _inside(self._head, f"ip link add port{host} type veth peer name eth0 netns {pid}")
+            _inside(self._head, f"ip link set port{host} master switch up")
             _inside(pid, f"ip addr add {address}/24 dev eth0", "ip link set eth0 up")
             self._set_rate(host, link)
-            if link.delay or link.loss:
+            if (link.delay or link.loss) and host not in self._relays:
                 self._set_netem(host, link)
         launch += ['*) echo "no host $1" >&2; exit 1;;', "esac", "shift"]
         launch += ['exec nsenter --target="$pid" --mount --uts --ipc --net sh -c "$*"']
@@ -184,6 +188,36 @@ class Cluster:
         _run(
             ["nsenter", f"--target={self._head}", "--mount", "sh", "-euc", write], "\n".join(launch)
         )
+
+    def _needs_relay(self, link: _Link) -> bool:
+        """Tell whether a link delays or loses packets, and the kernel cannot do that."""
+        if not (link.delay or link.loss):
+            return False
+        try:
+            _inside(self._head, "tc qdisc add dev lo root netem", "tc qdisc del dev lo root")
+        except UnavailableError:
+            return True
+        return False
+
+    def _start_relay(self, host: int, link: _Link) -> None:
+        """Let a process be a host's link."""
+        into = ["nsenter", f"--target={self._head}", "--net"]
+        what = [str(host), str(self.pids[host]), link.late]
+        relay = subprocess.Popen(  # noqa: S603
+            [*into, sys.executable, str(_RELAY), *what],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
+        )
+        self._holders.append(relay)
+        assert relay.stdout is not None  # noqa: S101 - it is a pipe
+        if not relay.stdout.readline():
+            raise UnavailableError(
+                f"no delay and no loss here: the kernel has no netem, and {relay.communicate()[1]}"
+            )
+        self._relays[host] = relay
 
     def _hold(self, command: list[str]) -> tuple[int, int]:
         """Start a process that keeps namespaces; return its id outside and inside of them."""
@@ -212,7 +246,7 @@ class Cluster:
         # The first holder is process 1 of the namespace; when it ends all others in there do.
         for holder in self._holders:
             holder.communicate()
-        self._jobs, self._holders, self.pids = [], [], []
+        self._jobs, self._holders, self.pids, self._relays = [], [], [], {}
 
     def start(
         self,
@@ -284,7 +318,7 @@ class Cluster:
         if link.rate != before.rate:
             self._set_rate(host, link)
         if link[1:] != before[1:]:
-            self._set_netem(host, link)
+            self._set_late(host, link)
         self._links[host] = link
 
     def cut(self, host: int) -> None:
@@ -310,6 +344,15 @@ class Cluster:
             shape = f"rate {link.rate:.0f}bit burst {bucket} limit {_QUEUE_BYTES}"
             _inside(pid, f"tc qdisc replace dev {device} root handle 1: tbf {shape}")
 
+    def _set_late(self, host: int, link: _Link) -> None:
+        if host in self._relays:
+            relay = self._relays[host]
+            assert relay.stdin is not None  # noqa: S101 - it is a pipe
+            relay.stdin.write(f"{link.late}\n")
+            relay.stdin.flush()
+            return
+        self._set_netem(host, link)
+
     def _set_netem(self, host: int, link: _Link) -> None:
         room = 1000 + int(
             link.rate * link.delay / 8 / 100
@@ -319,8 +362,8 @@ class Cluster:
             _inside(self.pids[host], f"tc qdisc replace dev eth0 parent 1:1 handle 10: {what}")
         except UnavailableError as error:
             raise UnavailableError(
-                f"no delay and no loss with this kernel: {error}; it was built without "
-                "CONFIG_NET_SCH_NETEM, or that is a module: modprobe sch_netem"
+                f"no delay and no loss with this kernel: {error}; without CONFIG_NET_SCH_NETEM "
+                "(modprobe sch_netem, where that is a module) start with some delay or loss, to change it"
             ) from error
 
     def check(self) -> str:
@@ -374,6 +417,11 @@ class _Link(NamedTuple):
     @classmethod
     def parse(cls, **properties: str) -> _Link:
         return cls(**_parse(**properties))
+
+    @property
+    def late(self) -> str:
+        """What netns_relay.py is told."""
+        return json.dumps({"delay": self.delay, "loss": self.loss})
 
     @property
     def bucket(self) -> int:
