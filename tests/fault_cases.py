@@ -185,8 +185,12 @@ def nothing_left(folder):
 
 
 def temporary_files(folder):
-    """Return what a job has left in its temporary folder, but for empty folders of multiprocessing."""
-    return [path for path in (folder / "temporary").iterdir() if not path.name.startswith("pymp-")]
+    """Return what a job has left in its temporary folder.
+
+    Empty folders of multiprocessing do not count, nor that of Open MPI's mpiexec, which may have been killed.
+    """
+    others = ("pymp-", "ompi.")
+    return [path for path in (folder / "temporary").iterdir() if not path.name.startswith(others)]
 
 
 def shared_memory():
