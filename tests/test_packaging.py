@@ -84,10 +84,10 @@ def test_metadata(wheel):
 
 
 def test_wheel_holds_the_whole_package(wheel):
-    """Every module and the marker of typed packages are in the ordinary wheel, none in the editable one."""
+    """Every module, the page's template and the marker of typed packages are there, if it is not editable."""
     package = ROOT / "chainer_dist"
     wanted = {str(path.relative_to(ROOT)) for path in package.rglob("*.py")}
-    wanted.add("chainer_dist/py.typed")
+    wanted |= {"chainer_dist/py.typed", "chainer_dist/scaling/page.html"}
     held = {name for name in wheel if name.startswith("chainer_dist/")}
     editable = any(name.startswith("__editable__") for name in wheel)
     assert held == (set() if editable else wanted)
