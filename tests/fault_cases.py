@@ -27,6 +27,8 @@ STALLS = ("--stall-abort", STALL)
 ENDED_BY_STALL = (
     rf"rank \d+ on \S+ ended the job: stalled for {STALL} s .* which waits for rank {{rank}}\n"
 )
+ELSEWHERE = r"rank {rank} \(pid \d+ on \S+\): is in another operation \d+: "
+DIFFERS = r"RankMismatchError: rank {rank}: operation \d+ is "
 
 
 class Case(NamedTuple):
@@ -75,16 +77,12 @@ CASES = {
         "nan", 1, r"rank {rank}: the gradient of /predictor/l2/W has", ("--checked",)
     ),
     "parameter of another shape": Case("shape", 1, r"rank {rank}: /predictor/l2/"),
-    "skipped collective": Case("skipped", 1, r"rank {rank}", STALLS),
-    "skipped collective, checked": Case(
-        "skipped", 1, r"RankMismatchError: rank {rank}: operation \d+ is", ("--checked",)
-    ),
-    "order of collectives": Case("order", 1, "rank {rank}", STALLS),
-    "order of collectives, checked": Case(
-        "order", 1, r"RankMismatchError: rank {rank}: operation \d+ is bcast_obj", ("--checked",)
-    ),
-    "fewer batches": Case("uneven", 1, "rank {rank}", STALLS, resumes=None),
-    "fewer batches, checked": Case("uneven", 1, "rank {rank}", ("--checked",), resumes=None),
+    "skipped collective": Case("skipped", 1, ELSEWHERE, STALLS),
+    "skipped collective, checked": Case("skipped", 1, DIFFERS, ("--checked",)),
+    "order of collectives": Case("order", 1, ELSEWHERE + "bcast_obj", STALLS),
+    "order of collectives, checked": Case("order", 1, DIFFERS + "bcast_obj", ("--checked",)),
+    "fewer batches": Case("uneven", 1, ELSEWHERE, STALLS, resumes=None),
+    "fewer batches, checked": Case("uneven", 1, DIFFERS, ("--checked",), resumes=None),
     "fewer batches, joined": Case("uneven joined", 0, "", STALLS, resumes=None),
     **{
         f"data loader, {how}": Case(
