@@ -97,7 +97,7 @@ bench: $(STAMP)
 
 # Under fifteen minutes on two cores.
 scaling: $(STAMP)
-	$(RUN) -m chainer_dist scale --workloads mlp cnn lstm transformer --out scaling $(ARGS)
+	$(RUN) -m chainer_dist scale --workloads mlp cnn lstm transformer --rounds 2 --out scaling $(ARGS)
 
 check: lint type test
 
