@@ -120,6 +120,8 @@ def test_the_trace(any_comm, tmp_path):
         updates = [event for event in own if event["name"] == "update" and event["dur"] > 0]
         assert len([event for event in own if event["name"] == "forward"]) == STEPS
         assert_nested([event for event in own if event["tid"] == 0])
+        packs = any(event["cat"] == "packing" for event in own)
+        assert packs == (any_comm.name == "flat" or (any_comm.name == "shared_memory" and size > 1))
         # Times of outermost events are the wall time less what is in none.
         outer = sum(
             event["dur"]

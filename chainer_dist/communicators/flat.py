@@ -8,6 +8,7 @@ import numpy as np
 
 from chainer_dist.communicators import _reduction
 from chainer_dist.communicators.communicator_base import CommunicatorBase
+from chainer_dist.communicators.operation import PACK, UNPACK, Operation
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -34,14 +35,16 @@ class FlatCommunicator(CommunicatorBase):
 
     def _mean_packed(self, buffer: Array, arrays: list[Array]) -> None:
         slots, start = [], 0
-        for array in arrays:
-            slot = buffer[start : start + array.size].reshape(array.shape)
-            np.copyto(slot, array)
-            slots.append(slot)
-            start += array.size
+        with Operation(PACK):
+            for array in arrays:
+                slot = buffer[start : start + array.size].reshape(array.shape)
+                np.copyto(slot, array)
+                slots.append(slot)
+                start += array.size
         scale = self._reduce(buffer)
-        for slot, array in zip(slots, arrays):
-            np.multiply(slot, scale, out=array, casting="same_kind")
+        with Operation(UNPACK):
+            for slot, array in zip(slots, arrays):
+                np.multiply(slot, scale, out=array, casting="same_kind")
 
     def _reduce(self, buffer: Array) -> float:
         """Sum the buffer over the ranks in place; return what makes a mean of it. Collective."""

@@ -29,9 +29,10 @@ if TYPE_CHECKING:
     Function = TypeVar("Function", bound=Callable[..., Any])
 
 # What the time of an operation is spent on.
-FORWARD, BACKWARD, EXCHANGE, WAITING, UPDATE = CATEGORIES = (
+FORWARD, BACKWARD, PACKING, EXCHANGE, WAITING, UPDATE = CATEGORIES = (
     "forward",
     "backward",
+    "packing",
     "exchange",
     "waiting",
     "update",
@@ -62,6 +63,10 @@ class Kind(NamedTuple):
     is_collective: bool = True
     same: tuple[str, ...] = ()
     signature: inspect.Signature | None = None
+
+
+PACK = Kind("packing", PACKING, waits=False)
+UNPACK = Kind("unpacking", PACKING, waits=False)
 
 
 class Log:

@@ -19,7 +19,15 @@ from chainer_dist.communicators import _reduction
 from chainer_dist.communicators.agreement import describe_error, raise_first
 from chainer_dist.communicators.blocks import Block, Slice, cut
 from chainer_dist.communicators.node_memory import barrier, share_memory
-from chainer_dist.communicators.operation import EXCHANGE, WAITING, Kind, Operation, innermost
+from chainer_dist.communicators.operation import (
+    EXCHANGE,
+    PACK,
+    UNPACK,
+    WAITING,
+    Kind,
+    Operation,
+    innermost,
+)
 from chainer_dist.communicators.tuning import Tuning
 
 if TYPE_CHECKING:
@@ -341,9 +349,10 @@ class Run:
             return False
         if self._sources is not None:
             mine = self._slots[ring._rank][number % ring._depth]
-            for rank, part in enumerate(self._blocks[packed].slices):
-                if rank != ring._rank:  # the own slice is read where it is, when its turn comes
-                    part.gather(self._sources, mine[part.start : part.stop])
+            with Operation(PACK):
+                for rank, part in enumerate(self._blocks[packed].slices):
+                    if rank != ring._rank:  # the own slice is read where it is, when its turn comes
+                        part.gather(self._sources, mine[part.start : part.stop])
         ring._tell(_PACKED, number + 1)
         self._packed += 1
         return True
@@ -420,10 +429,11 @@ class Run:
         ):
             return False
         if self._targets is not None:
-            for rank, part in enumerate(self._blocks[self._unpacked].slices):
-                if rank != ring._rank:
-                    values = self._slots[rank][number % ring._depth][part.start : part.stop]
-                    part.scatter(values, self._targets)
+            with Operation(UNPACK):
+                for rank, part in enumerate(self._blocks[self._unpacked].slices):
+                    if rank != ring._rank:
+                        values = self._slots[rank][number % ring._depth][part.start : part.stop]
+                        part.scatter(values, self._targets)
         ring._tell(_UNPACKED, number + 1)
         self._unpacked += 1
         return True

@@ -24,6 +24,7 @@ _COLORS = dict(zip(CONTENDERS, ("#0b6e99", "#d1681f", "#7a4fa3", "#b5304a", "#7d
 _PARTS = {
     "forward": "#9cc3d5",
     "backward": "#5b9bb8",
+    "packing": "#f0c27a",
     "exchange": "#e08a3c",
     "waiting": "#cfcfcf",
     "update": "#6a9a58",

@@ -102,9 +102,9 @@ class timeline(contextlib.AbstractContextManager["timeline"]):  # noqa: N801 - u
     """Records what all ranks do within a ``with`` block, and writes it at its end. Collective.
 
     The file is Chrome's trace-event JSON, which https://ui.perfetto.dev shows: a process for each
-    rank, the main thread and others as its threads, and in them forward, backward, waiting for other
-    ranks, exchange and update of every step, and whatever else a communicator is asked for. Ranks'
-    clocks are compared at the beginning and at the end, by messages to and fro, and times are rank
+    rank, the main thread and others as its threads, and in them forward, backward, packing and
+    unpacking, waiting for other ranks, exchange and update of every step, and whatever else a
+    communicator is asked for. Ranks' clocks are compared at the beginning and at the end, by messages to and fro, and times are rank
     0's. A table of where the time goes is written to rank 0's standard error: in percent, each moment
     counted once, under the innermost operation, and what is in none under "other".
 
