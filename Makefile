@@ -102,5 +102,5 @@ scaling: $(STAMP)
 check: lint type test
 
 clean:
-	rm -rf $(VENV) .venv-numpy1 .venv-openmpi build dist result scaling *.egg-info .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	rm -rf $(VENV) .venv-openmpi build dist result scaling *.egg-info .hypothesis .mypy_cache .pytest_cache .ruff_cache
 	find chainer_dist scripts tests -name __pycache__ -type d -prune -exec rm -rf {} +

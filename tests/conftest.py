@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import os
+
 import hypothesis
 import pytest
 
 pytest_plugins = ["fault_table", "mpi_agreement", "result_file"]
+
+# As MPICH and Open MPI tell it. More ranks than the two cores of a small machine take many times as long.
+RANKS = int(os.environ.get("PMI_SIZE") or os.environ.get("OMPI_COMM_WORLD_SIZE") or 1)
 
 # All ranks draw the same examples, however fast each of them is.
 hypothesis.settings.register_profile(
@@ -13,7 +18,7 @@ hypothesis.settings.register_profile(
     derandomize=True,
     database=None,
     deadline=None,
-    max_examples=25,
+    max_examples=25 if RANKS < 3 else 10,
     report_multiple_bugs=False,
     phases=[hypothesis.Phase.explicit, hypothesis.Phase.generate],
     suppress_health_check=list(hypothesis.HealthCheck),

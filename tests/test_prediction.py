@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import shutil
 
 import pytest
 from hypothesis import given
@@ -26,9 +25,7 @@ STEP = Schedule(
 NETWORK = Network(bandwidth=1e9, latency=1e-4)
 LATENCIES = 2 * NETWORK.latency
 
-needs_simgrid = pytest.mark.skipif(
-    shutil.which("smpirun") is None, reason="needs SimGrid's smpirun"
-)
+needs_simgrid = pytest.mark.simgrid
 
 
 def test_recording(comm):
