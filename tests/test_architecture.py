@@ -23,6 +23,7 @@ LAYERS = [
         "_startup",
         "errors",
         "_threads",
+        "_allocator",
         "global_except_hook",
         "testing",
         "nccl",

@@ -10,7 +10,7 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from chainer_dist import _threads
+from chainer_dist import _allocator, _threads
 from chainer_dist.communicators.communicator_base import CommunicatorBase
 
 if TYPE_CHECKING:
@@ -92,4 +92,5 @@ def create_communicator(
     communicator = kind(mpi_comm)
     communicator.set_config("batched_copy", batched_copy)
     _threads.limit_threads(communicator.node_comm)
+    _allocator.keep_freed_memory()
     return communicator

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import numpy as np
 
-from chainer_dist import exchange
+from chainer_dist import _allocator, exchange
 from chainer_dist.communicators.agreement import agree, digest, raise_mismatch
 from chainer_dist.communicators.operation import (
     BACKWARD,
@@ -525,6 +525,7 @@ class MultiNodeOptimizer:
         elif self._overlap is not None:
             self._overlap.plan_means(parameters)
         self._signature = signature
+        _allocator.release_freed_memory()  # initializing parameters takes much that steps do not
         if comm.rank == 0 and reason != self._reported:
             if reason is None:
                 _logger.info("chainer_dist: each rank updates a slice of the parameters")
