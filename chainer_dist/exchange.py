@@ -230,15 +230,19 @@ def mean_agreed_grad(
     if not same_grads:
         parameters.fill_zeros()
     grads = private_grads(parameters)
-    names = [name for name, has in zip(parameters.names, parameters.has_grad) if has]
+
+    def by_name() -> dict[str, Array]:
+        names = [name for name, has in zip(parameters.names, parameters.has_grad) if has]
+        return dict(zip(names, grads))
+
     if means is not None:
-        for name, grad in zip(names, grads):
+        for name, grad in by_name().items():
             if name in means:
                 grad[...] = means[name].reshape(grad.shape)
-    elif compression is None:
-        comm.mean_arrays(grads)
+    elif compression is not None:
+        compression.mean(comm, by_name())
     else:
-        compression.mean(comm, dict(zip(names, grads)))
+        comm.mean_arrays(grads)
     if same_grads and zero_fill:
         parameters.fill_zeros()
 

@@ -41,6 +41,7 @@ PEER = "ChainerMN naive"
 FLOOR = "floor: a message"
 TORCH = "torch DDP gloo"
 AFTER = "chainer_dist, no overlap"
+ROUNDED = "chainer_dist, Float16"
 ARRAYS = 160
 REPEATS = {1: 11, 10: 7, 100: 3}  # of an exchange of so many megabytes
 RANK_SECONDS = 300
@@ -103,11 +104,14 @@ def be_training_rank(
     import bench_step
     from mpi4py import MPI
 
+    from chainer_dist.compression import Float16
+
     world = MPI.COMM_WORLD
     bench_step.WIDTHS[:] = widths
     bench_step.OURS[AFTER] = {"overlap": False}
     results = {}
     for batch in batches:
+        bench_step.OURS[ROUNDED] = {"compression": Float16()}  # one for each optimizer
         todo: dict[str, Step] = {}
         for name in contenders:
             todo[name], _ = bench_step.make_step(name, optimizer, batch)
@@ -148,7 +152,7 @@ def compare_steps(work: Steps, rate: str, batches: Sequence[int]) -> None:
     """Measure steps on a cluster and print a table of each batch size."""
     import bench_step
 
-    contenders = [PEER, "chainer_dist", AFTER, "chainer_dist, replicated"]
+    contenders = [PEER, "chainer_dist", AFTER, ROUNDED, "chainer_dist, replicated"]
     contenders += [TORCH] * bool(importlib.util.find_spec("torch"))
     contenders += [bench_step.ALONE, bench_step.FORWARD]
     jobs = [contenders] if not work.rounds else [[name] for name in contenders] * work.rounds

@@ -14,7 +14,14 @@ from chainer import optimizers
 from hypothesis import given
 from hypothesis import strategies as st
 
-from chainer_dist import Checkpoint, compression, create_multi_node_optimizer
+from chainer_dist import (
+    Checkpoint,
+    RankMismatchError,
+    compression,
+    create_communicator,
+    create_multi_node_optimizer,
+)
+from chainer_dist.communicators import ring
 from conftest import NODES, on_nodes
 
 WAYS = {
@@ -26,6 +33,7 @@ WAYS = {
     "top_k_momentum": lambda: compression.TopK(0.1, warmup_updates=40, momentum=0.5),
 }
 KEEPING = ["int8", "power_sgd", "top_k"]
+ROUNDED = ["float16", "bfloat16"]
 PRECISION = {"float16": 2**-10, "bfloat16": 2**-7, "int8": 0.02}
 SHAPES = {"a": (7, 9), "b": (5,), "c": (3, 4, 6), "d": (), "e": (0, 2)}
 
@@ -80,6 +88,57 @@ def test_fewer_bits(comm, way, dtype):
         np.testing.assert_allclose(grads[name], want, atol=2 * precision, rtol=2 * precision)
 
 
+def nearest(values, way):
+    """Return the nearest float16 or bfloat16, as float32."""
+    if way == "float16":
+        return values.astype(np.float16).astype(np.float32)
+    mantissa, exponent = np.frexp(values.astype(np.float64))
+    return np.ldexp(np.rint(mantissa * 256) / 256, exponent).astype(np.float32)
+
+
+def rounded_mean(comm, way, everyone):
+    """Return the mean of all ranks' arrays with the roundings that are promised, and no other."""
+    sums = {}
+    for node, array in zip(comm.allgather_obj(comm.inter_rank), everyone):
+        sums[node] = array.astype(np.float32) + sums.get(node, np.float32(0))
+    if len(sums) == 1:
+        return sums[0] * np.float32(1 / comm.size)
+    total = np.float32(0)
+    for _, each in sorted(sums.items()):
+        total = total + nearest(each * np.float32(1 / comm.size), way)
+    return total if len(sums) == 2 else nearest(total, way)
+
+
+@pytest.mark.parametrize("way", ROUNDED)
+@pytest.mark.parametrize("dtype", [np.float16, np.float32])
+def test_rounded_once_or_twice(comm, way, dtype, monkeypatch):
+    """Sums are float32; each number is rounded on its way to another node, and nowhere else."""
+    monkeypatch.setattr(ring, "BLOCK_BYTES", 256)
+    shapes = {"a": (7, 50), "b": (1,), "c": (123,)}
+    everyone = [grads_of(rank, shapes=shapes, dtype=dtype) for rank in range(comm.size)]
+    grads = everyone[comm.rank]
+    want = {
+        name: rounded_mean(comm, way, [each[name] for each in everyone]).astype(dtype)
+        for name in shapes
+    }
+    WAYS[way]().mean(comm, grads)
+    for name, grad in grads.items():
+        np.testing.assert_array_equal(grad, want[name], err_msg=name)
+
+
+@pytest.mark.parametrize("way", ROUNDED)
+def test_rounding_on_communicators_without_shared_memory(way):
+    """One rank of each node sends then; the result is right to the precision of what was sent."""
+    with create_communicator("flat") as comm:
+        grads = grads_of(comm.rank)
+        WAYS[way]().mean(comm, grads)
+        assert_equal_on_all_ranks(comm, grads)
+        for name, want in exact(comm).items():
+            np.testing.assert_allclose(
+                grads[name], want, atol=2 * PRECISION[way], rtol=2 * PRECISION[way]
+            )
+
+
 @given(
     high=st.lists(st.integers(0, 2**16 - 1), min_size=1, max_size=20),
     low=st.sampled_from([0, 1, 0x7FFF, 0x8000, 0x8001, 0xFFFF]),
@@ -89,12 +148,45 @@ def test_bfloat16_rounds_to_nearest(high, low):
     values = np.array([[each << 16 | low for each in high]], np.uint32).view(np.float32)
     way = compression.BFloat16()
     got = way.decode(way.encode(values))
+    assert got.dtype == np.float32
     assert (np.isnan(got) == np.isnan(values)).all()
     fine = np.isfinite(values) & (abs(values) >= np.finfo(np.float32).tiny)
     mantissa, exponent = np.frexp(values[fine].astype(np.float64))
     want = np.ldexp(np.rint(mantissa * 256) / 256, exponent)
     with np.errstate(over="ignore"):
         np.testing.assert_array_equal(got[fine], want.astype(np.float32))
+
+
+@given(
+    bits=st.lists(st.integers(0, 2**32 - 1), max_size=20),
+    small=st.lists(st.floats(-(2**-13), 2**-13, width=32), min_size=1, max_size=20),
+)
+def test_float16_is_that_of_numpy(bits, small):
+    """Any float32 becomes what NumPy makes of it, to the bit, and that is read as NumPy does."""
+    way = compression.Float16()
+    values = np.concatenate([np.array(bits, np.uint32).view(np.float32), np.float32(small)])
+    with np.errstate(all="ignore"):
+        want = values.astype(np.float16)
+    got = way.encode(values[np.newaxis]).view(np.float16)[0]
+    numbers = ~np.isnan(values)
+    np.testing.assert_array_equal(got[numbers].view(np.uint16), want[numbers].view(np.uint16))
+    assert np.isnan(got[~numbers]).all()
+
+
+def test_all_of_float16():
+    """Every number there is, and what lies between two, is rounded and read as NumPy does."""
+    way = compression.Float16()
+    halves = np.arange(1 << 16, dtype=np.uint16)[np.newaxis]
+    halves = halves[:, ~np.isnan(halves.view(np.float16)[0])]
+    want = halves.view(np.float16).astype(np.float32)
+    got = way.decode(halves.view(np.uint8))
+    np.testing.assert_array_equal(got.view(np.uint32), want.view(np.uint32))
+    finite = want[np.isfinite(want)].astype(np.float64)
+    between = ((finite[1:] + finite[:-1]) / 2).astype(np.float32)[np.newaxis]
+    for values in (want, between, np.nextafter(between, np.float32(0))):
+        code = way.encode(values).view(np.uint16)
+        with np.errstate(over="ignore"):
+            np.testing.assert_array_equal(code, values.astype(np.float16).view(np.uint16))
 
 
 @pytest.mark.parametrize("way", KEEPING)
@@ -247,7 +339,7 @@ def test_matrices_of_low_rank_are_exact(far_apart):
         grads = {"W": (left @ right * scale).astype(np.float32), "b": vector * np.float32(scale)}
         way.mean(comm, grads)
         np.testing.assert_allclose(grads["b"], vector, rtol=1e-5)
-        way._residual._arrays.clear()  # of ranks that differ
+        way._residual.arrays.clear()  # of ranks that differ
     np.testing.assert_allclose(grads["W"], left @ right, rtol=1e-3, atol=1e-3)
 
 
@@ -295,7 +387,7 @@ def test_training(far_apart, way):
                 each.serialize(serializer)
                 saved[name] = copy.deepcopy(serializer.target)
         optimizer.update(model, *batch(comm.rank, step))
-    assert optimizer.sharded is False
+    assert optimizer.sharded is (way in ROUNDED)
     grads = {name: param.array for name, param in model.namedparams()}
     assert_equal_on_all_ranks(comm, grads)
     with chainer.using_config("train", value=False):
@@ -330,6 +422,115 @@ def test_snapshots_of_other_ways(comm, ways):
     assert_equal_on_all_ranks(comm, {name: p.array for name, p in model.namedparams()})
 
 
+def test_rounding_leaves_everything_else_as_it_is(comm, monkeypatch):
+    """Sharded or not, during backward or after it, parameters are the same to the bit, on all ranks."""
+    monkeypatch.setattr(ring, "BLOCK_BYTES", 256)
+    several = comm.inter_size > 1
+    found = []
+    for options in (
+        {},
+        {"overlap": False},
+        {"sharded_update": False},
+        {"sharded_update": False, "overlap": False},
+        {"mean_grad": True, "share_parameters": True},
+    ):
+        sending = compression.Float16()
+        optimizer = create_multi_node_optimizer(
+            optimizers.Adam(1e-2), comm, compression=sending, **options
+        ).setup(make_model())
+        for step in range(4):
+            optimizer.update(optimizer.target, *batch(comm.rank, step))
+        assert optimizer.sharded is options.get("sharded_update", True)
+        assert optimizer.overlapped is (several and options.get("overlap", True))
+        assert several == bool(max(comm.allgather_obj(sending.sent)))
+        sent = sum(comm.allgather_obj(sending.sent))
+        params = {name: param.array for name, param in optimizer.target.namedparams()}
+        size = sum(array.size for array in params.values())
+        assert sent == 2 * 2 * (comm.inter_size - 1) * size
+        found.append({name: array.copy() for name, array in params.items()})
+    assert_equal_on_all_ranks(comm, found[0])
+    for other in found[1:]:
+        for name, array in found[0].items():
+            np.testing.assert_array_equal(other[name], array, err_msg=name)
+
+
+def test_loss_scaling_saves_small_numbers(far_apart):
+    """What float16 cannot hold comes through when it is multiplied by the loss scale."""
+    comm = far_apart
+    tiny, found = np.float32(1e-9), []
+    for scale in (None, 65536.0):
+        model = chainer.Link()
+        with model.init_scope():
+            model.p = chainer.Parameter(np.zeros(300, np.float32))
+        optimizer = create_multi_node_optimizer(
+            optimizers.SGD(1.0), comm, compression=compression.Float16()
+        ).setup(model)
+        if scale is not None:
+            optimizer.loss_scaling(scale=scale)
+        for _ in range(2):
+            optimizer.update(lambda p: F.sum(p) * tiny, model.p)
+        found.append(model.p.array[0])
+    assert found[0] == (0 if comm.size > 1 else -2 * tiny)
+    np.testing.assert_allclose(found[1], -2 * tiny, rtol=2e-3)
+
+
+def test_ways_that_differ(far_apart):
+    """All ranks raise, and none waits."""
+    comm = far_apart
+    if comm.size == 1:
+        pytest.skip("needs two ranks")
+    ways = [compression.Float16(), None, compression.Int8(), compression.BFloat16()]
+    optimizer = create_multi_node_optimizer(optimizers.SGD(), comm, compression=ways[comm.rank])
+    with pytest.raises(RankMismatchError, match=r"rank 1: the option compression .* None, .*Float"):
+        optimizer.setup(make_model())
+
+
+LINEAR = ["int8", "power_sgd", "top_k", "top_k_momentum"]
+
+
+def train_scaled(comm, way, scales):
+    """Return the parameters after steps with these loss scales; NaN stands for one that overflows."""
+    optimizer = create_multi_node_optimizer(
+        optimizers.SGD(0.1), comm, compression=WAYS[way]()
+    ).setup(make_model())
+    optimizer.loss_scaling()
+    step = 0
+    for scale in scales:
+        x, t = batch(comm.rank, step)
+        if np.isfinite(scale):
+            optimizer._loss_scale = scale
+            step += 1
+        elif comm.rank == comm.size - 1:
+            x = np.full_like(x, np.nan)
+        with np.errstate(all="ignore"):
+            optimizer.update(optimizer.target, x, t)
+    return {name: param.array for name, param in sorted(optimizer.target.namedparams())}
+
+
+@pytest.mark.parametrize("way", LINEAR)
+@pytest.mark.parametrize("layout", ["one node", "a node each"])
+def test_what_is_kept_follows_the_loss_scale(way, layout):
+    """Training is the same whatever the scale, and however it changes."""
+    with on_nodes("shared_memory", layout) as comm:
+        got = train_scaled(comm, way, [1.0, 8.0, 0.5, 64.0, 2.0, 2.0])
+        want = train_scaled(comm, way, [1.0] * 6)
+    for name, array in want.items():
+        np.testing.assert_allclose(got[name], array, rtol=1e-4, atol=1e-6, err_msg=name)
+
+
+@pytest.mark.filterwarnings("ignore:Non finite")
+@pytest.mark.parametrize("way", LINEAR)
+@pytest.mark.parametrize("layout", ["one node", "a node each"])
+def test_a_step_that_overflows_leaves_nothing_behind(way, layout):
+    """With dynamic loss scaling it is skipped; what is kept is as if it had not been."""
+    with on_nodes("shared_memory", layout) as comm:
+        got = train_scaled(comm, way, [2.0, 2.0, np.nan, 1.0, np.nan, np.nan, 4.0, 4.0])
+        want = train_scaled(comm, way, [2.0, 2.0, 1.0, 4.0, 4.0])
+    for name, array in want.items():
+        assert np.isfinite(array).all()
+        np.testing.assert_allclose(got[name], array, rtol=1e-4, atol=1e-6, err_msg=name)
+
+
 def test_copies(far_apart):
     """The copy of an optimizer keeps what was left out of its own."""
     comm = far_apart
@@ -348,10 +549,12 @@ def test_copies(far_apart):
 
 def test_what_does_not_go_together(comm):
     """A clear error, for numbers out of range too."""
-    with pytest.raises(ValueError, match="compression updates on every rank"):
-        create_multi_node_optimizer(
-            optimizers.SGD(), comm, sharded_update=True, compression=compression.Float16()
-        )
+    own_ways = {"sharded_update": "updates on every rank", "overlap": "in its own way"}
+    for option, what in own_ways.items():
+        with pytest.raises(ValueError, match=f"compression by Int8.*{what}.*leave {option} out"):
+            create_multi_node_optimizer(
+                optimizers.SGD(), comm, compression=compression.Int8(), **{option: True}
+            )
     with pytest.raises(ValueError, match="exchanges gradients exactly"):
         create_multi_node_optimizer(
             optimizers.SGD(), comm, double_buffering=True, compression=compression.Float16()

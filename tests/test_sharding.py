@@ -19,7 +19,8 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from chainer_dist import RankMismatchError, create_communicator, create_multi_node_optimizer
-from chainer_dist.communicators import ring
+from chainer_dist.communicators import _reduction, ring
+from conftest import on_nodes
 from test_optimizers import OPTIMIZERS
 
 SHARDED = [name for name in OPTIMIZERS if name != "MSVAG"]
@@ -193,6 +194,77 @@ def test_on_several_nodes(grouped):
     other = train(prepared(grouped, "Adam", [hooks.GradientClipping(0.01)], sharded_update=False))
     assert_same(clipped, other, 1e-5)
     assert everywhere(grouped, saved(clipped.target, clipped))
+
+
+class Branches(chainer.Chain):
+    """A classifier with layers beside it that count for nothing unless they are named."""
+
+    def __init__(self):
+        super().__init__()
+        np.random.seed(3)
+        with self.init_scope():
+            self.a = L.Linear(9, 500)
+            self.b = L.Linear(9, 40)
+            self.c = L.Linear(9, 500)
+            self.d = L.Linear(40, 4)
+
+    def forward(self, x, t, *, used=""):
+        """Return the loss."""
+        extra = sum((F.sum(getattr(self, name)(x)) for name in used), 0)
+        return F.softmax_cross_entropy(self.d(F.relu(self.b(x))), t) + 1e-3 * extra
+
+
+def exchanged(monkeypatch):
+    """Return a list that gets the size of whatever is summed between nodes from now on."""
+    sizes, begin = [], _reduction.begin_sum
+
+    def count(mpi_comm, x):
+        sizes.append(x.size)
+        return begin(mpi_comm, x)
+
+    monkeypatch.setattr(_reduction, "begin_sum", count)
+    return sizes
+
+
+# Which layers are used, which are disabled from which step on, and how many are not sent in the last.
+ABSENT = {
+    "never used": (lambda _step, _rank: "", "", 0, 2),
+    "used in some steps": (lambda step, _rank: "a" if step == 2 else "", "", 0, 2),
+    "used on some ranks": (lambda _step, rank: "c" if rank == 0 else "", "", 0, 0),
+    "disabled": (lambda _step, _rank: "ac", "ac", 0, 2),
+    "disabled later": (lambda _step, _rank: "ac", "c", 3, 1),
+}
+
+
+@pytest.mark.parametrize("options", [{}, {"overlap": False}, {"mean_grad": True}], ids=str)
+@pytest.mark.parametrize("case", ABSENT)
+def test_gradients_that_nobody_has_or_wants(case, options, monkeypatch):
+    """They are not sent, and parameters and state are those of the replicated update."""
+    used, disabled, since, left_out = ABSENT[case]
+    with on_nodes("shared_memory", "odd and even") as comm:
+        trained = []
+        for each in ({"sharded_update": False, "overlap": False}, options):
+            optimizer = prepared(comm, "Adam", model=Branches(), **each)
+            for step in range(5):
+                for name in disabled if step == since else "":
+                    getattr(optimizer.target, name).disable_update()
+                with monkeypatch.context() as patch:
+                    sizes = exchanged(patch)
+                    optimizer.update(
+                        optimizer.target, *batch(comm, step), used=used(step, comm.rank)
+                    )
+            trained.append(optimizer)
+        assert trained[1].sharded
+        assert_same(*trained)
+        assert everywhere(comm, saved(optimizer.target, optimizer))
+        nodes = comm.inter_size
+        sent = sum(comm.allgather_obj(sum(sizes))) / nodes
+    if disabled and "mean_grad" in options:  # then everybody wants to know
+        left_out = 0
+    size = sum(param.size for param in optimizer.target.params())
+    least = size - 5000 * left_out
+    # Of a layer of 5,000 numbers a part of a block of 256 is sent at each end.
+    assert least <= sent <= least + 2 * 256 * left_out or nodes == 1
 
 
 class Doubling(optimizers.SGD):

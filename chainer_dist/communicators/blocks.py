@@ -56,10 +56,10 @@ class Block(NamedTuple):
     slices: list[Slice]  # one a reducing rank
 
     @property
-    def last_array(self) -> int:
-        """The number of the last array of which it has elements."""
-        last: int = max(each.arrays.stop for each in self.slices) - 1
-        return last
+    def arrays(self) -> range:
+        """The numbers of the arrays of which it has elements."""
+        some = [each.arrays for each in self.slices if each.stop > each.start]
+        return range(some[0].start, some[-1].stop)
 
 
 @functools.lru_cache(maxsize=64)

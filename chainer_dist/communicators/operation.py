@@ -220,24 +220,19 @@ class Operation:
         return f"{text} {self.within}" if self.within else text
 
 
-def collective(
-    *same: str, name: str = "", category: str = EXCHANGE
-) -> Callable[[Function], Function]:
+def collective(*same: str, name: str = "") -> Callable[[Function], Function]:
     """Make each call of a function a collective operation of its first argument, a communicator.
 
     Args:
         same: Names of the parameters that are the same on every rank.
         name: What the operation is called, by default as the function.
-        category: What its time is spent on.
     """
-    return functools.partial(
-        _decorated, name=name, category=category, is_collective=True, same=same
-    )
+    return functools.partial(_decorated, name=name, is_collective=True, same=same)
 
 
 def point_to_point(function: Function) -> Function:
     """Make each call of a function an operation of its first argument that one rank does alone."""
-    return _decorated(function, name="", category=EXCHANGE, is_collective=False, same=())
+    return _decorated(function, name="", is_collective=False, same=())
 
 
 def stage(category: str) -> Callable[[Function], Function]:
@@ -260,12 +255,12 @@ def stage(category: str) -> Callable[[Function], Function]:
 
 
 def _decorated(
-    function: Function, *, name: str, category: str, is_collective: bool, same: tuple[str, ...]
+    function: Function, *, name: str, is_collective: bool, same: tuple[str, ...]
 ) -> Function:
     signature = inspect.signature(function)
     kind = Kind(
         name or function.__name__,
-        category,
+        EXCHANGE,
         is_collective=is_collective,
         same=same,
         signature=signature,

@@ -9,6 +9,7 @@ follow one another without a barrier; counters in the shared memory tell how far
 from __future__ import annotations
 
 import collections
+import itertools
 import os
 import time
 from typing import TYPE_CHECKING, Any, cast
@@ -18,6 +19,7 @@ import numpy as np
 from chainer_dist.communicators import _reduction
 from chainer_dist.communicators.agreement import describe_error, raise_first
 from chainer_dist.communicators.blocks import Block, Slice, cut
+from chainer_dist.communicators.coded_mean import CodedMean
 from chainer_dist.communicators.node_memory import barrier, share_memory
 from chainer_dist.communicators.operation import (
     EXCHANGE,
@@ -36,7 +38,11 @@ if TYPE_CHECKING:
     from mpi4py import MPI
 
     from chainer_dist.communicators.arrays import Array
+    from chainer_dist.communicators.coded_mean import Code
     from chainer_dist.communicators.communicator_base import CommunicatorBase
+
+    # See Ring.run.
+    Deliver = Callable[[int, Array, float, Array], None]
 
 BLOCK_BYTES = 1 << 20
 # Three blocks are under way at a time: one being packed, one reduced, one unpacked. Many more slots
@@ -67,7 +73,6 @@ class Ring:
     Creating one is collective, and so is every call of :meth:`run`.
 
     Attributes:
-        scale: What makes the sum over all ranks a mean.
         scratch: Where the sum of a slice is while :meth:`run` has it worked on, as bytes.
         tuning: How large blocks are, and how many are under way at a time; the same on every rank.
         most: What there is room for, and how it is unless somebody changes ``tuning``; small models are
@@ -84,7 +89,7 @@ class Ring:
         self._node = node
         self._number = comm.rank
         self._rank, self._ranks = node.rank, node.size
-        self.scale = 1.0 / comm.size
+        self._scale = 1.0 / comm.size  # what makes the sum over all ranks a mean
         # Nodes may have different numbers of ranks; so many slices as the smallest has.
         self._reducers = cast("int", comm.mpi_comm.allreduce(node.size, MPI.MIN))
         self._peers: MPI.Intracomm | None = None
@@ -142,8 +147,11 @@ class Ring:
         blocks: Sequence[Block],
         dtype: np.dtype[Any],
         sources: Sequence[Array | None] | None,
-        deliver: Callable[[int, Array, Array], None],
+        deliver: Deliver,
         targets: Sequence[Array] | None,
+        *,
+        code: Code | None = None,
+        absent: frozenset[int] = frozenset(),
     ) -> None:
         """Reduce arrays, work on the own slice of each block, and share the result. Collective.
 
@@ -153,25 +161,31 @@ class Ring:
             sources: 1-dimensional arrays, unchanged except where ``deliver`` or ``targets`` change
                 them. None if there is nothing to sum.
             deliver: Called for each block of which this rank has a slice, with the block's number,
-                the slice's sum over all ranks, and an array that takes what the other ranks get;
-                both arrays are of ``dtype``, and may be one. The sum is its to change. On a node it
-                is added in the order of rank, between nodes as MPI does.
+                the slice's sum over all ranks, what makes a mean of that, and an array that takes
+                what the other ranks get; both arrays are of ``dtype``, and may be one. The sum is
+                its to change. On a node it is added in the order of rank, between nodes as MPI does.
             targets: Arrays that take the slices of the other ranks; None if nobody wants them.
+            code: How numbers are sent between nodes, the same on every rank; None as they are. What
+                is handed over with one is the mean already. Only for float32 and float64.
+            absent: The numbers of arrays, the same on every rank, that are zero on all of them, or
+                whose sum nobody wants. A block of nothing else is not exchanged: it counts as zero.
 
         Raises:
             Exception: On every rank of the node, what ``deliver`` raised on one, after the last block.
             RuntimeError: If an earlier run has not come to its end.
         """
-        self.begin(blocks, dtype, sources, deliver, targets).finish()
+        self.begin(blocks, dtype, sources, deliver, targets, code=code, absent=absent).finish()
 
     def begin(
         self,
         blocks: Sequence[Block],
         dtype: np.dtype[Any],
         sources: Sequence[Array | None] | None,
-        deliver: Callable[[int, Array, Array], None],
+        deliver: Deliver,
         targets: Sequence[Array] | None,
         *,
+        code: Code | None = None,
+        absent: frozenset[int] = frozenset(),
         is_ready: Callable[[Block], bool] | None = None,
     ) -> Run:
         """Begin what :meth:`run` does, with arrays that come later. Local.
@@ -185,6 +199,8 @@ class Ring:
             sources: See :meth:`run`; entries may be set until their blocks are ready.
             deliver: See :meth:`run`.
             targets: See :meth:`run`.
+            code: See :meth:`run`.
+            absent: See :meth:`run`.
             is_ready: Tells whether the sources of a block are there; once so, always so.
 
         Returns:
@@ -197,9 +213,31 @@ class Ring:
                 "this rank; after an error create a new communicator"
             )
         self._current = Run(
-            self, blocks, dtype, sources, deliver, targets=targets, is_ready=is_ready
+            self,
+            blocks,
+            dtype,
+            sources,
+            deliver,
+            targets=targets,
+            code=code,
+            absent=absent,
+            is_ready=is_ready,
         )
         return self._current
+
+    def mean_to(self, blocks: Sequence[Block], arrays: Sequence[Array]) -> Deliver:
+        """Return what delivers the mean of the own slices to arrays, and to the other ranks. Local.
+
+        Args:
+            blocks: Of the run.
+            arrays: 1-dimensional, of the sizes that were cut.
+        """
+
+        def deliver(number: int, total: Array, scale: float, out: Array) -> None:
+            np.multiply(total, scale, out=out)
+            self.own(blocks[number]).scatter(out, arrays)
+
+        return deliver
 
     def _reached(self, counter: int, value: int, ranks: int) -> bool:
         """Tell whether a counter of each of the first ``ranks`` ranks has come to ``value``."""
@@ -253,9 +291,11 @@ class Run:
         blocks: Sequence[Block],
         dtype: np.dtype[Any],
         sources: Sequence[Array | None] | None,
-        deliver: Callable[[int, Array, Array], None],
+        deliver: Deliver,
         *,
         targets: Sequence[Array] | None,
+        code: Code | None,
+        absent: frozenset[int],
         is_ready: Callable[[Block], bool] | None,
     ) -> None:
         self._ring = ring
@@ -263,11 +303,20 @@ class Run:
         self._sources = cast("Sequence[Array] | None", sources)  # when they are looked at
         self._deliver_one = deliver
         self._targets = targets
+        self._code = code if ring._peers is not None else None
+        self._scale = ring._scale if self._code is None else 1.0
         self._is_ready = is_ready
+        # Of these blocks there is nothing to sum.
+        self._blank = {
+            number
+            for number, block in enumerate(blocks)
+            if absent and absent.issuperset(block.arrays)
+        }
         self._slots = [each.view(dtype).reshape(ring._depth, -1) for each in ring._slots]
         self._first = ring._done  # the number of the first block
         self._packed = self._summed = self._delivered = self._unpacked = 0  # blocks
-        self._sums: collections.deque[MPI.Request] = collections.deque()  # between nodes
+        # Sums between nodes, by what goes on with them and tells whether they are there.
+        self._sums: collections.deque[Callable[[], bool]] = collections.deque()
         outer = innermost()
         self._caller = _RUN if outer is None else outer.kind
 
@@ -347,7 +396,7 @@ class Run:
             or not ring._reached(_UNPACKED, number + 1 - ring._depth, ring._ranks)
         ):
             return False
-        if self._sources is not None:
+        if self._sources is not None and packed not in self._blank:
             mine = self._slots[ring._rank][number % ring._depth]
             with Operation(PACK):
                 for rank, part in enumerate(self._blocks[packed].slices):
@@ -363,7 +412,8 @@ class Run:
         if self._summed == self._packed or len(self._sums) >= max(1, ring.tuning.in_flight):
             return False
         out = self._own(self._summed)
-        is_summed = self._sources is not None and out.size > 0
+        is_blank = self._summed in self._blank
+        is_summed = self._sources is not None and out.size > 0 and not is_blank
         if is_summed and not ring._reached(_PACKED, number + 1, ring._ranks):
             return False
         if self._sums and not is_summed:  # blocks are handed over in their order
@@ -375,10 +425,19 @@ class Run:
                 total = out
             self._sum_over_node(number, total)
             if ring._peers is not None:
-                self._sums.append(_reduction.begin_sum(ring._peers, total))
+                self._sums.append(self._begin_sum(ring._peers, number, total))
                 return True
+        elif is_blank:
+            total[...] = 0
         self._hand_over(total, out)
         return True
+
+    def _begin_sum(self, peers: MPI.Intracomm, number: int, total: Array) -> Callable[[], bool]:
+        ring = self._ring
+        if self._code is None:
+            return _reduction.begin_sum(peers, total).Test
+        tag = 2 * (number % ring._depth)
+        return CodedMean(peers, total, ring._scale, self._code, tag).test
 
     def _sum_over_node(self, number: int, total: Array) -> None:
         assert self._sources is not None  # noqa: S101 - for the type checker
@@ -402,7 +461,12 @@ class Run:
 
     def _deliver(self) -> bool:
         """Hand the next sum over the nodes over, if it is there."""
-        if not self._sums or not self._sums[0].Test():
+        if not self._sums:
+            return False
+        # MPI goes on with all sums when it is asked for one; those in a code have several steps.
+        asked = 1 if self._code is None else len(self._sums)
+        is_there, *_ = [go_on() for go_on in itertools.islice(self._sums, asked)]
+        if not is_there:
             return False
         self._sums.popleft()
         out = self._own(self._delivered)
@@ -414,7 +478,7 @@ class Run:
         if out.size:
             try:
                 with Operation(self._caller):  # whose work it is
-                    self._deliver_one(self._delivered, total, out)
+                    self._deliver_one(self._delivered, total, self._scale, out)
             except Exception as error:  # noqa: BLE001 - the others wait for the blocks to come
                 ring._error = ring._error or error
                 ring._counters[ring._rank][_FAILED] = 1

@@ -5,8 +5,6 @@ from __future__ import annotations
 import operator
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from chainer_dist.communicators import _reduction
 from chainer_dist.communicators.agreement import agree, raise_mismatch
 from chainer_dist.communicators.communicator_base import CommunicatorBase
@@ -17,9 +15,11 @@ from chainer_dist.communicators.tuning import Tuning, tune
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    import numpy as np
     from typing_extensions import Self
 
     from chainer_dist.communicators.arrays import Array
+    from chainer_dist.communicators.coded_mean import Code
 
 
 class SharedMemoryCommunicator(CommunicatorBase):
@@ -73,8 +73,13 @@ class SharedMemoryCommunicator(CommunicatorBase):
             raise ValueError(f"nbytes is {nbytes}, expected 1 or more")
         return tune(self, nbytes) if self.size > 1 else self.ring.tuning
 
-    def mean_arrays(self, arrays: Sequence[Array]) -> None:
-        """See :meth:`CommunicatorBase.mean_arrays`."""
+    def mean_arrays(self, arrays: Sequence[Array], *, code: Code | None = None) -> None:
+        """See :meth:`CommunicatorBase.mean_arrays`.
+
+        Args:
+            arrays: See there.
+            code: How numbers are sent between nodes, the same on every rank; None as they are.
+        """
         if self.size == 1:
             return
         # Loops over many small arrays cost as much as their exchange: no work in them that can wait.
@@ -82,20 +87,15 @@ class SharedMemoryCommunicator(CommunicatorBase):
         dtypes = dict.fromkeys([array.dtype for array in distinct])
         for dtype in dtypes:
             group = [array for array in distinct if len(dtypes) == 1 or array.dtype == dtype]
-            self._mean(_reduction.wire_dtype(dtype), group)
+            self._mean(_reduction.wire_dtype(dtype), group, code)
 
-    def _mean(self, dtype: np.dtype[Any], arrays: list[Array]) -> None:
+    def _mean(self, dtype: np.dtype[Any], arrays: list[Array], code: Code | None) -> None:
         """Average arrays of one dtype, none of them twice there."""
         ring = self.ring
         # In C order, and a copy where that is not the layout.
         flat = [array if array.ndim == 1 else array.reshape(-1) for array in arrays]
         blocks = ring.cut([array.size for array in flat], dtype)
-
-        def deliver(number: int, total: Array, out: Array) -> None:
-            np.multiply(total, ring.scale, out=out)
-            ring.own(blocks[number]).scatter(out, flat)
-
-        ring.run(blocks, dtype, flat, deliver, flat)
+        ring.run(blocks, dtype, flat, ring.mean_to(blocks, flat), flat, code=code)
         for array, copy in zip(arrays, flat):
             if not array.flags.c_contiguous:
                 array[...] = copy.reshape(array.shape)

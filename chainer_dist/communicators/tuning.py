@@ -42,9 +42,8 @@ def tune(comm: SharedMemoryCommunicator, nbytes: int) -> Tuning:
     while sizes[-1] // 2 >= _FEWEST_BYTES:
         sizes.append(sizes[-1] // 2)
     flights = sorted({most.in_flight, max(most.in_flight // 2, 1), 1}) if most.in_flight else [0]
-    candidates = [
-        Tuning(*each) for each in itertools.product(sizes, flights[::-1])
-    ]  # ``most`` first
+    # The first is ``most``, which wins if another is as fast.
+    candidates = [Tuning(*each) for each in itertools.product(sizes, flights[::-1])]
     data = np.zeros(max(nbytes // 4, 1), dtype=np.float32)
     seconds: dict[Tuning, list[float]] = {each: [] for each in candidates}
     for turn in range(_ROUNDS + 1):

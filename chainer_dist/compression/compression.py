@@ -13,7 +13,7 @@ import numpy as np
 from chainer_dist.communicators import _reduction
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
+    from collections.abc import Iterable, Iterator, Mapping
 
     import chainer
     from mpi4py import MPI
@@ -60,6 +60,14 @@ class Compression(abc.ABC):
                 float arrays of any layout, no two of which share memory.
         """
 
+    def use_loss_scale(self, scale: float) -> None:
+        """Take notice of what gradients of the next exchange are multiplied by. Local.
+
+        Args:
+            scale: The same on every rank; 1 if they are as they are.
+        """
+        del scale  # nothing is kept that was multiplied by another one
+
     def serialize(self, serializer: chainer.AbstractSerializer, comm: CommunicatorBase) -> None:
         """Save or load what is kept from one exchange to the next. Local.
 
@@ -99,11 +107,21 @@ class NodeCompression(Compression):
     Gradients are first averaged exactly on each node. Then one rank of each node exchanges what
     :meth:`mean_over_nodes` makes of them, and the others of the node get the result: the same bits
     on every rank. On a single node nothing is compressed.
+
+    What is kept for the next exchange follows the loss scale. Where a mean comes out as NaN or
+    infinite, everything is kept as it was before: the update is not made with dynamic loss scaling,
+    and the model is lost without it.
     """
 
     def __init__(self) -> None:
         super().__init__()
         self._residual = Residual()
+        self._loss_scale = 1.0  # of what is kept
+
+    @property
+    def _kept(self) -> list[Kept]:
+        """All that is kept from one exchange to the next."""
+        return [self._residual]
 
     @abc.abstractmethod
     def mean_over_nodes(self, nodes: Nodes, grads: dict[str, Array]) -> None:
@@ -129,37 +147,62 @@ class NodeCompression(Compression):
         }
         node = cast("CommunicatorBase", self._node)
         node.mean_arrays(list(wide.values()))
-        if self._nodes is not None:
-            self.mean_over_nodes(self._nodes, wide)
-        for name, grad in grads.items():
-            for piece in _reduction.pieces(wide[name]):
-                node.mpi_comm.Bcast(piece, root=0)
-            if wide[name] is not grad:
-                np.copyto(grad, wide[name], casting="same_kind")
+        with self._unless_it_overflows(grads):
+            if self._nodes is not None:
+                self.mean_over_nodes(self._nodes, wide)
+            for name, grad in grads.items():
+                for piece in _reduction.pieces(wide[name]):
+                    node.mpi_comm.Bcast(piece, root=0)
+                if wide[name] is not grad:
+                    np.copyto(grad, wide[name], casting="same_kind")
+
+    @contextlib.contextmanager
+    def _unless_it_overflows(self, grads: Mapping[str, Array]) -> Iterator[None]:
+        """Keep what was kept before if gradients are not finite after this. Local."""
+        before = [dict(each.arrays) for each in self._kept]
+        yield
+        if any(each.arrays for each in self._kept) and not are_finite(grads.values()):
+            for each, arrays in zip(self._kept, before):
+                each.arrays = arrays
+
+    def use_loss_scale(self, scale: float) -> None:
+        """See :meth:`Compression.use_loss_scale`."""
+        if scale != self._loss_scale:
+            for each in self._kept:
+                each.multiply(scale / self._loss_scale)
+            self._loss_scale = scale
 
     def serialize(self, serializer: chainer.AbstractSerializer, comm: CommunicatorBase) -> None:
         """See :meth:`Compression.serialize`."""
         self._residual.serialize(serializer["residual"], comm.rank)
+        with contextlib.suppress(KeyError):  # saved without compression
+            self._loss_scale = float(serializer("loss_scale", self._loss_scale))
 
 
 class Kept:
-    """Arrays by parameter name that a way of compressing keeps from one exchange to the next."""
+    """Arrays by parameter name that a way of compressing keeps from one exchange to the next.
+
+    Attributes:
+        arrays: What is kept.
+    """
 
     def __init__(self) -> None:
-        self._arrays: dict[str, Array] = {}
+        self.arrays: dict[str, Array] = {}
 
     def get(self, name: str, shape: tuple[int, ...]) -> Array | None:
         """Return what was kept, if it has this shape. Local."""
-        array = self._arrays.get(name)
+        array = self.arrays.get(name)
         return None if array is None or array.shape != shape else array
 
     def keep(self, name: str, array: Array) -> None:
         """Keep an array, which nobody changes from now on. Local."""
-        self._arrays[name] = array
+        self.arrays[name] = array
 
-    def items(self) -> Iterable[tuple[str, Array]]:
-        """Return all names and arrays. Local."""
-        return self._arrays.items()
+    def multiply(self, factor: float) -> None:
+        """Multiply all arrays. Local."""
+        self.arrays = {
+            name: array * array.dtype.type(factor) for name, array in self.arrays.items()
+        }
 
     def serialize(self, serializer: chainer.AbstractSerializer, rank: int | None = None) -> None:
         """Save or load the arrays; those of one rank are loaded on that rank only. Local.
@@ -171,18 +214,18 @@ class Kept:
         import chainer
 
         if not isinstance(serializer, chainer.Deserializer):
-            names = json.dumps([*self._arrays]).encode()
+            names = json.dumps([*self.arrays]).encode()
             serializer("names", np.frombuffer(names, dtype=np.uint8))
             serializer("rank", -1 if rank is None else rank)
-            for number, array in enumerate(self._arrays.values()):
+            for number, array in enumerate(self.arrays.values()):
                 serializer(str(number), array)
             return
-        self._arrays = {}
+        self.arrays = {}
         with contextlib.suppress(KeyError):  # saved without compression
             names = json.loads(serializer("names", None).tobytes())
             if rank is None or int(serializer("rank", None)) in (-1, rank):
                 loaded = [serializer(str(number), None) for number in range(len(names))]
-                self._arrays = dict(zip(names, loaded))
+                self.arrays = dict(zip(names, loaded))
 
 
 class Residual(Kept):
@@ -200,6 +243,24 @@ class Residual(Kept):
                 np.add(grad, rest, out=grad)
 
 
+def are_finite(arrays: Iterable[Array]) -> bool:
+    """Tell whether there is neither NaN nor infinity in any array. Local."""
+    return all(np.isfinite(array).all() for array in arrays)
+
+
+def flatten(grads: Mapping[str, Array]) -> Array:
+    """Return all gradients, one after the other, in one new float32 array. Local."""
+    return np.concatenate([np.ravel(grad) for grad in grads.values()]).astype(np.float32)
+
+
+def unpack(values: Array, arrays: Iterable[Array]) -> None:
+    """Copy values to arrays, one after the other. Local."""
+    start = 0
+    for array in arrays:
+        array[...] = values[start : start + array.size].reshape(array.shape)
+        start += array.size
+
+
 def allreduce_mean(nodes: Nodes, arrays: list[Array]) -> int:
     """Replace arrays by their exact weighted means, in one message. Collective.
 
@@ -215,8 +276,5 @@ def allreduce_mean(nodes: Nodes, arrays: list[Array]) -> int:
         packed *= nodes.weight
         _reduction.sum_in_place(nodes.mpi_comm, packed)
         sent += packed.nbytes * 2 * (nodes.mpi_comm.size - 1) // nodes.mpi_comm.size
-        start = 0
-        for array in group:
-            array[...] = packed[start : start + array.size].reshape(array.shape)
-            start += array.size
+        unpack(packed, group)
     return sent

@@ -43,6 +43,10 @@ class PowerSGD(NodeCompression):
             raise ValueError(f"rank is {rank}, expected 1 or more")
         self._rights = Kept()  # the last right factors, the same on every rank
 
+    @property
+    def _kept(self) -> list[Kept]:
+        return [*super()._kept, self._rights]
+
     def mean_over_nodes(self, nodes: Nodes, grads: dict[str, Array]) -> None:
         """See :meth:`NodeCompression.mean_over_nodes`."""
         matrices = {

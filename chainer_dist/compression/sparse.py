@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from chainer_dist.compression.compression import Kept, NodeCompression
+from chainer_dist.compression.compression import Kept, NodeCompression, are_finite, flatten, unpack
 
 if TYPE_CHECKING:
     import chainer
@@ -69,34 +69,39 @@ class TopK(NodeCompression):
         if self.warmup_updates < 0:
             raise ValueError(f"warmup_updates is {warmup_updates}, expected 0 or more")
         self._updates = 0
-        self._velocity = (
-            Kept()
-        )  # of a node; of all gradients that it exchanges, one after the other
+        # Of a node; of all gradients that it exchanges, one after the other.
+        self._velocity = Kept()
+
+    @property
+    def _kept(self) -> list[Kept]:
+        return [*super()._kept, self._velocity]
 
     def mean(self, comm: CommunicatorBase, grads: dict[str, Array]) -> None:
         """See :meth:`Compression.mean`."""
         super().mean(comm, grads)
-        self._updates += 1
+        if self._updates < self.warmup_updates and are_finite(grads.values()):
+            self._updates += 1
         if comm.inter_size == 1 and self.momentum:
-            flat = _flat(grads)
-            self._add_momentum(flat)
-            _unpack(flat, grads)
+            with self._unless_it_overflows(grads):
+                values = flatten(grads)
+                self._add_momentum(values)
+                unpack(values, grads.values())
 
     def mean_over_nodes(self, nodes: Nodes, grads: dict[str, Array]) -> None:
         """See :meth:`NodeCompression.mean_over_nodes`."""
         comm = nodes.mpi_comm
-        flat = _flat(grads)
-        if not flat.size:
+        rest = flatten(grads)
+        if not rest.size:
             return
-        self._add_momentum(flat)
-        self._residual.add_to({"all": flat})
-        count = math.ceil(self._density_now() * flat.size)
-        largest = np.argpartition(np.abs(flat), flat.size - count)[flat.size - count :]
-        indices = np.sort(largest).astype(np.uint32 if flat.size < 1 << 32 else np.uint64)
-        values = flat[indices]
-        flat[indices] = 0
-        self._residual.keep("all", flat)
-        velocity = self._velocity.get("all", flat.shape)
+        self._add_momentum(rest)
+        self._residual.add_to({"all": rest})
+        count = math.ceil(self._density_now() * rest.size)
+        largest = np.argpartition(np.abs(rest), rest.size - count)[rest.size - count :]
+        indices = np.sort(largest).astype(np.uint32 if rest.size < 1 << 32 else np.uint64)
+        values = rest[indices]
+        rest[indices] = 0
+        self._residual.keep("all", rest)
+        velocity = self._velocity.get("all", rest.shape)
         if velocity is not None:
             velocity[indices] = 0
         all_indices = np.empty((comm.size, count), indices.dtype)
@@ -104,10 +109,10 @@ class TopK(NodeCompression):
         comm.Allgather(indices, all_indices)
         comm.Allgather(values, all_values)
         self.sent = (indices.nbytes + values.nbytes) * (comm.size - 1)
-        mean = np.zeros_like(flat)
+        mean = np.zeros_like(rest)
         for where, what, weight in zip(all_indices, all_values, nodes.weights):
             mean[where] += what * np.float32(weight)
-        _unpack(mean, grads)
+        unpack(mean, grads.values())
 
     def _density_now(self) -> float:
         if self._updates >= self.warmup_updates:
@@ -116,14 +121,14 @@ class TopK(NodeCompression):
         factor: float = (self.density / first) ** (self._updates / self.warmup_updates)
         return first * factor
 
-    def _add_momentum(self, flat: Array) -> None:
+    def _add_momentum(self, values: Array) -> None:
         """Replace gradients by what they are with momentum, in place. Local."""
         if not self.momentum:
             return
-        velocity = self._velocity.get("all", flat.shape)
+        velocity = self._velocity.get("all", values.shape)
         if velocity is not None:
-            flat += velocity * np.float32(self.momentum)
-        self._velocity.keep("all", flat.copy())
+            values += velocity * np.float32(self.momentum)
+        self._velocity.keep("all", values.copy())
 
     def serialize(self, serializer: chainer.AbstractSerializer, comm: CommunicatorBase) -> None:
         """See :meth:`Compression.serialize`."""
@@ -133,16 +138,3 @@ class TopK(NodeCompression):
         self._velocity.serialize(serializer["velocity"], rank)
         with contextlib.suppress(KeyError):  # saved with another compression
             self._updates = int(serializer("updates", self._updates))
-
-
-def _flat(grads: dict[str, Array]) -> Array:
-    """Return all gradients in one new array."""
-    return np.concatenate([np.ravel(grad) for grad in grads.values()]).astype(np.float32)
-
-
-def _unpack(flat: Array, grads: dict[str, Array]) -> None:
-    """Copy values to gradients, one after the other."""
-    start = 0
-    for grad in grads.values():
-        grad[...] = flat[start : start + grad.size].reshape(grad.shape)
-        start += grad.size

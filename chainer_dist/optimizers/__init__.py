@@ -6,6 +6,7 @@ import operator
 from typing import TYPE_CHECKING
 
 from chainer_dist.communicators.shared_memory import SharedMemoryCommunicator
+from chainer_dist.compression import as_code
 from chainer_dist.optimizers.double_buffering import DoubleBufferingOptimizer
 from chainer_dist.optimizers.join import Join
 from chainer_dist.optimizers.local_sgd import create_local_sgd_optimizer
@@ -78,8 +79,10 @@ def create_multi_node_optimizer(
             as those of ``model.copy()``, are no longer the model's.
         compression: One of :mod:`chainer_dist.compression`, to average gradients with fewer bytes
             between nodes, approximately, or by their rows that are not zero, exactly; the same kind
-            on every rank, and an object of this optimizer alone. Every rank updates all parameters then. Its state is saved with the
-            optimizer's.
+            on every rank, and an object of this optimizer alone. Its state is saved with the
+            optimizer's. Every rank updates all parameters then, after an exchange that does not
+            overlap, except with ``Float16`` and ``BFloat16``, which change nothing but the numbers
+            between nodes.
         accumulate_steps: How many calls of ``update`` make one update, for batches that are too
             large for the memory, or for fewer exchanges: k calls compute gradients k times, and
             exchange and update once, by the mean. So k batches of size b, each of whose losses is a
@@ -100,8 +103,9 @@ def create_multi_node_optimizer(
             not depend on the size of a message (MPICH does, and any MPI between two nodes); with
             ``GradientClipping`` but for rounding, as its norm is summed in another order. Not
             overlapped are the first update, ``update(None)``, accumulated batches, ``Join``,
-            ``double_buffering`` and ``compression``, nor, where every rank updates all parameters, an update whose loss
-            comes from other parameters than that of the update before.
+            ``double_buffering`` and ``compression`` (but for ``Float16`` and ``BFloat16``), nor,
+            where every rank updates all parameters, an update whose loss comes from other
+            parameters than that of the update before.
 
     Returns:
         The optimizer to use in place of ``actual_optimizer``. Pickled, it leaves its communicator
@@ -109,31 +113,34 @@ def create_multi_node_optimizer(
 
     Raises:
         ValueError: If ``double_buffering`` and ``compression`` are asked for together, or one of
-            them with ``sharded_update=True``, or ``double_buffering`` with an MPI library that was
-            not built, or not started, for several threads; or ``overlap`` with one of them or
-            another communicator than ``shared_memory``; or if ``accumulate_steps`` is not 1 or
-            more. From updates, if ``sharded_update`` is True and the update cannot be sharded.
-        RankMismatchError: From updates, on every rank, if ``accumulate_steps`` or ``overlap`` differs.
+            them (but for ``Float16`` and ``BFloat16``) with ``sharded_update=True``, or
+            ``double_buffering`` with an MPI library that was not built, or not started, for several
+            threads; or ``overlap`` with one of them or another communicator than
+            ``shared_memory``; or if ``accumulate_steps`` is not 1 or more. From updates, if
+            ``sharded_update`` is True and the update cannot be sharded.
+        RankMismatchError: From updates, on every rank, if ``accumulate_steps``, ``overlap`` or
+            the kind of ``compression`` differs.
     """
     accumulate_steps = operator.index(accumulate_steps)
     if accumulate_steps < 1:
         raise ValueError(f"accumulate_steps is {accumulate_steps}, expected 1 or more")
-    if sharded_update and (double_buffering or compression is not None):
-        option = "double_buffering" if double_buffering else "compression"
-        raise ValueError(f"{option} updates on every rank; leave sharded_update out")
+    apart = None  # what exchanges gradients in its own way
+    if double_buffering:
+        apart = "double_buffering"
+    elif compression is not None and as_code(compression) is None:
+        apart = f"compression by {type(compression).__name__}"
+    if sharded_update and apart:
+        raise ValueError(f"{apart} updates on every rank; leave sharded_update out")
     if double_buffering and compression is not None:
         raise ValueError("double_buffering exchanges gradients exactly; leave compression out")
-    if double_buffering or compression is not None:
-        sharded_update = False
-    if overlap and (double_buffering or compression is not None):
-        option = "double_buffering" if double_buffering else "compression"
-        raise ValueError(f"{option} exchanges gradients in its own way; leave overlap out")
+    if overlap and apart:
+        raise ValueError(f"{apart} exchanges gradients in its own way; leave overlap out")
     if overlap and not isinstance(communicator, SharedMemoryCommunicator):
         raise ValueError(
             f"overlap needs the communicator shared_memory, this one is {communicator.name}"
         )
-    if double_buffering:
-        overlap = False
+    if apart:
+        sharded_update = overlap = False
     options = Options(
         sharded_update, mean_grad, share_parameters, compression, accumulate_steps, overlap
     )

@@ -113,6 +113,6 @@ class Accumulation:
                 self.own += int(source("own", None))
                 sums = Kept()
                 sums.serialize(source["sums"])
-                for name, array in sums.items():
+                for name, array in sums.arrays.items():
                     known = self._sums.get(name, array.shape)
                     self._sums.keep(name, array if known is None else known + array)

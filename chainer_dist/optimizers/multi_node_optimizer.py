@@ -22,6 +22,7 @@ from chainer_dist.communicators.operation import (
     stage,
 )
 from chainer_dist.communicators.shared_memory import SharedMemoryCommunicator
+from chainer_dist.compression import as_code
 from chainer_dist.optimizers.accumulation import Accumulation
 from chainer_dist.optimizers.overlap import Overlap
 from chainer_dist.sharding import ShardedUpdate, Signature, obstacle
@@ -33,7 +34,7 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
     from chainer_dist.communicators import CommunicatorBase
-    from chainer_dist.compression import Compression
+    from chainer_dist.compression import Compression, Rounded
     from chainer_dist.optimizers.join import Join
 
 __all__ = ["MultiNodeOptimizer", "Options", "describe_states"]
@@ -219,6 +220,8 @@ class MultiNodeOptimizer:
         """
         accumulation, size = self._accumulation, self._connected().size
         is_last = accumulation.calls + 1 >= self.accumulate_steps and not postponed
+        if self._code is not None and is_last:
+            self._code.sent = 0
         parameters, same_grads = self._compute(
             lossfun,
             args,
@@ -282,8 +285,9 @@ class MultiNodeOptimizer:
             target.cleargrads()
         elif overlap is not None:
             overlap.meet(None, exchange.ParameterSet(target), is_usual=False)
-        if not (compare or is_first or self._is_unsettled()):
-            return exchange.ParameterSet(target), True
+        settled = None if compare or is_first else self._settled()
+        if settled is not None:
+            return settled, True
         parameters, same_grads, changed = self._agree(stands_by=stands_by)
         if changed:
             self._make_equal()
@@ -294,30 +298,39 @@ class MultiNodeOptimizer:
             parameters, same_grads, _ = self._agree(stands_by=stands_by)
         return parameters, same_grads
 
-    def _is_unsettled(self) -> bool:
-        """Tell whether ranks have to compare parameters before the gradients can count. Local.
+    def _settled(self) -> exchange.ParameterSet | None:
+        """Return the parameters, or None if ranks have to compare them before gradients can count. Local.
 
         Every rank comes to the same answer, or to an error in the next comparison: what is not
         initialized is known to all of them, as some batches may use it and others not.
         """
-        structure = exchange.ParameterSet(self.target).structure
+        parameters = exchange.ParameterSet(self.target)
         waits = any(spec is None for _, spec in self._structure or ())
-        return waits or self._loaded or structure != self._structure
+        changed = self._loaded or parameters.structure != self._structure
+        return None if waits or changed else parameters
 
     def _step(self, parameters: exchange.ParameterSet, *, same_grads: bool) -> None:
         """Average the gradients and update the parameters. Collective."""
         if self._shards is not None:
+            absent: frozenset[int] = frozenset()
+            if same_grads:
+                absent = frozenset(
+                    [index for index, has in enumerate(parameters.has_grad) if not has]
+                )
             parameters.fill_zeros()
             if self._connected().size == 1:  # hooks change the gradients where they are
                 exchange.private_grads(parameters)
-            self._shards.update(parameters, averaged=self._averaged)
+            self._shards.update(parameters, averaged=self._averaged, absent=absent)
             return
+        compression = self._options.compression
+        if compression is not None:
+            compression.use_loss_scale(self.actual_optimizer._loss_scale or 1.0)
         exchange.mean_agreed_grad(
             self._connected(),
             parameters,
             same_grads=same_grads,
             zero_fill=self.zero_fill,
-            compression=self._options.compression,
+            compression=compression,
             means=self._overlap.means if self._averaged and self._overlap else None,
         )
         with self._equal_randomness():
@@ -517,6 +530,7 @@ class MultiNodeOptimizer:
                 mean_grad=self._options.mean_grad,
                 share_parameters=self._options.share_parameters,
                 order=None if overlap is None else overlap.agree_on_order(parameters),
+                code=self._code,
             )
             if overlap is not None:
                 overlap.plan_parts(self._shards.parts)
@@ -556,20 +570,30 @@ class MultiNodeOptimizer:
         comm, options = self._connected(), self._options
         if (
             options.overlap is False
-            or options.compression is not None
             or not isinstance(comm, SharedMemoryCommunicator)
             or not (comm.inter_size > 1 or (options.overlap and comm.size > 1))
         ):
             return None
         if self._overlap is None or self._overlap.comm is not comm:
-            self._overlap = Overlap(comm)
+            self._overlap = Overlap(comm, self._code)
         # Ranks of a Join may have no backward, and their gradients do not count as they are.
         return self._overlap if self.join is None else None
 
+    @property
+    def _code(self) -> Rounded | None:
+        """How gradients that are exchanged in the ordinary way are sent between nodes."""
+        return as_code(self._options.compression)
+
     def _make_equal(self) -> None:
-        comm, option = self._connected(), repr(self._options.overlap)
-        if not all(agree(comm, digest(option))):
-            raise_mismatch(comm, [("the option overlap of create_multi_node_optimizer", option)])
+        comm, options = self._connected(), self._options
+        # Ranks that differ in these would not even communicate at the same time.
+        kind = str(options.compression and type(options.compression).__name__)
+        lines = [
+            ("the option compression of create_multi_node_optimizer", kind),
+            ("the option overlap of create_multi_node_optimizer", repr(options.overlap)),
+        ]
+        if not all(agree(comm, digest(lines))):
+            raise_mismatch(comm, lines)
         exchange.bcast_data(comm, self.target)
         self._structure = exchange.ParameterSet(self.target).structure
         self._loaded = False
@@ -660,6 +684,8 @@ def describe_states(parameters: exchange.ParameterSet) -> list[tuple[str, str]]:
         rule = param.update_rule
         if rule is not None:
             kept = "not there" if rule.state is None else ", ".join(rule.state) or "empty"
+            if not rule.enabled:
+                kept += ", its update disabled"
             found.append((f"the state of {name}", f"{kept} (after {rule.t} updates)"))
     return found
 

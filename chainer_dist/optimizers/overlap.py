@@ -24,10 +24,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from chainer_dist.communicators import _reduction
-from chainer_dist.communicators.agreement import agree
+from chainer_dist.communicators.agreement import agree, digest
 from chainer_dist.communicators.operation import EXCHANGE, Kind, Operation
 from chainer_dist.optimizers.final_gradients import FinalGradients
-from chainer_dist.sharding import Part
+from chainer_dist.sharding import Part, places
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -36,7 +36,8 @@ if TYPE_CHECKING:
 
     from chainer_dist.communicators.arrays import Array
     from chainer_dist.communicators.blocks import Block
-    from chainer_dist.communicators.ring import Ring, Run
+    from chainer_dist.communicators.coded_mean import Code
+    from chainer_dist.communicators.ring import Run
     from chainer_dist.communicators.shared_memory import SharedMemoryCommunicator
     from chainer_dist.exchange import ParameterSet
 
@@ -51,6 +52,7 @@ class Overlap:
 
     Args:
         comm: Over whose ranks gradients are averaged.
+        code: How gradients are sent between nodes; None as they are.
 
     Attributes:
         comm: Over whose ranks gradients are averaged.
@@ -59,8 +61,9 @@ class Overlap:
             of a sharded update, which has them.
     """
 
-    def __init__(self, comm: SharedMemoryCommunicator) -> None:
+    def __init__(self, comm: SharedMemoryCommunicator, code: Code | None = None) -> None:
         self.comm = comm
+        self._code = code
         self._order: list[int] = []  # of the last backward, as far as gradients were reported
         self._reached: tuple[int, ...] = ()
         self._plan: _Plan | None = None
@@ -71,16 +74,15 @@ class Overlap:
 
     def meet(
         self, loss: chainer.Variable | None, parameters: ParameterSet, *, is_usual: bool
-    ) -> bool:
+    ) -> None:
         """Find out whether gradients are exchanged during this backward. Collective.
+
+        All ranks come to the same.
 
         Args:
             loss: From which this rank's backward starts, or None if there is no backward here.
             parameters: Those of the model.
             is_usual: Whether nothing is changed that the plan rests on.
-
-        Returns:
-            That, the same on every rank.
         """
         self._exchange = None
         self._watch = watch = None
@@ -88,15 +90,19 @@ class Overlap:
             self._watch = watch = FinalGradients(loss, parameters.params)
         plan = self._plan
         is_able = is_other = False
+        absent: frozenset[int] = frozenset()  # what this rank's loss does not come from
         if is_usual and not self.is_stale and plan is not None and watch is not None:
             # What the loss does not come from has no gradient, and is left out of the exchange.
             is_other = plan.reached is not None and plan.reached != watch.reached
             is_able = not is_other
-        same_able, same_other = agree(self.comm, int(is_able), int(is_other))
+            absent = frozenset(range(len(parameters.params))).difference(watch.reached)
+        same_able, same_other, same_absent = agree(
+            self.comm, int(is_able), int(is_other), digest(sorted(absent)) if absent else 0
+        )
         self.is_stale = self.is_stale or is_other or not same_other
         if plan is not None and is_able and same_able:
-            self._exchange = _Exchange(self.comm, plan.parts, parameters)
-        return self._exchange is not None
+            nowhere = absent if same_absent else frozenset()
+            self._exchange = _Exchange(self.comm, plan.parts, parameters, self._code, nowhere)
 
     def backward(self, loss: chainer.Variable, loss_scale: float | None) -> None:
         """Run backward, and the exchange that :meth:`meet` has arranged. Collective in that case.
@@ -164,7 +170,7 @@ class Overlap:
             wire = _reduction.wire_dtype(dtype)
             blocks = ring.cut(sizes, wire, seldom=True)
             self.means.update(zip([parameters.names[index] for index in indices], means))
-            parts.append(Part(indices, blocks, wire, _deliver_to(ring, blocks, means), means))
+            parts.append(Part(indices, blocks, wire, ring.mean_to(blocks, means), means))
         self._plan = _Plan(parts, self._reached)
         self.is_stale = False
 
@@ -190,12 +196,18 @@ class _Exchange:
     """One exchange of gradients, which come one after the other. Begun and finished by all ranks."""
 
     def __init__(
-        self, comm: SharedMemoryCommunicator, parts: list[Part], parameters: ParameterSet
+        self,
+        comm: SharedMemoryCommunicator,
+        parts: list[Part],
+        parameters: ParameterSet,
+        code: Code | None,
+        absent: frozenset[int],
     ) -> None:
         self._comm = comm
+        self._code = code
         self._params, self._arrays = parameters.params, parameters.arrays
         self._taken: dict[int, Array] = {}
-        self._queues = [_Queue(part) for part in parts]
+        self._queues = [_Queue(part, self._arrays, absent | part.unwanted) for part in parts]
         self._queue_of = {index: queue for queue in self._queues for index in queue.part.indices}
         self._rest = iter(self._queues)
         self._run: Run | None = None
@@ -205,9 +217,16 @@ class _Exchange:
         queue = next(self._rest, None)
         self._run = None
         if queue is not None:
-            blocks, dtype, deliver, targets = queue.part[1:]
+            part = queue.part
             self._run = self._comm.ring.begin(
-                blocks, dtype, queue.sources, deliver, targets, is_ready=queue.is_ready
+                part.blocks,
+                part.dtype,
+                queue.sources,
+                part.deliver,
+                part.targets,
+                code=self._code,
+                absent=queue.absent,
+                is_ready=queue.is_ready,
             )
 
     def take(self, index: int, grad: Array) -> None:
@@ -233,8 +252,8 @@ class _Exchange:
             if index not in self._taken:
                 grad = self._params[index].grad
                 if grad is None:
-                    queue.put(index, np.zeros(self._arrays[index].size, self._arrays[index].dtype))
-                else:
+                    queue.put_zeros(index)
+                elif not (queue.counts_as_zero(index) and grad.any()):
                     self.take(index, grad)
         with Operation(_EXCHANGE, self._comm):
             while self._run is not None:
@@ -252,24 +271,30 @@ class _Exchange:
 class _Queue:
     """The gradients of a part on their way into its blocks."""
 
-    def __init__(self, part: Part) -> None:
+    def __init__(self, part: Part, arrays: Sequence[Array], absent: frozenset[int]) -> None:
         self.part = part
         self.sources: list[Array | None] = [None] * len(part.indices)
+        self.absent: frozenset[int] = frozenset()  # at which places
+        self._arrays = arrays
         self._places = {index: place for place, index in enumerate(part.indices)}
         self._there = 0  # so many of the first gradients are there
+        for index in absent.intersection(part.indices):  # a block may have some of it beside others
+            self.put_zeros(index)
+        self.absent = places(part.indices, absent)
+
+    def counts_as_zero(self, index: int) -> bool:
+        return self._places[index] in self.absent
+
+    def put_zeros(self, index: int) -> None:
+        array = self._arrays[index]
+        self.put(index, np.zeros(array.size, array.dtype))
 
     def put(self, index: int, grad: Array) -> None:
+        if self.counts_as_zero(index):
+            return
         self.sources[self._places[index]] = grad
         while self._there < len(self.sources) and self.sources[self._there] is not None:
             self._there += 1
 
     def is_ready(self, block: Block) -> bool:
-        return block.last_array < self._there
-
-
-def _deliver_to(ring: Ring, blocks: Sequence[Block], means: list[Array]) -> Any:
-    def deliver(number: int, total: Array, out: Array) -> None:
-        np.multiply(total, ring.scale, out=out)
-        ring.own(blocks[number]).scatter(out, means)
-
-    return deliver
+        return block.arrays[-1] < self._there

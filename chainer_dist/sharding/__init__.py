@@ -3,6 +3,6 @@
 from __future__ import annotations
 
 from chainer_dist.sharding.eligibility import Signature, obstacle
-from chainer_dist.sharding.sharded_update import Part, ShardedUpdate
+from chainer_dist.sharding.sharded_update import Part, ShardedUpdate, places
 
-__all__ = ["Part", "ShardedUpdate", "Signature", "obstacle"]
+__all__ = ["Part", "ShardedUpdate", "Signature", "obstacle", "places"]

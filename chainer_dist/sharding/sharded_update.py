@@ -28,16 +28,18 @@ from chainer_dist.sharding.chunk import Chunk, state_keys
 from chainer_dist.sharding.eligibility import elementwise_hooks, obstacle_in_arrays
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator, Sequence
+    from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 
     import chainer
 
     from chainer_dist.communicators.arrays import Array
     from chainer_dist.communicators.blocks import Block, Slice
+    from chainer_dist.communicators.coded_mean import Code
+    from chainer_dist.communicators.ring import Deliver
     from chainer_dist.communicators.shared_memory import SharedMemoryCommunicator
     from chainer_dist.exchange import ParameterSet
 
-__all__ = ["Part", "ShardedUpdate"]
+__all__ = ["Part", "ShardedUpdate", "places"]
 
 _NORM = Kind("norm of gradients", EXCHANGE)
 
@@ -63,6 +65,7 @@ class ShardedUpdate:
             memory that the ranks share. Otherwise each rank keeps its own arrays.
         order: The numbers of the parameters in the order in which gradients are exchanged, the same
             on every rank, if they are exchanged before the update; see :attr:`parts`.
+        code: How gradients are sent between nodes; None as they are.
 
     Raises:
         OSError: On every rank, if a node has no memory to share.
@@ -77,8 +80,10 @@ class ShardedUpdate:
         mean_grad: bool = False,
         share_parameters: bool = False,
         order: Sequence[int] | None = None,
+        code: Code | None = None,
     ) -> None:
         self._comm = comm
+        self._code = code
         self._optimizer = optimizer
         self._params = parameters.params
         self._rules = [param.update_rule for param in self._params]
@@ -91,6 +96,12 @@ class ShardedUpdate:
         # Where the norm of all gradients is wanted, or they come before the update, they are read twice.
         clips = not {type(hook) for hook in hooks} <= {*elementwise_hooks()}
         stored = mean_grad or clips or order is not None
+        # Nobody wants to know the mean of these.
+        self._unwanted = frozenset(
+            index
+            for index, rule in enumerate(self._rules)
+            if not (mean_grad or clips or (rule is not None and rule.enabled))
+        )
 
         memory = _Memory(comm)
         members: dict[np.dtype[Any], list[int]] = {}
@@ -226,12 +237,20 @@ class ShardedUpdate:
             return False
         return same(self._arrays, parameters.arrays) or not obstacle_in_arrays(parameters)
 
-    def update(self, parameters: ParameterSet, *, averaged: bool = False) -> None:
+    def update(
+        self,
+        parameters: ParameterSet,
+        *,
+        averaged: bool = False,
+        absent: frozenset[int] = frozenset(),
+    ) -> None:
         """Average the gradients, run hooks and update rules on them, share the result. Collective.
 
         Args:
             parameters: They :meth:`fit <fits>`, and all of them have a gradient.
             averaged: Whether the gradients were averaged already, by :attr:`parts`.
+            absent: The numbers of those whose gradients are zero on every rank, the same on every
+                rank. They need not be exchanged.
 
         Raises:
             Exception: On every rank of the node, what a hook or a rule raised on one.
@@ -249,7 +268,7 @@ class ShardedUpdate:
         if not averaged:
             flat = [cast("Array", grad).reshape(-1) for grad in parameters.grads]
         for group in self._groups:
-            self._run(group, flat, stages[0], last=not clips)
+            self._run(group, flat, stages[0], last=not clips, absent=absent)
         for number, clip in enumerate(clips, start=1):
             self._clip(clip.threshold)
             if number < len(clips):
@@ -264,16 +283,15 @@ class ShardedUpdate:
     def parts(self) -> list[Part]:
         """How to exchange the gradients before :meth:`update`; only with an ``order``."""
 
-        def deliver_to(group: _Group) -> Callable[[int, Array, Array], None]:
-            def deliver(number: int, total: Array, out: Array) -> None:
+        def deliver_to(group: _Group) -> Deliver:
+            def deliver(number: int, total: Array, scale: float, out: Array) -> None:
                 del out
-                mean, scale = group.slices[number].mean, self._comm.ring.scale
-                np.multiply(total, scale, out=mean, casting="same_kind")
+                np.multiply(total, scale, out=group.slices[number].mean, casting="same_kind")
 
             return deliver
 
         return [
-            Part(group.indices, group.blocks, group.dtype, deliver_to(group), None)
+            Part(group.indices, group.blocks, group.dtype, deliver_to(group), None, self._unwanted)
             for group in self._groups
         ]
 
@@ -292,7 +310,13 @@ class ShardedUpdate:
                     self._arrays[index] = array
 
     def _run(
-        self, group: _Group, flat: list[Array] | None, hooks: list[Any], *, last: bool
+        self,
+        group: _Group,
+        flat: list[Array] | None,
+        hooks: list[Any],
+        *,
+        last: bool,
+        absent: frozenset[int] = frozenset(),
     ) -> None:
         """Average the gradients of a group, if there are any, and run hooks and, at last, rules."""
         sources = flat and [flat[index] for index in group.indices]
@@ -303,20 +327,27 @@ class ShardedUpdate:
                         chunk.take_grad(grad)
                 _work(chunks, hooks, last=last)
             return
-        ring = self._comm.ring
         targets: list[Array] | None = None
         if last and not self._shared and self._comm.intra_size > 1:
             targets = [self._arrays[index].reshape(-1) for index in group.indices]
 
-        def deliver(number: int, total: Array, out: Array) -> None:
+        def deliver(number: int, total: Array, scale: float, out: Array) -> None:
             part, mean, chunks = group.slices[number]
             if sources is not None:
-                np.multiply(total, ring.scale, out=mean, casting="same_kind")
+                np.multiply(total, scale, out=mean, casting="same_kind")
             _work(chunks, hooks, last=last)
             if targets is not None:
                 part.gather(targets, out)
 
-        ring.run(group.blocks, group.dtype, sources, deliver, targets)
+        self._comm.ring.run(
+            group.blocks,
+            group.dtype,
+            sources,
+            deliver,
+            targets,
+            code=self._code,
+            absent=places(group.indices, absent | self._unwanted),
+        )
 
     def _clip(self, threshold: float) -> None:
         """Do what ``GradientClipping`` does, with the norm summed up over slices."""
@@ -378,8 +409,14 @@ class Part(NamedTuple):
     indices: list[int]  # the numbers of their parameters, in the order of the exchange
     blocks: list[Block]
     dtype: np.dtype[Any]
-    deliver: Callable[[int, Array, Array], None]
+    deliver: Deliver
     targets: list[Array] | None
+    unwanted: frozenset[int] = frozenset()  # the numbers of parameters whose means nobody wants
+
+
+def places(indices: Sequence[int], chosen: Container[int]) -> frozenset[int]:
+    """Return at which places of ``indices`` there is one of ``chosen``. Local."""
+    return frozenset([place for place, index in enumerate(indices) if index in chosen])
 
 
 class _Slice(NamedTuple):
