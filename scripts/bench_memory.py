@@ -9,11 +9,14 @@ ranks share is counted once. Linux only.
 from __future__ import annotations
 
 import argparse
+import os
 from pathlib import Path
 
 from bench_step import ALONE, OURS, PEER, launch, make_step
 
 STEPS = 10
+JOB = "chainer_dist, state per job"
+OURS[JOB] = {"sharded_update": "job"}
 CONTENDERS = (PEER, *OURS, ALONE)
 
 
@@ -45,14 +48,20 @@ def main() -> None:
     """Run each contender and print a table for each number of ranks."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--ranks", type=int, nargs="+", default=[2, 4], help="(default: 2 4)")
+    parser.add_argument(
+        "--nodes", type=int, default=1, help="that MPICH is to take the machine for (default: 1)"
+    )
     parser.add_argument("--batch", type=int, default=64, help="examples a rank (default: 64)")
     parser.add_argument("--contender", choices=CONTENDERS, help="be a rank of this one's job")
     args = parser.parse_args()
     if args.contender:
         train(args.contender, args.batch)
         return
+    if args.nodes > 1:
+        os.environ["MPIR_CVAR_NUM_CLIQUES"] = str(args.nodes)
     for ranks in args.ranks:
-        print(f"\nsum of PSS over {ranks} ranks, MLP of 22.6 M parameters, Adam, {STEPS} steps")
+        where = f"{ranks} ranks" + (f" on {args.nodes} nodes" if args.nodes > 1 else "")
+        print(f"\nsum of PSS over {where}, MLP of 22.6 M parameters, Adam, {STEPS} steps")
         print(f"{'':31} {'MB':>7} {'it/ChainerMN':>13} {'MB before the model':>20}")
         peer = None
         for contender in CONTENDERS:

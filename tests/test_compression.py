@@ -96,8 +96,11 @@ def nearest(values, way):
     return np.ldexp(np.rint(mantissa * 256) / 256, exponent).astype(np.float32)
 
 
-def rounded_mean(comm, way, everyone):
-    """Return the mean of all ranks' arrays with the roundings that are promised, and no other."""
+def rounded_mean(comm, way, everyone, *, again=True):
+    """Return the mean of all ranks' arrays with the roundings that are promised, and no other.
+
+    Between more than two nodes it is rounded ``again``.
+    """
     sums = {}
     for node, array in zip(comm.allgather_obj(comm.inter_rank), everyone):
         sums[node] = array.astype(np.float32) + sums.get(node, np.float32(0))
@@ -106,7 +109,7 @@ def rounded_mean(comm, way, everyone):
     total = np.float32(0)
     for _, each in sorted(sums.items()):
         total = total + nearest(each * np.float32(1 / comm.size), way)
-    return total if len(sums) == 2 else nearest(total, way)
+    return nearest(total, way) if again and len(sums) > 2 else total
 
 
 @pytest.mark.parametrize("way", ROUNDED)

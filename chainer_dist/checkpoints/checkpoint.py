@@ -16,7 +16,12 @@ from chainer_dist._files import replacing
 from chainer_dist.checkpoints.agreed_trigger import AgreedTrigger
 from chainer_dist.checkpoints.archive import Archive
 from chainer_dist.checkpoints.preemption import STATUS, Preempted, Rounds, Signals
-from chainer_dist.checkpoints.state import check_target, collect, prepare
+from chainer_dist.checkpoints.state import (
+    check_target,
+    collect,
+    multi_node_optimizers,
+    prepare,
+)
 from chainer_dist.checkpoints.workers import shield
 from chainer_dist.communicators.agreement import (
     agree,
@@ -35,6 +40,7 @@ if TYPE_CHECKING:
     from chainer_dist.checkpoints.archive import Pending
     from chainer_dist.checkpoints.state import State
     from chainer_dist.communicators import CommunicatorBase
+    from chainer_dist.optimizers.multi_node_optimizer import MultiNodeOptimizer
 
 __all__ = ["Checkpoint"]
 
@@ -170,7 +176,16 @@ class Checkpoint(extension.Extension):  # type: ignore[misc]  # Chainer has no t
         self._settle()
         number = self._agree_on(iteration)
         error: Exception | None = None
+        optimizers: list[MultiNodeOptimizer] = []
         state: State | None = None
+        try:
+            check_target(target)
+            optimizers = [optimizer for _, optimizer in multi_node_optimizers(target)]
+        except Exception as caught:  # noqa: BLE001 - targets may raise anything
+            error = caught
+        raise_together(self.comm, error)
+        for optimizer in optimizers:
+            optimizer.consolidate()
         try:
             state = collect(target, self.comm, copy=self.asynchronous)
         except Exception as caught:  # noqa: BLE001 - targets may raise anything

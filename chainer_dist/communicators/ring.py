@@ -18,8 +18,8 @@ import numpy as np
 
 from chainer_dist.communicators import _reduction
 from chainer_dist.communicators.agreement import describe_error, raise_first
+from chainer_dist.communicators.between_nodes import CodedMean, PartOfEach
 from chainer_dist.communicators.blocks import Block, Slice, cut
-from chainer_dist.communicators.coded_mean import CodedMean
 from chainer_dist.communicators.node_memory import barrier, share_memory
 from chainer_dist.communicators.operation import (
     EXCHANGE,
@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     from mpi4py import MPI
 
     from chainer_dist.communicators.arrays import Array
-    from chainer_dist.communicators.coded_mean import Code
+    from chainer_dist.communicators.between_nodes import Code
     from chainer_dist.communicators.communicator_base import CommunicatorBase
 
     # See Ring.run.
@@ -89,13 +89,14 @@ class Ring:
         self._node = node
         self._number = comm.rank
         self._rank, self._ranks = node.rank, node.size
+        self._node_number, self._nodes = comm.inter_rank, comm.inter_size
         self._scale = 1.0 / comm.size  # what makes the sum over all ranks a mean
         # Nodes may have different numbers of ranks; so many slices as the smallest has.
         self._reducers = cast("int", comm.mpi_comm.allreduce(node.size, MPI.MIN))
         self._peers: MPI.Intracomm | None = None
         if comm.inter_size > 1:
             color = self._rank if self._rank < self._reducers else MPI.UNDEFINED
-            self._peers = cast("MPI.Intracomm", comm.mpi_comm.Split(color, comm.rank))
+            self._peers = cast("MPI.Intracomm", comm.mpi_comm.Split(color, comm.inter_rank))
         cores = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else range(1)
         self._spins = _SPINS if self._ranks <= len(cores) else 0
         self._sync = barrier()
@@ -119,7 +120,12 @@ class Ring:
         self._members = node.allgather(comm.rank)
 
     def cut(
-        self, sizes: Sequence[int], dtype: np.dtype[Any], *, seldom: bool = False
+        self,
+        sizes: Sequence[int],
+        dtype: np.dtype[Any],
+        *,
+        seldom: bool = False,
+        across: bool = False,
     ) -> list[Block]:
         """Cut arrays of so many elements, one behind the other, into blocks. Local.
 
@@ -127,20 +133,32 @@ class Ring:
             sizes: Elements of each array.
             dtype: In which they are reduced.
             seldom: Whether runs are advanced seldom: then as much as possible is to be under way.
+            across: Whether each rank of the communicator has a slice of its own, rather than each
+                rank of a node. The ranks of equal number on the nodes have consecutive ones.
         """
         nbytes = self.tuning.block_bytes
         if self.tuning == self.most and self.most.in_flight and not seldom:
             # Of a small model, too, several blocks are on their way at a time.
             total = sum(sizes) * dtype.itemsize
             nbytes = min(nbytes, max(_SMALL_BLOCK_BYTES, total // _FEWEST_BLOCKS))
-        return cut(tuple(sizes), nbytes // dtype.itemsize, self._reducers)
+        slices = self._reducers * (self._nodes if across else 1)
+        return cut(tuple(sizes), nbytes // dtype.itemsize, slices)
 
     def own(self, block: Block) -> Slice:
         """Return what of a block this rank reduces."""
-        if self._rank < self._reducers:
-            return block.slices[self._rank]
+        own = self.of_rank(block, self._rank)
+        return own[self._node_number if len(own) > 1 else 0]
+
+    def of_rank(self, block: Block, rank: int) -> list[Slice]:
+        """Return what of a block a rank of this node sums up over the node, in parts for each node.
+
+        One part is for all of them if the block was not cut across nodes.
+        """
+        if rank < self._reducers:
+            parts = len(block.slices) // self._reducers
+            return block.slices[rank * parts : (rank + 1) * parts]
         size = block.stop - block.start
-        return Slice(size, size, slice(0, 0), 0, 0, [])
+        return [Slice(size, size, slice(0, 0), 0, 0, [])]
 
     def run(
         self,
@@ -152,6 +170,7 @@ class Ring:
         *,
         code: Code | None = None,
         absent: frozenset[int] = frozenset(),
+        from_nodes: Sequence[Array] | None = None,
     ) -> None:
         """Reduce arrays, work on the own slice of each block, and share the result. Collective.
 
@@ -169,12 +188,24 @@ class Ring:
                 is handed over with one is the mean already. Only for float32 and float64.
             absent: The numbers of arrays, the same on every rank, that are zero on all of them, or
                 whose sum nobody wants. A block of nothing else is not exchanged: it counts as zero.
+            from_nodes: With blocks cut across nodes, arrays that take what the ranks of equal number
+                on the other nodes deliver, also when ``targets`` is None. None, on every rank, if
+                nobody wants that. ``deliver`` is then called in any order.
 
         Raises:
             Exception: On every rank of the node, what ``deliver`` raised on one, after the last block.
             RuntimeError: If an earlier run has not come to its end.
         """
-        self.begin(blocks, dtype, sources, deliver, targets, code=code, absent=absent).finish()
+        self.begin(
+            blocks,
+            dtype,
+            sources,
+            deliver,
+            targets,
+            code=code,
+            absent=absent,
+            from_nodes=from_nodes,
+        ).finish()
 
     def begin(
         self,
@@ -186,6 +217,7 @@ class Ring:
         *,
         code: Code | None = None,
         absent: frozenset[int] = frozenset(),
+        from_nodes: Sequence[Array] | None = None,
         is_ready: Callable[[Block], bool] | None = None,
     ) -> Run:
         """Begin what :meth:`run` does, with arrays that come later. Local.
@@ -201,6 +233,7 @@ class Ring:
             targets: See :meth:`run`.
             code: See :meth:`run`.
             absent: See :meth:`run`.
+            from_nodes: See :meth:`run`.
             is_ready: Tells whether the sources of a block are there; once so, always so.
 
         Returns:
@@ -221,6 +254,7 @@ class Ring:
             targets=targets,
             code=code,
             absent=absent,
+            from_nodes=from_nodes,
             is_ready=is_ready,
         )
         return self._current
@@ -296,6 +330,7 @@ class Run:
         targets: Sequence[Array] | None,
         code: Code | None,
         absent: frozenset[int],
+        from_nodes: Sequence[Array] | None,
         is_ready: Callable[[Block], bool] | None,
     ) -> None:
         self._ring = ring
@@ -303,6 +338,8 @@ class Run:
         self._sources = cast("Sequence[Array] | None", sources)  # when they are looked at
         self._deliver_one = deliver
         self._targets = targets
+        self._from_nodes = from_nodes
+        self._across = bool(blocks) and len(blocks[0].slices) > ring._reducers
         self._code = code if ring._peers is not None else None
         self._scale = ring._scale if self._code is None else 1.0
         self._is_ready = is_ready
@@ -399,12 +436,19 @@ class Run:
         if self._sources is not None and packed not in self._blank:
             mine = self._slots[ring._rank][number % ring._depth]
             with Operation(PACK):
-                for rank, part in enumerate(self._blocks[packed].slices):
-                    if rank != ring._rank:  # the own slice is read where it is, when its turn comes
-                        part.gather(self._sources, mine[part.start : part.stop])
+                # The own slice is read where it is, when its turn comes.
+                for _, part in self._of_others(self._blocks[packed]):
+                    part.gather(self._sources, mine[part.start : part.stop])
         ring._tell(_PACKED, number + 1)
         self._packed += 1
         return True
+
+    def _of_others(self, block: Block) -> list[tuple[int, Slice]]:
+        """Return the slices that other ranks of the node reduce, and by which of them."""
+        ring = self._ring
+        parts = len(block.slices) // ring._reducers
+        ranks = [number // parts for number in range(len(block.slices))]
+        return [each for each in zip(ranks, block.slices) if each[0] != ring._rank]
 
     def _sum(self) -> bool:
         """Sum the own slice of the next block over the node, and begin to do so over the nodes."""
@@ -416,6 +460,10 @@ class Run:
         is_summed = self._sources is not None and out.size > 0 and not is_blank
         if is_summed and not ring._reached(_PACKED, number + 1, ring._ranks):
             return False
+        if self._across and out.size:
+            self._sums.append(self._begin_part(out, sums=is_summed))
+            self._summed += 1
+            return True
         if self._sums and not is_summed:  # blocks are handed over in their order
             return False
         self._summed += 1
@@ -436,52 +484,108 @@ class Run:
         ring = self._ring
         if self._code is None:
             return _reduction.begin_sum(peers, total).Test
-        tag = 2 * (number % ring._depth)
-        return CodedMean(peers, total, ring._scale, self._code, tag).test
+        tag = self._tag(number)
+        return CodedMean(peers, total, scale=ring._scale, code=self._code, tag=tag).test
+
+    def _begin_part(self, total: Array, *, sums: bool) -> Callable[[], bool]:
+        """Sum the own slice of the next block up, and begin to do so over the nodes.
+
+        Of which each gets a part. It is zero if there is nothing to sum.
+        """
+        ring, index = self._ring, self._summed
+        assert ring._peers is not None  # noqa: S101 - for the type checker
+        if sums:
+            self._sum_over_node(self._first + index, total)
+        elif self._sources is not None:
+            total[...] = 0
+        slices = ring.of_rank(self._blocks[index], ring._rank)
+        start = slices[0].start
+        parts = [slice(each.start - start, each.stop - start) for each in slices]
+        own = total[parts[ring._node_number]]
+        return PartOfEach(
+            ring._peers,
+            total,
+            parts,
+            lambda: self._work(index, own, own),
+            sums=sums,
+            returns=self._from_nodes is not None,
+            scale=ring._scale,
+            code=self._code,
+            tag=self._tag(self._first + index),
+        ).test
+
+    def _tag(self, number: int) -> int:
+        return 2 * (number % self._ring._depth)
 
     def _sum_over_node(self, number: int, total: Array) -> None:
         assert self._sources is not None  # noqa: S101 - for the type checker
         ring = self._ring
-        own = ring.own(self._blocks[number - self._first])
-        if ring._ranks == 1:
-            own.gather(self._sources, total)
-            return
-        parts = [each[number % ring._depth][own.start : own.stop] for each in self._slots]
-        parts[ring._rank] = own.gather(self._sources, None)
-        np.add(parts[0], parts[1], out=total)
-        for part in parts[2:]:
-            total += part
+        slices = ring.of_rank(self._blocks[number - self._first], ring._rank)
+        start = slices[0].start
+        for own in slices:
+            out = total[own.start - start : own.stop - start]
+            if ring._ranks == 1:
+                own.gather(self._sources, out)
+            elif out.size:
+                parts = [each[number % ring._depth][own.start : own.stop] for each in self._slots]
+                parts[ring._rank] = own.gather(self._sources, None)
+                np.add(parts[0], parts[1], out=out)
+                for part in parts[2:]:
+                    out += part
 
     def _own(self, index: int) -> Array:
         """Return where the own slice of a block goes."""
         ring = self._ring
-        own = ring.own(self._blocks[index])
+        own = ring.of_rank(self._blocks[index], ring._rank)
         slot: Array = self._slots[ring._rank][(self._first + index) % ring._depth]
-        return slot[own.start : own.stop]
+        return slot[own[0].start : own[-1].stop]
 
     def _deliver(self) -> bool:
         """Hand the next sum over the nodes over, if it is there."""
         if not self._sums:
             return False
         # MPI goes on with all sums when it is asked for one; those in a code have several steps.
-        asked = 1 if self._code is None else len(self._sums)
+        asked = len(self._sums) if self._across or self._code is not None else 1
         is_there, *_ = [go_on() for go_on in itertools.islice(self._sums, asked)]
         if not is_there:
             return False
         self._sums.popleft()
         out = self._own(self._delivered)
-        self._hand_over(out, out)
+        if self._across:
+            self._take_from_nodes(out)
+            self._tell_of_delivery()
+        else:
+            self._hand_over(out, out)
         return True
 
-    def _hand_over(self, total: Array, out: Array) -> None:
+    def _take_from_nodes(self, out: Array) -> None:
+        """Copy what the other nodes have made of their parts of the own slice."""
         ring = self._ring
-        if out.size:
-            try:
-                with Operation(self._caller):  # whose work it is
-                    self._deliver_one(self._delivered, total, self._scale, out)
-            except Exception as error:  # noqa: BLE001 - the others wait for the blocks to come
-                ring._error = ring._error or error
-                ring._counters[ring._rank][_FAILED] = 1
+        if self._from_nodes is not None:
+            slices = ring.of_rank(self._blocks[self._delivered], ring._rank)
+            for node, part in enumerate(slices):
+                if node != ring._node_number:
+                    start = part.start - slices[0].start
+                    part.scatter(out[start : start + part.stop - part.start], self._from_nodes)
+
+    def _hand_over(self, total: Array, out: Array) -> None:
+        self._work(self._delivered, total, out)
+        self._tell_of_delivery()
+
+    def _work(self, index: int, total: Array, out: Array) -> None:
+        """Hand over what there is of a block."""
+        ring = self._ring
+        if not out.size:
+            return
+        try:
+            with Operation(self._caller):  # whose work it is
+                self._deliver_one(index, total, self._scale, out)
+        except Exception as error:  # noqa: BLE001 - the others wait for the blocks to come
+            ring._error = ring._error or error
+            ring._counters[ring._rank][_FAILED] = 1
+
+    def _tell_of_delivery(self) -> None:
+        ring = self._ring
         self._delivered += 1
         ring._tell(_REDUCED, self._first + self._delivered)
 
@@ -494,10 +598,9 @@ class Run:
             return False
         if self._targets is not None:
             with Operation(UNPACK):
-                for rank, part in enumerate(self._blocks[self._unpacked].slices):
-                    if rank != ring._rank:
-                        values = self._slots[rank][number % ring._depth][part.start : part.stop]
-                        part.scatter(values, self._targets)
+                for rank, part in self._of_others(self._blocks[self._unpacked]):
+                    values = self._slots[rank][number % ring._depth][part.start : part.stop]
+                    part.scatter(values, self._targets)
         ring._tell(_UNPACKED, number + 1)
         self._unpacked += 1
         return True

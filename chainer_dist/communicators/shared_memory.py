@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
     from chainer_dist.communicators.arrays import Array
-    from chainer_dist.communicators.coded_mean import Code
+    from chainer_dist.communicators.between_nodes import Code
 
 
 class SharedMemoryCommunicator(CommunicatorBase):

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import operator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from chainer_dist.communicators.shared_memory import SharedMemoryCommunicator
 from chainer_dist.compression import as_code
 from chainer_dist.optimizers.double_buffering import DoubleBufferingOptimizer
 from chainer_dist.optimizers.join import Join
 from chainer_dist.optimizers.local_sgd import create_local_sgd_optimizer
-from chainer_dist.optimizers.multi_node_optimizer import MultiNodeOptimizer, Options
+from chainer_dist.optimizers.multi_node_optimizer import JOB, MultiNodeOptimizer, Options
 
 if TYPE_CHECKING:
     import chainer
@@ -27,7 +27,7 @@ def create_multi_node_optimizer(
     double_buffering: bool = False,
     zero_fill: bool = True,
     *,
-    sharded_update: bool | None = None,
+    sharded_update: bool | Literal["job"] | None = None,
     mean_grad: bool = False,
     share_parameters: bool = False,
     compression: Compression | None = None,
@@ -68,7 +68,12 @@ def create_multi_node_optimizer(
         zero_fill: Whether a gradient that is None on this rank counts as zero. If False it must
             be None on all ranks or on none.
         sharded_update: False to have every rank update all parameters, True to raise ValueError
-            where the update cannot be sharded.
+            where the update cannot be sharded. ``"job"`` does as well, and shards it over all ranks of
+            the job instead of those of each node, as stage 1 of ZeRO (Rajbhandari et al., 2020): the
+            state of the update rules exists once per job, and each node sends the others the
+            parameters that it has updated, as many bytes as gradients before. That exchange does not
+            overlap with backward. The state can be saved after ``optimizer.consolidate()``, which is
+            collective. Parameters are those of the replicated update, to the bit between two nodes.
         mean_grad: Whether a sharded update leaves the average in ``param.grad``, as the hooks left
             it: the same on every rank, kept once per node, and read-only for that. It stays as it
             is until this rank's next update; keep a copy for longer.
@@ -124,6 +129,7 @@ def create_multi_node_optimizer(
     accumulate_steps = operator.index(accumulate_steps)
     if accumulate_steps < 1:
         raise ValueError(f"accumulate_steps is {accumulate_steps}, expected 1 or more")
+    _check_sharding(sharded_update, mean_grad=mean_grad)
     apart = None  # what exchanges gradients in its own way
     if double_buffering:
         apart = "double_buffering"
@@ -146,3 +152,12 @@ def create_multi_node_optimizer(
     )
     kind = DoubleBufferingOptimizer if double_buffering else MultiNodeOptimizer
     return kind(actual_optimizer, communicator, zero_fill, options)
+
+
+def _check_sharding(sharded_update: object, *, mean_grad: bool) -> None:
+    if sharded_update not in {None, False, True, JOB}:
+        raise ValueError(
+            f"sharded_update is {sharded_update!r}, expected None, False, True or {JOB!r}"
+        )
+    if sharded_update == JOB and mean_grad:
+        raise ValueError(f"no node has all means with sharded_update={JOB!r}; leave mean_grad out")

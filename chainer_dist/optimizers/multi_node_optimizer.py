@@ -37,7 +37,9 @@ if TYPE_CHECKING:
     from chainer_dist.compression import Compression, Rounded
     from chainer_dist.optimizers.join import Join
 
-__all__ = ["MultiNodeOptimizer", "Options", "describe_states"]
+__all__ = ["JOB", "MultiNodeOptimizer", "Options", "describe_states"]
+
+JOB = "job"  # the value of sharded_update that shards over the ranks of all nodes
 
 _logger = logging.getLogger("chainer_dist")
 
@@ -45,13 +47,14 @@ _FORWARD = Kind("forward", FORWARD, waits=False)
 _BACKWARD = Kind("backward", BACKWARD, waits=False)
 # The first that all ranks do after backward: here they wait for the slowest.
 _COMPARE = Kind("comparison of parameters", WAITING)
+_GATHER = Kind("gathering of the state", EXCHANGE)
 _CHOOSE = Kind("choice of the update", EXCHANGE)
 
 
 class Options(NamedTuple):
     """How the update is shared out; see :func:`chainer_dist.create_multi_node_optimizer`."""
 
-    sharded_update: bool | None
+    sharded_update: bool | str | None
     mean_grad: bool
     share_parameters: bool
     compression: Compression | None = None
@@ -363,10 +366,14 @@ class MultiNodeOptimizer:
     def serialize(self, serializer: chainer.AbstractSerializer) -> None:
         """Save or load the optimizer as Chainer does. Local; to load, load on every rank.
 
-        Any single rank can save alone: all of the state is there on each. A serializer that keeps
-        arrays to write them later gets copies of what the ranks of a node share. What is under way is
-        in :meth:`serialize_own`: gradients that are being accumulated are left out here, and
-        loading begins to accumulate anew.
+        Any single rank can save alone: all of the state is there on each (with
+        ``sharded_update="job"`` after :meth:`consolidate`). A serializer that keeps arrays to write
+        them later gets copies of what the ranks of a node share. What is under way is in
+        :meth:`serialize_own`: gradients that are being accumulated are left out here, and loading
+        begins to accumulate anew.
+
+        Raises:
+            RuntimeError: If the state is to be saved and each rank has a part of it only.
         """
         import chainer
 
@@ -380,6 +387,29 @@ class MultiNodeOptimizer:
             self.actual_optimizer.serialize(serializer)
         if self._options.compression is not None:
             self._options.compression.serialize(serializer["compression"], self._connected())
+
+    def consolidate(self) -> None:
+        """Let every rank have all of the update rules' state until the next update. Collective.
+
+        Needed, on every rank, before any rank saves an optimizer with ``sharded_update="job"``, or
+        copies or reads the state; :class:`~chainer_dist.Checkpoint` does it by itself. It takes memory
+        for the whole state on each node until then, and an exchange of as many bytes. Otherwise
+        nothing is done. As that of torch's ``ZeroRedundancyOptimizer``.
+
+        Raises:
+            RankMismatchError: On every rank, if some have loaded a snapshot since the last update
+                that others have not loaded.
+        """
+        if self._options.sharded_update != JOB:
+            return
+        shards = self._shards if self._shards is not None and self._shards.is_spread else None
+        comm, text = self._connected(), str(shards is not None)
+        with Operation(_GATHER, comm):
+            if not all(agree(comm, digest(text))):
+                subject = "whether the state is spread (was a snapshot loaded on some ranks only?)"
+                raise_mismatch(comm, [(subject, text)])
+            if shards is not None:
+                shards.consolidate()
 
     def serialize_own(self, serializer: chainer.AbstractSerializer) -> None:
         """Save what only this rank has, beside what rank 0 saves for all. Local.
@@ -506,6 +536,7 @@ class MultiNodeOptimizer:
         )
         if not (settled and same_settled):
             self._averaged = False
+            self.consolidate()
             self._unshare()
             if not changed:
                 with Operation(_CHOOSE, comm):
@@ -531,6 +562,7 @@ class MultiNodeOptimizer:
                 share_parameters=self._options.share_parameters,
                 order=None if overlap is None else overlap.agree_on_order(parameters),
                 code=self._code,
+                across_nodes=self._options.sharded_update == JOB,
             )
             if overlap is not None:
                 overlap.plan_parts(self._shards.parts)
@@ -591,6 +623,10 @@ class MultiNodeOptimizer:
         lines = [
             ("the option compression of create_multi_node_optimizer", kind),
             ("the option overlap of create_multi_node_optimizer", repr(options.overlap)),
+            (
+                "the option sharded_update of create_multi_node_optimizer",
+                repr(options.sharded_update),
+            ),
         ]
         if not all(agree(comm, digest(lines))):
             raise_mismatch(comm, lines)

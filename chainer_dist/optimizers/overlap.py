@@ -35,8 +35,8 @@ if TYPE_CHECKING:
     import chainer
 
     from chainer_dist.communicators.arrays import Array
+    from chainer_dist.communicators.between_nodes import Code
     from chainer_dist.communicators.blocks import Block
-    from chainer_dist.communicators.coded_mean import Code
     from chainer_dist.communicators.ring import Run
     from chainer_dist.communicators.shared_memory import SharedMemoryCommunicator
     from chainer_dist.exchange import ParameterSet

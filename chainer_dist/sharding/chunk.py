@@ -23,7 +23,7 @@ class Chunk:
     Args:
         whole: The parameter.
         part: Of its elements in C order.
-        state: For each array of the rule's state, where all of it is from now on, 1-dimensional.
+        state: For each array of the rule's state, where this part of it is from now on, 1-dimensional.
 
     Attributes:
         param: The part.
@@ -36,7 +36,7 @@ class Chunk:
         self._part = part
         # NumPy 1 computes 0-dimensional arrays in double precision.
         self._shape = () if whole.array.ndim == 0 else (-1,)
-        self._state = {key: value[part].reshape(self._shape) for key, value in state.items()}
+        self._state = {key: value.reshape(self._shape) for key, value in state.items()}
         self._rule = copy.copy(whole.update_rule)
         self.param = chainer.Parameter()
 
@@ -66,6 +66,11 @@ class Chunk:
         else:
             for key, place in self._state.items():
                 place[...] = self._own(rule._state[key])
+
+    def read_state(self, key: str, out: Array) -> None:
+        """Copy this part of an array of the state; nothing if the rule has none of that name."""
+        if key in self._state:
+            out[...] = self._state[key].reshape(-1)
 
     def _own(self, array: Array) -> Array:
         return array.reshape(-1)[self._part].reshape(self._shape)

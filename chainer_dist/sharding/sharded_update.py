@@ -14,7 +14,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import math
-from typing import TYPE_CHECKING, Any, NamedTuple, cast
+from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn, cast
 
 import numpy as np
 
@@ -33,8 +33,8 @@ if TYPE_CHECKING:
     import chainer
 
     from chainer_dist.communicators.arrays import Array
+    from chainer_dist.communicators.between_nodes import Code
     from chainer_dist.communicators.blocks import Block, Slice
-    from chainer_dist.communicators.coded_mean import Code
     from chainer_dist.communicators.ring import Deliver
     from chainer_dist.communicators.shared_memory import SharedMemoryCommunicator
     from chainer_dist.exchange import ParameterSet
@@ -44,6 +44,11 @@ __all__ = ["Part", "ShardedUpdate", "places"]
 _NORM = Kind("norm of gradients", EXCHANGE)
 
 _ALIGNMENT = 64  # bytes: a cache line
+
+SPREAD = (
+    "each rank has a part of the optimizer's state only (sharded_update='job'): call "
+    "optimizer.consolidate() on every rank, before any of them saves, copies or reads it"
+)
 
 _CHUNK_BYTES = 1 << 19  # of a parameter, where one rank updates all of it
 
@@ -66,6 +71,8 @@ class ShardedUpdate:
         order: The numbers of the parameters in the order in which gradients are exchanged, the same
             on every rank, if they are exchanged before the update; see :attr:`parts`.
         code: How gradients are sent between nodes; None as they are.
+        across_nodes: Whether each rank of the communicator updates a slice of its own, of which it
+            alone has the state; see :meth:`consolidate`. Not with ``mean_grad``.
 
     Raises:
         OSError: On every rank, if a node has no memory to share.
@@ -81,9 +88,11 @@ class ShardedUpdate:
         share_parameters: bool = False,
         order: Sequence[int] | None = None,
         code: Code | None = None,
+        across_nodes: bool = False,
     ) -> None:
         self._comm = comm
         self._code = code
+        self._across = across_nodes and comm.inter_size > 1
         self._optimizer = optimizer
         self._params = parameters.params
         self._rules = [param.update_rule for param in self._params]
@@ -109,15 +118,17 @@ class ShardedUpdate:
             array = found[index]
             if array.size:
                 members.setdefault(array.dtype, []).append(index)
+        shares_means = stored and comm.size > 1 and not self._across
         planned_means = [
             memory.plan(sum(found[index].size for index in indices), dtype)
-            if stored and comm.size > 1
+            if shares_means
             else None
             for dtype, indices in members.items()
         ]
+        self._keys = [state_keys(rule) for rule in self._rules]
         planned_states = [
-            {key: memory.plan(array.size, array.dtype) for key in state_keys(rule)}
-            for array, rule in zip(found, self._rules)
+            {} if self._across else {key: memory.plan(array.size, array.dtype) for key in keys}
+            for array, keys in zip(found, self._keys)
         ]
         planned_arrays = [memory.plan(each.size, each.dtype) for each in found if self._shared]
         memory.allocate()
@@ -131,7 +142,12 @@ class ShardedUpdate:
         self._means: list[Array | None] = [None] * len(found)
         self._groups = [
             self._make_group(
-                indices, states, place and place(), keep=mean_grad, early=order is not None
+                indices,
+                states,
+                place and place(),
+                keep=mean_grad,
+                early=order is not None,
+                stored=stored,
             )
             for indices, place in zip(members.values(), planned_means)
         ]
@@ -158,7 +174,8 @@ class ShardedUpdate:
         for rule, state in zip(self._rules, self._states):
             if state is not None:
                 found.append(rule._state)
-                found += (rule._state or {}).values()
+                if not isinstance(rule._state, SpreadState):
+                    found += (rule._state or {}).values()
         return found
 
     def _make_group(
@@ -169,6 +186,7 @@ class ShardedUpdate:
         *,
         keep: bool,
         early: bool,
+        stored: bool,
     ) -> _Group:
         """Cut the parameters of one dtype into blocks, and this rank's part of them into chunks."""
         arrays = [self._arrays[index] for index in indices]
@@ -180,7 +198,7 @@ class ShardedUpdate:
             blocks = cut(sizes, _CHUNK_BYTES // wire.itemsize, 1)
             own = [block.slices[0] for block in blocks]
         else:
-            blocks = self._comm.ring.cut(sizes, wire, seldom=early)
+            blocks = self._comm.ring.cut(sizes, wire, seldom=early, across=self._across)
             own = [self._comm.ring.own(block) for block in blocks]
         if alone or dtype != wire:
             scratch = np.empty(max(part.stop - part.start for part in own), dtype)
@@ -190,17 +208,20 @@ class ShardedUpdate:
         for block, part in zip(blocks, own):
             size = part.stop - part.start
             start = block.start + part.start
-            mean = scratch[:size] if means is None else means[start : start + size]
+            if means is not None:
+                mean = means[start : start + size]
+            elif stored and self._across:
+                mean = np.empty(size, dtype)
+            else:
+                mean = scratch[:size]
             chunks = []
             begin = part.begin
             for index, inside in zip(indices[part.arrays], part.inside):
                 elements = slice(begin, begin + inside.stop - inside.start)
                 begin = 0
-                chunk = Chunk(self._params[index], elements, states[index])
-                chunk.bind(self._arrays[index])
+                chunk = self._make_chunk(index, elements, states[index])
                 if not alone:
                     chunk.take_grad(mean[inside])
-                self._chunks[index].append(chunk)
                 chunks.append(chunk)
             slices.append(_Slice(part, mean, chunks))
         if means is not None and keep:
@@ -210,11 +231,26 @@ class ShardedUpdate:
                 self._means[index] = mean
         return _Group(indices, wire, blocks, slices)
 
+    def _make_chunk(self, index: int, elements: slice, whole: dict[str, Array]) -> Chunk:
+        """Make a part of a parameter one that this rank updates."""
+        size, dtype = elements.stop - elements.start, self._arrays[index].dtype
+        state = {
+            key: np.empty(size, dtype) if self._across else whole[key][elements]
+            for key in self._keys[index]
+        }
+        chunk = Chunk(self._params[index], elements, state)
+        chunk.bind(self._arrays[index])
+        self._chunks[index].append(chunk)
+        return chunk
+
     def _whole_state(self, index: int, state: dict[str, Array]) -> dict[str, Array] | None:
         """Make shared memory the state of a rule; return it, or None for a rule that has none."""
         rule, array = self._rules[index], self._arrays[index]
         if rule is None or not rule.enabled or not array.size:
             return None
+        if self._across:
+            spread = rule._state = SpreadState()
+            return spread
         whole = {key: value.reshape(array.shape) for key, value in state.items()}
         for value in whole.values():  # a rank that changed it would change it for the others
             value.flags.writeable = self._comm.intra_size == 1
@@ -255,6 +291,7 @@ class ShardedUpdate:
         Raises:
             Exception: On every rank of the node, what a hook or a rule raised on one.
         """
+        self._spread()
         self._follow(parameters.arrays)
         stages: list[list[Any]] = [[]]
         clips: list[Any] = []
@@ -327,17 +364,18 @@ class ShardedUpdate:
                         chunk.take_grad(grad)
                 _work(chunks, hooks, last=last)
             return
-        targets: list[Array] | None = None
-        if last and not self._shared and self._comm.intra_size > 1:
-            targets = [self._arrays[index].reshape(-1) for index in group.indices]
+        arrays = [self._arrays[index].reshape(-1) for index in group.indices] if last else None
+        targets = None if self._shared or self._comm.intra_size == 1 else arrays
+        from_nodes = arrays if self._across else None
 
         def deliver(number: int, total: Array, scale: float, out: Array) -> None:
             part, mean, chunks = group.slices[number]
             if sources is not None:
                 np.multiply(total, scale, out=mean, casting="same_kind")
             _work(chunks, hooks, last=last)
-            if targets is not None:
-                part.gather(targets, out)
+            results = from_nodes or targets
+            if results is not None:
+                part.gather(results, out)
 
         self._comm.ring.run(
             group.blocks,
@@ -347,6 +385,7 @@ class ShardedUpdate:
             targets,
             code=self._code,
             absent=places(group.indices, absent | self._unwanted),
+            from_nodes=from_nodes,
         )
 
     def _clip(self, threshold: float) -> None:
@@ -357,9 +396,10 @@ class ShardedUpdate:
             grad = chunk.param.grad
             wide = grad.astype(_reduction.wire_dtype(grad.dtype), copy=False)
             own += float(wide.dot(wide))
-        # Each node has all slices. In the order of rank, so that all get the same bits.
+        # Of whom together has all slices. In the order of rank, so that all get the same bits.
+        ranks = self._comm.mpi_comm if self._across else self._comm.node_comm
         with Operation(_NORM, self._comm):
-            norm = math.sqrt(sum(self._comm.node_comm.allgather(own)))
+            norm = math.sqrt(sum(ranks.allgather(own)))
         if norm <= threshold:
             return
         for chunk in chunks:
@@ -378,9 +418,79 @@ class ShardedUpdate:
         for param in self._loose:
             param.update()
 
+    @property
+    def is_spread(self) -> bool:
+        """Whether each rank has a part of the state only."""
+        return any(isinstance(state, SpreadState) for state in self._states)
+
+    def consolidate(self) -> None:
+        """Gather the state of all ranks on every node, until the next update. Collective.
+
+        Nothing is done if all of it is there.
+
+        Raises:
+            OSError: On every rank, if a node has no memory for it.
+        """
+        if not self.is_spread:
+            return
+        memory = _Memory(self._comm)
+        planned = [
+            {key: memory.plan(array.size, array.dtype) for key in keys}
+            for array, keys in zip(self._arrays, self._keys)
+        ]
+        memory.allocate()
+        whole = [{key: place() for key, place in each.items()} for each in planned]
+        for group in self._groups:
+            for key in dict.fromkeys(key for index in group.indices for key in self._keys[index]):
+                self._gather_state(group, key, whole)
+        self._comm.node_comm.Barrier()  # what others have written is there
+        for index, (rule, state) in enumerate(zip(self._rules, self._states)):
+            if state is not None:
+                shape = self._arrays[index].shape
+                self._states[index] = rule._state = {
+                    key: value.reshape(shape) for key, value in whole[index].items()
+                }
+                for value in rule._state.values():
+                    value.flags.writeable = False
+        self._state_arrays = self._states_now()
+
+    def _gather_state(self, group: _Group, key: str, whole: list[dict[str, Array]]) -> None:
+        """Write an array of the state of all parameters of a group to shared memory."""
+        arrays = [
+            whole[index].get(key, np.empty(0, self._arrays[index].dtype)) for index in group.indices
+        ]
+        # Not every rule may have one of that name.
+        arrays = [
+            found if found.size else np.empty(self._arrays[index].size, found.dtype)
+            for found, index in zip(arrays, group.indices)
+        ]
+
+        def deliver(number: int, total: Array, scale: float, out: Array) -> None:
+            del total, scale
+            part, _, chunks = group.slices[number]
+            for chunk, inside in zip(chunks, part.inside):
+                chunk.read_state(key, out[inside])
+            part.scatter(out, arrays)
+
+        self._comm.ring.run(group.blocks, group.dtype, None, deliver, None, from_nodes=arrays)
+
+    def _spread(self) -> None:
+        """Let go of what was gathered. Local."""
+        if self._across and not self.is_spread:
+            for index, (rule, state) in enumerate(zip(self._rules, self._states)):
+                if state is not None:
+                    self._states[index] = rule._state = SpreadState()
+            self._state_arrays = self._states_now()
+
     @contextlib.contextmanager
     def copied_states(self) -> Iterator[None]:
-        """Let every rule have a copy of its state for a while. Local."""
+        """Let every rule have a copy of its state for a while. Local.
+
+        Raises:
+            RuntimeError: If each rank has a part of it only.
+        """
+        if self.is_spread:
+            raise RuntimeError(SPREAD)
         for rule, state in zip(self._rules, self._states):
             if state is not None:
                 rule._state = {key: value.copy() for key, value in rule._state.items()}
@@ -392,15 +502,33 @@ class ShardedUpdate:
                     rule._state = state
 
     def release(self) -> None:
-        """Give back to each rank arrays of its own in the place of what the ranks shared. Local."""
+        """Give back to each rank arrays of its own in the place of what the ranks shared. Local.
+
+        A state of which each rank has a part only is given up; see :meth:`consolidate`.
+        """
         for rule, state in zip(self._rules, self._states):
-            if state is not None and rule._state is state:
+            if isinstance(state, SpreadState):
+                rule._state = None
+            elif state is not None and rule._state is state:
                 rule._state = {key: value.copy() for key, value in state.items()}
         for param, mean, array in zip(self._params, self._means, self._arrays):
             if mean is not None and param.grad is mean:
                 param.grad = mean.copy()
             if self._shared and param.array is array:
                 param.array = array.copy()
+
+
+class SpreadState(dict[str, Any]):
+    """What a rule has in the place of its state while each rank has a part of that only.
+
+    Whatever saves, copies or reads it raises RuntimeError, so that nobody takes a part for the whole.
+    """
+
+    def _refuse(self, *_: Any, **__: Any) -> NoReturn:
+        raise RuntimeError(SPREAD)
+
+    __iter__ = __getitem__ = __setitem__ = __reduce_ex__ = __copy__ = __deepcopy__ = _refuse
+    keys = values = items = get = copy = _refuse
 
 
 class Part(NamedTuple):
