@@ -40,6 +40,7 @@ if TYPE_CHECKING:
 PEER = "ChainerMN naive"
 FLOOR = "floor: a message"
 TORCH = "torch DDP gloo"
+FUSED = "torch DDP gloo, fused"
 AFTER = "chainer_dist, no overlap"
 ROUNDED = "chainer_dist, Float16"
 ARRAYS = 160
@@ -153,7 +154,8 @@ def compare_steps(work: Steps, rate: str, batches: Sequence[int]) -> None:
     import bench_step
 
     contenders = [PEER, "chainer_dist", AFTER, ROUNDED, "chainer_dist, replicated"]
-    contenders += [TORCH] * bool(importlib.util.find_spec("torch"))
+    if importlib.util.find_spec("torch"):
+        contenders += [TORCH, FUSED] if work.optimizer == "Adam" else [TORCH]
     contenders += [bench_step.ALONE, bench_step.FORWARD]
     jobs = [contenders] if not work.rounds else [[name] for name in contenders] * work.rounds
     seconds: dict[str, dict[str, list[float]]] = {}

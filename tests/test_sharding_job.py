@@ -13,11 +13,18 @@ import pytest
 from chainer import optimizer_hooks as hooks
 from chainer import serializers
 
-from chainer_dist import Checkpoint, RankMismatchError, compression, create_multi_node_optimizer
+from chainer_dist import (
+    Checkpoint,
+    RankMismatchError,
+    compression,
+    create_multi_node_checkpointer,
+    create_multi_node_optimizer,
+)
 from chainer_dist.communicators import ring
+from chainer_dist.extensions import multi_node_snapshot
 from conftest import NODES, on_nodes
 from test_compression import rounded_mean
-from test_sharding import Branches, assert_same, everywhere, prepared, saved, train
+from test_sharding import Branches, assert_same, batch, everywhere, prepared, saved, train
 
 OPTIONS = [{}, {"overlap": False}, {"share_parameters": True}]
 
@@ -205,6 +212,38 @@ def test_checkpoint(nodes, tmp_path):
             for each in (optimizer, resumed):
                 each.consolidate()
             assert_same(optimizer, resumed, elsewhere(comm, layout))
+
+
+@pytest.mark.filterwarnings("ignore:create_multi_node_checkpointer is deprecated")
+def test_extensions_that_save(nodes, tmp_path):
+    """Those of a trainer gather the state by themselves, too; training goes on, and so does a resume."""
+    folder = Path(nodes.bcast_obj(str(tmp_path)))
+    data = [(x, t) for x, t in zip(*batch(nodes, 0, 12))]
+    checkpointer = create_multi_node_checkpointer("own", nodes, path=folder / "own")
+    for epochs in (2, 3):
+        optimizer = spread(nodes)
+        iterator = chainer.iterators.SerialIterator(data, 6, shuffle=False)
+        updater = chainer.training.StandardUpdater(iterator, optimizer)
+        trainer = chainer.training.Trainer(updater, (epochs, "epoch"), folder)
+        checkpointer.maybe_load(trainer, optimizer)
+        assert updater.iteration == (0 if epochs == 2 else 4)
+        if epochs == 2:
+            snapshot = chainer.training.extensions.snapshot()
+            trainer.extend(multi_node_snapshot(nodes, snapshot, []), trigger=(1, "epoch"))
+        trainer.run()
+        checkpointer.save(trainer, updater.iteration)
+        optimizer.consolidate()
+        if epochs == 2:
+            with np.load(folder / "snapshot_iter_4.0") as file:
+                for key, value in saved(optimizer.actual_optimizer).items():
+                    name = f"updater/optimizer:main/{key[1:].lstrip('/')}"
+                    np.testing.assert_array_equal(file[name], value)
+    straight = spread(nodes)
+    for step in range(6):
+        straight.update(straight.target, *map(np.array, zip(*data[step % 2 * 6 :][:6])))
+    straight.consolidate()
+    straight.epoch = 3  # which a trainer counts
+    assert_same(optimizer, straight)
 
 
 def test_a_snapshot_that_only_some_ranks_loaded(nodes):

@@ -16,12 +16,7 @@ from chainer_dist._files import replacing
 from chainer_dist.checkpoints.agreed_trigger import AgreedTrigger
 from chainer_dist.checkpoints.archive import Archive
 from chainer_dist.checkpoints.preemption import STATUS, Preempted, Rounds, Signals
-from chainer_dist.checkpoints.state import (
-    check_target,
-    collect,
-    multi_node_optimizers,
-    prepare,
-)
+from chainer_dist.checkpoints.state import check_target, collect, prepare
 from chainer_dist.checkpoints.workers import shield
 from chainer_dist.communicators.agreement import (
     agree,
@@ -30,6 +25,7 @@ from chainer_dist.communicators.agreement import (
     raise_together,
     rebuild_error,
 )
+from chainer_dist.extensions._npz_files import consolidate
 
 if TYPE_CHECKING:
     from types import TracebackType
@@ -40,7 +36,6 @@ if TYPE_CHECKING:
     from chainer_dist.checkpoints.archive import Pending
     from chainer_dist.checkpoints.state import State
     from chainer_dist.communicators import CommunicatorBase
-    from chainer_dist.optimizers.multi_node_optimizer import MultiNodeOptimizer
 
 __all__ = ["Checkpoint"]
 
@@ -73,9 +68,10 @@ class Checkpoint(extension.Extension):  # type: ignore[misc]  # Chainer has no t
 
     **What is saved.** What Chainer serializes, and besides the random states of every rank
     (``numpy.random`` and ``random``, those of order samplers, and that of the multi-node optimizer),
-    dynamic loss scales, the float32 copies of ``use_fp32_update``, and gradients that are being accumulated. Parameters under multi-node
-    optimizers, and the state of these, are the same on all ranks: rank 0 writes them. Every rank writes
-    what is its own. A run that was resumed on as many ranks is, to the bit, the one that was not
+    dynamic loss scales, the float32 copies of ``use_fp32_update``, and gradients that are being
+    accumulated. Parameters under multi-node optimizers, and the state of these, are the same on all
+    ranks: rank 0 writes them, and with ``sharded_update="job"`` the state is gathered for that. Every
+    rank writes what is its own. A run that was resumed on as many ranks is, to the bit, the one that was not
     interrupted, with three exceptions: hyperparameters that are set in a loop of your own are what the
     new process sets them to; with ``double_buffering`` the gradients under way are lost; and iterators
     with workers need Chainer's own shuffling, or order samplers that do not draw from ``numpy.random``.
@@ -176,16 +172,13 @@ class Checkpoint(extension.Extension):  # type: ignore[misc]  # Chainer has no t
         self._settle()
         number = self._agree_on(iteration)
         error: Exception | None = None
-        optimizers: list[MultiNodeOptimizer] = []
         state: State | None = None
         try:
             check_target(target)
-            optimizers = [optimizer for _, optimizer in multi_node_optimizers(target)]
         except Exception as caught:  # noqa: BLE001 - targets may raise anything
             error = caught
         raise_together(self.comm, error)
-        for optimizer in optimizers:
-            optimizer.consolidate()
+        consolidate(target)
         try:
             state = collect(target, self.comm, copy=self.asynchronous)
         except Exception as caught:  # noqa: BLE001 - targets may raise anything

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from chainer_dist.communicators import CommunicatorBase
     from chainer_dist.communicators.arrays import Array
 
-__all__ = ["State", "check_target", "collect", "multi_node_optimizers", "prepare", "restore"]
+__all__ = ["State", "check_target", "collect", "prepare", "restore"]
 
 # Before the path of what is not in Chainer's own serialization.
 _BESIDE = "+"
@@ -109,7 +109,7 @@ def collect(target: Any, comm: CommunicatorBase, *, copy: bool) -> State:
     collector = _Collector(target, comm, copy=copy)
     _serialize_beside(collector, target)
     _serialize(collector, target)
-    for path, optimizer in multi_node_optimizers(target):
+    for path, optimizer in _multi_node_optimizers(target):
         optimizer.serialize_own(collector[f"{_OWN}{path}"])
     collector.own[_RANDOM] = _encode(_random_state())
     collector.own[_OWN_PARAMETERS] = _encode(collector.own_parameters)
@@ -143,7 +143,7 @@ def restore(
     loader = _Loader([common, *own], ignored=rank_bound(target) if new_place else None)
     _serialize_beside(loader, target)
     _serialize(loader, target)
-    for path, optimizer in multi_node_optimizers(target):
+    for path, optimizer in _multi_node_optimizers(target):
         # Of another number of ranks the first goes on for all that have saved.
         sources = [_Loader([each])[f"{_OWN}{path}"] for each in own]
         optimizer.load_own(sources, takes_over=new_place is None or new_place[0] == 0)
@@ -221,8 +221,7 @@ def _serialize_generator(serializer: _Optional, key: str, state: Any) -> Any:
     return state
 
 
-def multi_node_optimizers(target: Any) -> Iterator[tuple[str, MultiNodeOptimizer]]:
-    """Yield all multi-node optimizers of a target, with their paths. Local."""
+def _multi_node_optimizers(target: Any) -> Iterator[tuple[str, MultiNodeOptimizer]]:
     for path, part in parts(target):
         if isinstance(part, MultiNodeOptimizer):
             yield path, part

@@ -20,7 +20,7 @@ from chainer_dist.communicators.agreement import (
     raise_mismatch,
     raise_together,
 )
-from chainer_dist.extensions._npz_files import check_npz, load_npz
+from chainer_dist.extensions._npz_files import check_npz, consolidate, load_npz
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -147,6 +147,7 @@ class _MultiNodeSnapshot(extension.Extension):  # type: ignore[misc]  # Chainer 
 
     def __call__(self, trainer: chainer.training.Trainer) -> None:
         """Save on the lowest rank of each set. Collective: one small message tells of errors."""
+        consolidate(trainer)
         error: Exception | None = None
         try:
             if self.is_master:

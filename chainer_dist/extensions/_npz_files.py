@@ -14,6 +14,7 @@ from chainer_dist._files import replacing
 from chainer_dist.iterators.distributed_iterator import DistributedIterator
 from chainer_dist.iterators.multi_node_iterator import _MultiNodeIterator
 from chainer_dist.iterators.synchronized_iterator import _SynchronizedIterator
+from chainer_dist.optimizers.multi_node_optimizer import MultiNodeOptimizer
 
 if TYPE_CHECKING:
     import hashlib
@@ -110,6 +111,13 @@ def parts(target: Any, path: str = "") -> Iterator[tuple[str, Any]]:
             for name, optimizer in target.get_all_optimizers().items():
                 yield f"{path}optimizer:{name}/", optimizer
                 yield f"{path}model:{name}/", optimizer.target
+
+
+def consolidate(target: Any) -> None:
+    """Let each rank save the state of a target's optimizers, wherever that is. Collective."""
+    for _, part in parts(target):
+        if isinstance(part, MultiNodeOptimizer):
+            part.consolidate()
 
 
 def rank_bound(target: Any) -> Callable[[str], bool]:

@@ -17,7 +17,7 @@ from chainer.serializers import npz
 from chainer.training import extension
 
 from chainer_dist.communicators.agreement import agree, raise_mismatch, raise_together
-from chainer_dist.extensions._npz_files import check_npz, load_npz, write_npz
+from chainer_dist.extensions._npz_files import check_npz, consolidate, load_npz, write_npz
 
 if TYPE_CHECKING:
     import chainer
@@ -160,6 +160,7 @@ class _MultiNodeCheckpointer(extension.Extension):  # type: ignore[misc]  # Chai
         started = time.perf_counter()
         if self._job is None:
             self._job = self.comm.bcast_obj(secrets.randbits(62))
+        consolidate(target)
         error: Exception | None = None
         try:
             file = self._new_file(iteration)

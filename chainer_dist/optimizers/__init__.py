@@ -54,7 +54,7 @@ def create_multi_node_optimizer(
     - ``param.grad`` stays this rank's own gradient (of ChainerMN's updates it is the average); see
       ``mean_grad``. Hooks see the average in any case.
     - The state of the update rules exists once per node, in arrays that cannot be written. Any rank
-      can save it. Load it on every rank, through this optimizer.
+      can save it. Load it on every rank, through this optimizer. Once per job: ``sharded_update="job"``.
     - Parameters are updated in place in each rank's own arrays; see ``share_parameters``.
 
     Args:
@@ -70,10 +70,11 @@ def create_multi_node_optimizer(
         sharded_update: False to have every rank update all parameters, True to raise ValueError
             where the update cannot be sharded. ``"job"`` does as well, and shards it over all ranks of
             the job instead of those of each node, as stage 1 of ZeRO (Rajbhandari et al., 2020): the
-            state of the update rules exists once per job, and each node sends the others the
-            parameters that it has updated, as many bytes as gradients before. That exchange does not
-            overlap with backward. The state can be saved after ``optimizer.consolidate()``, which is
-            collective. Parameters are those of the replicated update, to the bit between two nodes.
+            state of the update rules exists once per job. Nodes send each other sums of gradients
+            before, and the parameters that each has updated after that: as many bytes as otherwise,
+            but only the first half can overlap with backward. The state can be saved after
+            ``optimizer.consolidate()``, which is collective. Parameters are those of the replicated
+            update, to the bit between two nodes (MPI adds up more of them in another order).
         mean_grad: Whether a sharded update leaves the average in ``param.grad``, as the hooks left
             it: the same on every rank, kept once per node, and read-only for that. It stays as it
             is until this rank's next update; keep a copy for longer.

@@ -52,8 +52,9 @@ class Join:
     With :class:`~chainer_dist.links.MultiNodeBatchNormalization` in a model, forward and backward
     are collective as well: a rank that stands by repeats them with its last batch, which counts
     neither in statistics nor in gradients. ``update`` must then be given the loss function (a loss
-    computed before it raises an error), and every rank must have at least one batch. Other collectives inside the block, such as those of
-    :mod:`chainer_dist.functions`, wait for the ranks that left it forever.
+    computed before it raises an error), and every rank must have at least one batch. Other
+    collectives inside the block, such as those of :mod:`chainer_dist.functions`, wait for the ranks
+    that left it forever.
 
     With a Trainer use :func:`~chainer_dist.create_multi_node_updater`.
 

@@ -3,10 +3,10 @@
 An optimizer that every rank runs on all parameters repeats the same work, bound by memory, on every
 core of a node. Here each rank runs Chainer's own update rules on the slice whose gradients it has
 just averaged, in chunks that stay in the cache, and the others copy the new parameters. The state of
-the rules exists once per node.
+the rules exists once per node, or on request once per job.
 
 The idea of sharding the update is that of ZeRO (Rajbhandari et al., 2020), among ranks that share
-memory, so that nothing has to be sent within a node.
+memory, so that nothing has to be sent within a node; across nodes it is its stage 1.
 """
 
 from __future__ import annotations
@@ -174,7 +174,7 @@ class ShardedUpdate:
         for rule, state in zip(self._rules, self._states):
             if state is not None:
                 found.append(rule._state)
-                if not isinstance(rule._state, SpreadState):
+                if not isinstance(rule._state, _SpreadState):
                     found += (rule._state or {}).values()
         return found
 
@@ -249,7 +249,7 @@ class ShardedUpdate:
         if rule is None or not rule.enabled or not array.size:
             return None
         if self._across:
-            spread = rule._state = SpreadState()
+            spread = rule._state = _SpreadState()
             return spread
         whole = {key: value.reshape(array.shape) for key, value in state.items()}
         for value in whole.values():  # a rank that changed it would change it for the others
@@ -421,7 +421,7 @@ class ShardedUpdate:
     @property
     def is_spread(self) -> bool:
         """Whether each rank has a part of the state only."""
-        return any(isinstance(state, SpreadState) for state in self._states)
+        return any(isinstance(state, _SpreadState) for state in self._states)
 
     def consolidate(self) -> None:
         """Gather the state of all ranks on every node, until the next update. Collective.
@@ -479,7 +479,7 @@ class ShardedUpdate:
         if self._across and not self.is_spread:
             for index, (rule, state) in enumerate(zip(self._rules, self._states)):
                 if state is not None:
-                    self._states[index] = rule._state = SpreadState()
+                    self._states[index] = rule._state = _SpreadState()
             self._state_arrays = self._states_now()
 
     @contextlib.contextmanager
@@ -507,7 +507,7 @@ class ShardedUpdate:
         A state of which each rank has a part only is given up; see :meth:`consolidate`.
         """
         for rule, state in zip(self._rules, self._states):
-            if isinstance(state, SpreadState):
+            if isinstance(state, _SpreadState):
                 rule._state = None
             elif state is not None and rule._state is state:
                 rule._state = {key: value.copy() for key, value in state.items()}
@@ -518,7 +518,7 @@ class ShardedUpdate:
                 param.array = array.copy()
 
 
-class SpreadState(dict[str, Any]):
+class _SpreadState(dict[str, Any]):
     """What a rule has in the place of its state while each rank has a part of that only.
 
     Whatever saves, copies or reads it raises RuntimeError, so that nobody takes a part for the whole.
