@@ -18,6 +18,7 @@ ROOT = Path(chainer_dist.__file__).parent
 LAYERS = [
     [
         "_version",
+        "_arguments",
         "_files",
         "_compat",
         "_startup",

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
+from chainer_dist._arguments import count, positive, seconds
 from chainer_dist._version import __version__
 from chainer_dist.launch import output, wire
 from chainer_dist.launch.errors import LaunchError
@@ -80,7 +81,7 @@ def _parser() -> _Parser:
     _add_places(run, "the slots of the hosts, or the number of cores")
     run.add_argument(
         "--max-restarts",
-        type=_count,
+        type=count,
         default=0,
         metavar="N",
         help="after a failure start again, on the hosts that can still be reached, up to N times; "
@@ -88,7 +89,7 @@ def _parser() -> _Parser:
     )
     run.add_argument(
         "--timeout",
-        type=_seconds,
+        type=seconds,
         default=math.inf,
         metavar="SECONDS",
         help="end the job, restarts included, after so long, with status 124",
@@ -98,7 +99,7 @@ def _parser() -> _Parser:
     )
     run.add_argument(
         "--stall-abort",
-        type=_seconds,
+        type=seconds,
         metavar="SECONDS",
         help="end the job, as a failure, once ranks have waited for one another for so long",
     )
@@ -139,7 +140,7 @@ def _parser() -> _Parser:
 def _add_places(parser: argparse.ArgumentParser, default: str) -> None:
     parser.add_argument(
         "-n",
-        type=_positive,
+        type=positive,
         dest="n_ranks",
         metavar="N",
         help=f"number of ranks (default: {default})",
@@ -153,28 +154,6 @@ def _add_places(parser: argparse.ArgumentParser, default: str) -> None:
     parser.add_argument(
         "--address", metavar="NAME", help="name or address at which other hosts reach this one"
     )
-
-
-def _positive(text: str) -> int:
-    if not (text.isascii() and text.isdigit()) or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is no number from 1 up")
-    return int(text)
-
-
-def _count(text: str) -> int:
-    if not (text.isascii() and text.isdigit()):
-        raise argparse.ArgumentTypeError(f"{text!r} is no number from 0 up")
-    return int(text)
-
-
-def _seconds(text: str) -> float:
-    try:
-        seconds = float(text)
-    except ValueError:
-        seconds = math.nan
-    if not seconds > 0:
-        raise argparse.ArgumentTypeError(f"{text!r} is no number of seconds")
-    return seconds
 
 
 def _run(options: argparse.Namespace) -> int:

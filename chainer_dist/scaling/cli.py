@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import argparse
-import math
 import shlex
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from chainer_dist.scaling import experiment, page, results
+from chainer_dist._arguments import percentage, positive, seconds
+from chainer_dist.scaling import experiment, page, predicted, results
 from chainer_dist.scaling.contenders import CONTENDERS
 from chainer_dist.scaling.workloads import WORKLOADS
 
@@ -111,6 +111,7 @@ def _measure(
         parts=parts,
         machine=machine,
         command=command,
+        predicted=predicted.section(folder),
     )
     sys.stdout.write(results.table(rows, accuracies))
     sys.stdout.write(f"\nPage: {folder / 'index.html'}\n")
@@ -127,7 +128,7 @@ def _parser() -> argparse.ArgumentParser:
         + "; or file.py:function, a function of the number of examples and the rank that returns a model "
         "and the arguments it is called with for its loss.",
     )
-    parser.add_argument("--ranks", type=_positive, nargs="+", metavar="N", default=[1, 2])
+    parser.add_argument("--ranks", type=positive, nargs="+", metavar="N", default=[1, 2])
     parser.add_argument("--workloads", nargs="+", default=["mlp", "cnn"], metavar="W")
     parser.add_argument("--contenders", nargs="+", choices=CONTENDERS, default=[*CONTENDERS])
     parser.add_argument(
@@ -136,17 +137,15 @@ def _parser() -> argparse.ArgumentParser:
         choices=(experiment.WEAK, experiment.STRONG),
         default=[experiment.WEAK, experiment.STRONG],
     )
+    parser.add_argument("--batch", type=positive, help="examples a rank, and of one rank in strong")
+    parser.add_argument("--rounds", type=positive, default=3, help="jobs of each (default: 3)")
     parser.add_argument(
-        "--batch", type=_positive, help="examples a rank, and of one rank in strong"
+        "--seconds", type=seconds, default=3.0, help="time steps for so long (default: 3)"
     )
-    parser.add_argument("--rounds", type=_positive, default=3, help="jobs of each (default: 3)")
-    parser.add_argument(
-        "--seconds", type=_seconds, default=3.0, help="time steps for so long (default: 3)"
-    )
-    parser.add_argument("--steps", type=_positive, default=50, help="at most (default: 50)")
+    parser.add_argument("--steps", type=positive, default=50, help="at most (default: 50)")
     parser.add_argument(
         "--accuracy",
-        type=_percentage,
+        type=percentage,
         default=97.0,
         metavar="PERCENT",
         help="train digits to this validation accuracy; 0 leaves that out (default: 97)",
@@ -159,38 +158,13 @@ def _parser() -> argparse.ArgumentParser:
         "--restart", action="store_true", help="forget what the folder has, and begin anew"
     )
     parser.add_argument(
-        "--timeout", type=_seconds, default=300.0, help="seconds for a job (default: 300)"
+        "--timeout", type=seconds, default=300.0, help="seconds for a job (default: 300)"
     )
     where = parser.add_mutually_exclusive_group()
     where.add_argument("--hosts", metavar="A:2,B:2", help="as for chainer-dist run")
     where.add_argument("--hostfile", metavar="FILE", help="as for chainer-dist run")
     parser.add_argument("--address", metavar="NAME", help="as for chainer-dist run")
     return parser
-
-
-def _positive(text: str) -> int:
-    if not (text.isascii() and text.isdigit()) or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is no number from 1 up")
-    return int(text)
-
-
-def _number(text: str) -> float:
-    try:
-        return float(text)
-    except ValueError:
-        return math.nan
-
-
-def _seconds(text: str) -> float:
-    if not _number(text) > 0:
-        raise argparse.ArgumentTypeError(f"{text!r} is no number of seconds")
-    return float(text)
-
-
-def _percentage(text: str) -> float:
-    if not 0 <= _number(text) <= 100:  # noqa: PLR2004 - percent
-        raise argparse.ArgumentTypeError(f"{text!r} is no percentage")
-    return float(text)
 
 
 if __name__ == "__main__":
