@@ -110,7 +110,7 @@ setup(
         "type": ["mypy"],
     },
     packages=find_packages(include=["chainer_dist", "chainer_dist.*"]),
-    package_data={"chainer_dist": ["py.typed", "scaling/page.html"]},
+    package_data={"chainer_dist": ["py.typed", "scaling/page.html", "scaling/validation.json"]},
     # No entry point: that would import the package, with Chainer, before the launcher.
     scripts=["chainer_dist/launch/chainer-dist"],
     zip_safe=False,

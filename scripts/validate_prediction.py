@@ -20,7 +20,7 @@ from typing import Any
 
 from netns_cluster import Cluster, UnavailableError
 
-from chainer_dist.scaling import experiment, simulate
+from chainer_dist.scaling import experiment, results, simulate, validation
 from chainer_dist.scaling.schedule import Schedule
 from chainer_dist.scaling.worker import Task
 from chainer_dist.scaling.workloads import load
@@ -72,6 +72,7 @@ def main() -> int:
     parser.add_argument("--rates", nargs="+", default=["100mbit", "1gbit", "10gbit"])
     parser.add_argument("--workloads", nargs="+", default=["cnn", "transformer", "lstm"])
     parser.add_argument("--batch", type=int, help="examples a rank (default: each workload's)")
+    parser.add_argument("--out", type=Path, metavar="FILE", help="write JSON")
     parser.add_argument("--ping-pong", action="store_true", help="be a rank")
     args = parser.parse_args()
     if args.ping_pong:
@@ -81,25 +82,27 @@ def main() -> int:
         f"{'hosts':>5} {'rate':>8} {'workload':12} {'contender':13} {'predicted, ms':>13} "
         f"{'closed form':>12} {'measured':>9} {'error':>7}"
     )
-    errors: list[float] = []
+    found: list[validation.Comparison] = []
+    machine = experiment.machine()
     try:
         for hosts in args.hosts:
             for rate in args.rates:
-                errors += compare(hosts, rate, args.workloads, args.batch)
+                found += compare(hosts, rate, args.workloads, args.batch)
     except UnavailableError as error:
         sys.stderr.write(f"{parser.prog}: {error}\n")
         return UNAVAILABLE
-    sizes = [abs(each) for each in errors]
-    print(
-        f"errors: median {statistics.median(sizes):.0%}, largest {max(sizes):.0%}, "
-        f"{sum(each <= 0.15 for each in sizes)} of {len(sizes)} within 15 %"
-    )
+    print(validation.summary(found))
+    if args.out:
+        comparisons = [each._asdict() for each in found]
+        results.write_json(args.out, {"machine": machine, "comparisons": comparisons})
     return 0
 
 
-def compare(hosts: int, rate: str, workloads: list[str], batch: int | None) -> list[float]:
-    """Predict and measure steps on some hosts; print and return the errors."""
-    errors = []
+def compare(
+    hosts: int, rate: str, workloads: list[str], batch: int | None
+) -> list[validation.Comparison]:
+    """Predict and measure steps on some hosts; print and return them."""
+    found = []
     with (
         tempfile.TemporaryDirectory(prefix="chainer-dist-") as folder,
         Cluster(hosts, rate=rate, check=False) as cluster,
@@ -125,13 +128,16 @@ def compare(hosts: int, rate: str, workloads: list[str], batch: int | None) -> l
                 how = simulate.DESIGNS[design]
                 predicted = simulate.simulate(schedule, place, how)
                 closed = simulate.closed_form(schedule, place, how)
-                errors.append(predicted / seconds - 1)
+                each = validation.Comparison(
+                    hosts, rate, workload, contender, predicted, closed, seconds
+                )
+                found.append(each)
                 print(
                     f"{hosts:>5} {rate:>8} {workload:12} {contender:13} {predicted * 1e3:>13.1f} "
-                    f"{closed * 1e3:>12.1f} {seconds * 1e3:>9.1f} {errors[-1]:>7.0%}",
+                    f"{closed * 1e3:>12.1f} {seconds * 1e3:>9.1f} {each.error:>7.0%}",
                     flush=True,
                 )
-    return errors
+    return found
 
 
 if __name__ == "__main__":

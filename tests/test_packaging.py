@@ -84,10 +84,11 @@ def test_metadata(wheel):
 
 
 def test_wheel_holds_the_whole_package(wheel):
-    """Every module, the page's template and the marker of typed packages are there, if it is not editable."""
+    """Every module, what the page is made of and the marker of typed packages are there, if not editable."""
     package = ROOT / "chainer_dist"
     wanted = {str(path.relative_to(ROOT)) for path in package.rglob("*.py")}
-    wanted |= {"chainer_dist/py.typed", "chainer_dist/scaling/page.html"}
+    wanted |= {"chainer_dist/py.typed"}
+    wanted |= {f"chainer_dist/scaling/{name}" for name in ("page.html", "validation.json")}
     held = {name for name in wheel if name.startswith("chainer_dist/")}
     editable = any(name.startswith("__editable__") for name in wheel)
     assert held == (set() if editable else wanted)

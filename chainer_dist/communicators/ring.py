@@ -67,6 +67,22 @@ _RUN = Kind("exchange in shared memory", EXCHANGE)
 _WAIT = Kind("waiting for blocks", WAITING)
 
 
+def n_slots(ranks: int) -> int:
+    """Return how many blocks of its own a rank can have under way, on a node of so many. Local."""
+    return max(_FEWEST_SLOTS, min(SLOTS, _NODE_BYTES // (ranks * BLOCK_BYTES)))
+
+
+def sums_in_flight(ranks: int) -> int:
+    """Return how many sums between nodes are under way at a time, unless tuned. Local.
+
+    So many keep the links busy while ranks pack and unpack other blocks.
+
+    Args:
+        ranks: Of a node.
+    """
+    return max(1, min(_MOST_IN_FLIGHT, n_slots(ranks) - _FEWEST_SLOTS))
+
+
 class Ring:
     """The shared memory of a node: for each rank a few counters and a ring of blocks.
 
@@ -101,12 +117,8 @@ class Ring:
         self._spins = _SPINS if self._ranks <= len(cores) else 0
         self._sync = barrier()
         self._current: Run | None = None
-        affordable = _NODE_BYTES // (node.size * BLOCK_BYTES)
-        self._depth = max(_FEWEST_SLOTS, min(SLOTS, affordable))
-        # So many sums between nodes keep the links busy while ranks pack and unpack other blocks.
-        in_flight = 0
-        if comm.inter_size > 1:
-            in_flight = max(1, min(_MOST_IN_FLIGHT, self._depth - _FEWEST_SLOTS))
+        self._depth = n_slots(node.size)
+        in_flight = sums_in_flight(node.size) if comm.inter_size > 1 else 0
         self.tuning = self.most = Tuning(BLOCK_BYTES, in_flight)
         shared = share_memory(comm, node.size * (self._depth * BLOCK_BYTES + _COUNTER_BYTES))
         slots, counters = np.split(shared, [node.size * self._depth * BLOCK_BYTES])

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
     from chainer_dist.scaling.results import Row
 
-__all__ = ["write"]
+__all__ = ["figure", "wrapped", "write"]
 
 _TEMPLATE = Path(__file__).with_name("page.html")
 _COLORS = dict(zip(CONTENDERS, ("#0b6e99", "#d1681f", "#7a4fa3", "#b5304a", "#7d8790")))
@@ -41,6 +41,7 @@ def write(
     parts: Mapping[tuple[str, str, int], Mapping[str, float]],
     machine: Mapping[str, Any],
     command: str,
+    predicted: str = "",
 ) -> None:
     """Write the page, whole or not at all. Local.
 
@@ -51,17 +52,18 @@ def write(
         parts: See :func:`chainer_dist.scaling.results.parts`.
         machine: See :func:`chainer_dist.scaling.experiment.machine`.
         command: With which all this was measured.
+        predicted: See :func:`chainer_dist.scaling.predicted.section`.
     """
     sections = []
     for kind, workload in dict.fromkeys((row.kind, row.workload) for row in rows):
         group = [row for row in rows if (row.kind, row.workload) == (kind, workload)]
         shares = {key[2]: value for key, value in parts.items() if key[:2] == (kind, workload)}
         figures = [
-            _figure(_draw_efficiency, group),
-            _figure(_draw_throughput, group),
+            figure(_draw_efficiency, group),
+            figure(_draw_throughput, group),
         ]
         if shares:
-            figures.append(_figure(_draw_parts, shares))
+            figures.append(figure(_draw_parts, shares))
         sections.append(
             f"<h2>{html.escape(workload)}, {kind} scaling</h2>\n<div class='figures'>"
             f"{''.join(figures)}</div>\n{_table(group)}"
@@ -71,6 +73,7 @@ def write(
     text = string.Template(_TEMPLATE.read_text(encoding="utf-8")).substitute(
         headline=html.escape(_headline(rows)),
         sections="\n".join(sections),
+        predicted=predicted,
         contenders="".join(
             f"<dt>{name}</dt><dd>{html.escape(what)}</dd>"
             for name, what in CONTENDERS.items()
@@ -99,19 +102,27 @@ def _headline(rows: Iterable[Row]) -> str:
     return text
 
 
-def _figure(draw: Callable[[Any, Any], None], content: Any) -> str:
-    """Return a plot as an SVG element."""
+def figure(draw: Callable[[Any, Any], None], content: Any, caption: str = "") -> str:
+    """Return a plot as an HTML figure. Local.
+
+    Args:
+        draw: Called with axes of Matplotlib and ``content``.
+        content: What is drawn.
+        caption: As HTML.
+    """
     from matplotlib.backends.backend_svg import FigureCanvasSVG
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=_SIZE, layout="constrained")
-    FigureCanvasSVG(figure)
-    axes = figure.add_subplot()
+    plot = Figure(figsize=_SIZE, layout="constrained")
+    FigureCanvasSVG(plot)
+    axes = plot.add_subplot()
     axes.spines[["top", "right"]].set_visible(False)
     draw(axes, content)
     svg = io.StringIO()
-    figure.savefig(svg, format="svg", transparent=True, metadata={"Date": None})
-    return f"<figure>{svg.getvalue()[svg.getvalue().index('<svg') :]}</figure>"
+    plot.savefig(svg, format="svg", transparent=True, metadata={"Date": None})
+    text = svg.getvalue()
+    above = f"<figcaption>{caption}</figcaption>" if caption else ""
+    return f"<figure>{above}{text[text.index('<svg') :]}</figure>"
 
 
 def _by_contender(rows: Iterable[Row]) -> dict[str, list[Row]]:
@@ -196,7 +207,7 @@ def _table(rows: Iterable[Row]) -> str:
         mark = " class='ours'" if row.contender == OURS else ""
         lines.append(f"<tr{mark}>{''.join(f'<td>{cell}</td>' for cell in cells)}</tr>")
     heads = ("", "ranks", "batch a rank", "ms a step", "examples/s", "efficiency", "of copies")
-    return _wrapped(heads, lines)
+    return wrapped(heads, lines)
 
 
 def _accuracy_section(accuracies: Iterable[Mapping[str, Any]]) -> str:
@@ -210,11 +221,17 @@ def _accuracy_section(accuracies: Iterable[Mapping[str, Any]]) -> str:
     return (
         "<h2>Time to accuracy, handwritten digits</h2>\n"
         f"<p>Medians of trainings with different seeds. The rules: {html.escape(accuracy.RULES)}.</p>"
-        f"{_wrapped(heads, lines)}"
+        f"{wrapped(heads, lines)}"
     )
 
 
-def _wrapped(heads: Iterable[str], lines: Iterable[str]) -> str:
+def wrapped(heads: Iterable[str], lines: Iterable[str]) -> str:
+    """Return a table that can be wider than the page. Local.
+
+    Args:
+        heads: Of its columns, as HTML.
+        lines: Its rows, as HTML.
+    """
     head = "".join(f"<th>{name}</th>" for name in heads)
     return f"<div class='table'><table><tr>{head}</tr>{''.join(lines)}</table></div>"
 

@@ -3,51 +3,59 @@
 from __future__ import annotations
 
 import argparse
+import concurrent.futures
 import itertools
 import json
+import shlex
+import shutil
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
-from chainer_dist.scaling import experiment, results, simulate
+from chainer_dist._arguments import at_least_one, count, percentage, positive
+from chainer_dist.scaling import answers, experiment, results, simulate
+from chainer_dist.scaling.answers import Prediction
 from chainer_dist.scaling.schedule import Schedule
 from chainer_dist.scaling.simulate import DESIGNS, NETWORKS, Cluster
 from chainer_dist.scaling.workloads import load
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Iterator, Sequence
 
-__all__ = ["Prediction", "main", "predict"]
+__all__ = ["FILE", "REPORT", "Scenario", "main", "predict"]
 
-ANNOUNCED = 0.852  # ChainerMN's on 128 GPUs (Akiba et al., 2017)
-_SIMULATED = 2_000_000  # actions in a trace: some ten seconds of simulation
+FILE = "predictions.json"
+
+_ACTIONS = 2_000_000  # in a trace: up to a minute of simulation
+_SIZES = [1 << power for power in range(13)]  # ranks of the report
+_ETHERNET = "10 Gbit/s Ethernet"
 
 
-class Prediction(NamedTuple):
-    """A step on a cluster.
+class Scenario(NamedTuple):
+    """A kind of cluster, of any number of nodes; see :class:`chainer_dist.scaling.simulate.Cluster`."""
 
-    Attributes:
-        workload: What is trained.
-        network: By its name.
-        nodes: How many.
-        ranks: Of each node.
-        design: See :data:`chainer_dist.scaling.simulate.DESIGNS`.
-        seconds: Of a step, by SMPI; None where that was left out, because it would take too long.
-        closed_form: The same in closed form.
-        efficiency: What a rank does, against plain Chainer on one rank alone. More than 1 where ranks of a node
-            share an update that costs more than the exchange.
-    """
-
-    workload: str
+    name: str
     network: str
-    nodes: int
     ranks: int
-    design: str
-    seconds: float | None
-    closed_form: float
-    efficiency: float
+    straggler: float = 1.0
+    jitter: float = 0.0
+    oversubscription: float = 1.0
+
+    def of(self, nodes: int) -> Cluster:
+        """Return the cluster that has so many nodes."""
+        return Cluster(nodes, self.ranks, NETWORKS[self.network], *self[3:])
+
+
+REPORT = [
+    *(Scenario(name, name, 4) for name in NETWORKS),
+    Scenario("16 ranks a node", _ETHERNET, 16),
+    Scenario("64 ranks a node", _ETHERNET, 64),
+    Scenario("one rank 20 % slower", _ETHERNET, 4, straggler=1.2),
+    Scenario("ranks vary by 5 %", _ETHERNET, 4, jitter=0.05),
+    Scenario("uplink oversubscribed 4:1", _ETHERNET, 4, oversubscription=4.0),
+]
 
 
 def record(workload: str, batch: int | None, ranks: int) -> Schedule:
@@ -59,20 +67,10 @@ def record(workload: str, batch: int | None, ranks: int) -> Schedule:
     with tempfile.TemporaryDirectory(prefix="chainer-dist-") as folder:
         out = Path(folder) / "schedule.json"
         task = {"workload": workload, "batch": batch or load(workload).batch, "out": str(out)}
+        command = [sys.executable, "-m", "chainer_dist", "run", "-n", str(ranks)]
+        command += ["--timeout", "300", "-m", "chainer_dist.scaling.schedule", json.dumps(task)]
         done = subprocess.run(  # noqa: S603 - this package
-            [
-                *(
-                    sys.executable,
-                    "-m",
-                    "chainer_dist",
-                    "run",
-                    "-n",
-                    str(ranks),
-                    "--timeout",
-                    "300",
-                ),
-                *("-m", "chainer_dist.scaling.schedule", json.dumps(task)),
-            ],
+            command,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             stdin=subprocess.DEVNULL,
@@ -86,62 +84,74 @@ def record(workload: str, batch: int | None, ranks: int) -> Schedule:
 
 
 def predict(
-    alone: Schedule, schedule: Schedule, cluster: Cluster, name: str, design: str
+    alone: Schedule,
+    schedule: Schedule,
+    scenario: Scenario,
+    nodes: int,
+    design: str,
+    *,
+    actions: int = _ACTIONS,
 ) -> Prediction:
     """Predict a step. Local; starts a process.
 
     Args:
         alone: Recorded on one rank.
         schedule: Recorded on as many ranks as a node has, or as there were cores.
-        cluster: Where.
-        name: Of its network.
+        scenario: On what kind of cluster,
+        nodes: of how many nodes.
         design: By its name.
+        actions: Traces of more are not simulated.
     """
-    how = DESIGNS[design]
-    closed = simulate.closed_form(schedule, cluster, how)
+    cluster, how = scenario.of(nodes), DESIGNS[design]
     seconds = None
-    if simulate.n_actions(schedule, cluster, how) <= _SIMULATED:
+    if simulate.n_actions(schedule, cluster, how) <= actions:
         seconds = simulate.simulate(schedule, cluster, how)
+    closed = simulate.closed_form(schedule, cluster, how)
     one = alone.compute + alone.update
     return Prediction(
-        schedule.workload,
-        name,
-        cluster.nodes,
-        cluster.ranks,
-        design,
-        seconds,
-        closed,
-        one / (closed if seconds is None else seconds),
+        workload=schedule.workload,
+        scenario=scenario.name,
+        network=scenario.network,
+        ranks_per_node=scenario.ranks,
+        straggler=scenario.straggler,
+        jitter=scenario.jitter,
+        oversubscription=scenario.oversubscription,
+        ranks=nodes * scenario.ranks,
+        design=design,
+        seconds=seconds,
+        closed_form=closed,
+        efficiency=one / (closed if seconds is None else seconds),
+        node=simulate.closed_form(schedule, Cluster(1, 1, cluster.network), how) - one,
+        **simulate.costs(schedule, cluster, how),
     )
 
 
 def table(predictions: Sequence[Prediction]) -> str:
     """Return efficiencies as text: a line for each design, a column for each number of ranks. Local."""
     lines: list[str] = []
-    groups = itertools.groupby(predictions, key=lambda each: (each.workload, each.network))
-    for (workload, network), group in groups:
+    groups = itertools.groupby(predictions, key=lambda each: (each.workload, each.scenario))
+    for (workload, scenario), group in groups:
         found = list(group)
-        numbers = list(dict.fromkeys(each.nodes * each.ranks for each in found))
-        lines += ["", f"{workload}, {network}, {found[0].ranks} ranks a node: efficiency, percent"]
+        numbers = list(dict.fromkeys(each.ranks for each in found))
+        name = (
+            found[0].network if scenario == found[0].network else f"{found[0].network}, {scenario}"
+        )
+        lines += ["", f"{workload}, {name}, {found[0].ranks_per_node} ranks a node: percent"]
         lines.append(f"{'ranks':14}{''.join(f'{number:>8}' for number in numbers)}")
         for design in dict.fromkeys(each.design for each in found):
             row = [each for each in found if each.design == design]
             marks = [
                 f"{each.efficiency:.1%}".rstrip("%") + "~" * (each.seconds is None) for each in row
             ]
-            lines.append(f"{design:14}{''.join(f'{mark:>8}' for mark in marks)}{_limit(row)}")
+            lines.append(
+                f"{design:14}{''.join(f'{mark:>8}' for mark in marks)}   {answers.limit(row)}"
+            )
     lines += [
         "",
-        "Efficiency is against plain Chainer on one rank. ~ in closed form; the others by SMPI.",
+        "Percent of what as many ranks would do if each did what plain Chainer does on one rank alone.",
+        "~ in closed form only; the others by SimGrid's SMPI.",
     ]
     return "\n".join(lines).lstrip("\n") + "\n"
-
-
-def _limit(row: Iterable[Prediction]) -> str:
-    below = next((each for each in row if each.efficiency < ANNOUNCED), None)
-    if below is None:
-        return f"   never below {ANNOUNCED:.1%}"
-    return f"   below {ANNOUNCED:.1%} from {below.nodes * below.ranks} ranks"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -153,38 +163,93 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Returns:
         The exit status.
     """
+    arguments = sys.argv[1:] if arguments is None else arguments
     parser = _parser()
     args = parser.parse_args(arguments)
-    cores = experiment.n_cores()
-    predictions: list[Prediction] = []
-    schedules: dict[str, Any] = {}
     try:
-        for workload in args.workloads:
-            alone = record(workload, args.batch, 1)
-            here = min(args.ranks_per_node, cores)
-            schedule = alone if here == 1 else record(workload, args.batch, here)
-            schedules[workload] = [alone._asdict(), schedule._asdict()]
-            for network, design, nodes in itertools.product(args.networks, DESIGNS, args.nodes):
-                cluster = Cluster(
-                    nodes, args.ranks_per_node, NETWORKS[network], args.straggler, args.uplink
-                )
-                predictions.append(predict(alone, schedule, cluster, network, design))
-    except (OSError, ValueError, RuntimeError) as error:
+        for name in args.workloads:
+            load(name)
+    except ValueError as error:
+        parser.error(str(error))
+    places = list(_places(parser, args))
+    has_simgrid = shutil.which("smpirun") is not None
+    try:
+        machine = experiment.machine()
+        schedules, predictions = _predict_all(
+            args.workloads, args.batch, places, actions=args.actions if has_simgrid else 0
+        )
+    except (OSError, ValueError, RuntimeError, subprocess.TimeoutExpired) as error:
         sys.stderr.write(f"{parser.prog}: {error}\n")
         return 1
     sys.stdout.write(table(predictions))
-    if args.ranks_per_node > cores:
-        sys.stdout.write(
-            f"Computation and update on a node are as recorded with {cores} ranks, on {cores} cores.\n"
-        )
+    if not has_simgrid:
+        sys.stdout.write(f"{simulate.MISSING}; so all is in closed form.\n")
+    found = answers.answers(schedules, predictions)
+    for question, lines in found.items():
+        sys.stdout.write("\n".join(["", question, *(f"  {line}" for line in lines), ""]))
     if args.out:
+        args.out.mkdir(parents=True, exist_ok=True)
         content = {
-            "machine": experiment.machine(),
-            "schedules": schedules,
+            "command": shlex.join(["chainer-dist", "predict", *arguments]),
+            "machine": machine,
+            "simulated": has_simgrid,
+            "schedules": {
+                name: [each._asdict() for each in steps] for name, steps in schedules.items()
+            },
             "predictions": [each._asdict() for each in predictions],
+            "answers": found,
         }
-        results.write_json(args.out, content)
+        results.write_json(args.out / FILE, content)
+        results.write_csv(args.out / "predictions.csv", predictions)
     return 0
+
+
+def _predict_all(
+    workloads: Sequence[str],
+    batch: int | None,
+    places: Sequence[tuple[Scenario, int]],
+    *,
+    actions: int,
+) -> tuple[dict[str, list[Schedule]], list[Prediction]]:
+    """Record steps of all workloads, on one rank and on more, and predict them in all places."""
+    cores = experiment.n_cores()
+    # The ranks of a node slow one another down; that can be recorded on as many as there are cores.
+    numbers = sorted({1, *(min(scenario.ranks, cores) for scenario, _ in places)})
+    schedules = {name: [record(name, batch, ranks) for ranks in numbers] for name in workloads}
+
+    def predict_one(job: tuple[list[Schedule], tuple[Scenario, int], str]) -> Prediction:
+        steps, (scenario, nodes), design = job
+        here = steps[numbers.index(min(scenario.ranks, cores))]
+        return predict(steps[0], here, scenario, nodes, design, actions=actions)
+
+    with concurrent.futures.ThreadPoolExecutor(cores) as pool:
+        jobs = itertools.product(schedules.values(), places, DESIGNS)
+        return schedules, list(pool.map(predict_one, jobs))
+
+
+def _places(
+    parser: argparse.ArgumentParser, args: argparse.Namespace
+) -> Iterator[tuple[Scenario, int]]:
+    """Yield kinds of clusters, and of each the numbers of nodes."""
+    if args.report:
+        for name in ("networks", "ranks_per_node", "nodes", *Scenario._fields[3:]):
+            if getattr(args, name) is not None:
+                parser.error(
+                    f"--report has clusters of its own: leave out --{name.replace('_', '-')}"
+                )
+        for scenario in REPORT:
+            yield from ((scenario, n // scenario.ranks) for n in _SIZES if n >= scenario.ranks)
+        return
+    for network in args.networks or ["1 Gbit/s Ethernet", _ETHERNET]:
+        scenario = Scenario(
+            network,
+            network,
+            args.ranks_per_node or 1,
+            args.straggler or 1.0,
+            (args.jitter or 0.0) / 100,
+            args.oversubscription or 1.0,
+        )
+        yield from ((scenario, nodes) for nodes in args.nodes or [1, 2, 4, 16, 64, 128])
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -194,30 +259,54 @@ def _parser() -> argparse.ArgumentParser:
         "of many nodes (weak scaling: the same batch on every rank).",
     )
     parser.add_argument("--workloads", nargs="+", default=["mlp"], metavar="W")
-    parser.add_argument("--batch", type=int, help="examples a rank")
-    parser.add_argument("--ranks-per-node", type=int, default=1, metavar="R")
-    parser.add_argument("--nodes", type=int, nargs="+", default=[1, 2, 4, 16, 64, 128], metavar="N")
+    parser.add_argument("--batch", type=positive, help="examples a rank")
+    parser.add_argument("--ranks-per-node", type=positive, metavar="R", help="(default: 1)")
     parser.add_argument(
-        "--networks",
-        nargs="+",
-        choices=NETWORKS,
-        default=["1 Gbit/s Ethernet", "10 Gbit/s Ethernet"],
+        "--nodes", type=positive, nargs="+", metavar="N", help="(default: 1 2 4 16 64 128)"
+    )
+    parser.add_argument(
+        "--networks", nargs="+", choices=NETWORKS, help="(default: Ethernet of 1 and 10 Gbit/s)"
     )
     parser.add_argument(
         "--straggler",
-        type=float,
-        default=1.0,
+        type=at_least_one,
         metavar="X",
-        help="the first node takes X times as long to compute (default: 1)",
+        help="the first rank takes X times as long to compute (default: 1)",
     )
     parser.add_argument(
-        "--uplink",
-        type=int,
-        default=0,
-        metavar="N",
-        help="all nodes share a link as fast as N of theirs (default: 0, none is shared)",
+        "--jitter",
+        type=percentage,
+        metavar="PERCENT",
+        help="what ranks compute takes so much more or less, by chance: the standard deviation "
+        "(default: 0)",
     )
-    parser.add_argument("--out", type=Path, metavar="FILE", help="write JSON")
+    parser.add_argument(
+        "--oversubscription",
+        type=at_least_one,
+        metavar="X",
+        help="the nodes share a link that is X times slower than theirs together (default: 1)",
+    )
+    parser.add_argument(
+        "--report",
+        action="store_true",
+        help="on 4 to 4096 ranks of nine kinds of clusters: "
+        + ", ".join(scenario.name for scenario in REPORT),
+    )
+    parser.add_argument(
+        "--actions",
+        type=count,
+        default=_ACTIONS,
+        metavar="N",
+        help="where a simulation would have more actions, give the closed form alone "
+        f"(default: {_ACTIONS}, up to a minute)",
+    )
+    parser.add_argument(
+        "--out",
+        type=Path,
+        metavar="FOLDER",
+        help=f"write {FILE} and predictions.csv there; chainer-dist scale, with the same folder, has "
+        "them on its page",
+    )
     return parser
 
 

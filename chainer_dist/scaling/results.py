@@ -205,9 +205,9 @@ def write_json(path: Path, content: Mapping[str, Any]) -> None:
         file.write(json.dumps(content, indent=1) + "\n")
 
 
-def write_csv(path: Path, found: Iterable[Row]) -> None:
-    """Write rows with a heading, whole or not at all. Local."""
+def write_csv(path: Path, found: Sequence[Any]) -> None:
+    """Write rows, named tuples of one kind, with a heading, whole or not at all. Local."""
     with replacing(path) as file:
         writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(Row._fields)
+        writer.writerow(found[0]._fields)
         writer.writerows(found)

@@ -21,6 +21,7 @@ from chainer_dist.scaling import workloads
 __all__ = ["Schedule", "record"]
 
 WARM_UP, STEPS = 2, 7
+_FEWEST, _ENOUGH = 3, 10.0  # steps, once these have taken so many seconds
 
 
 class Schedule(NamedTuple):
@@ -57,11 +58,21 @@ class Schedule(NamedTuple):
         """Of all gradients."""
         return sum(nbytes for _, nbytes in self.final)
 
+    def faster(self, times: float) -> Schedule:
+        """Return the step of a processor that is so many times as fast in everything."""
+        return self._replace(
+            forward=self.forward / times,
+            backward=self.backward / times,
+            final=[(moment / times, nbytes) for moment, nbytes in self.final],
+            update=self.update / times,
+            node_update=self.node_update / times,
+        )
+
 
 def record(workload: str, batch: int, ranks_per_node: int | None = None) -> Schedule:
     """Record a step on the ranks of this job, which are on one node. Collective over all of them.
 
-    Medians of seven steps, each as long as its slowest rank.
+    Medians of seven steps (three, if these take more than ten seconds), each as long as its slowest rank.
 
     Args:
         workload: See :func:`chainer_dist.scaling.workloads.load`.
@@ -86,14 +97,20 @@ def record(workload: str, batch: int, ranks_per_node: int | None = None) -> Sche
 
     def times(optimizer: Any) -> tuple[list[_Computation], float]:
         """Return how long computations took, and the median of updates."""
-        computations, seconds = [], []
-        for _ in range(WARM_UP + STEPS):
+        computations: list[_Computation] = []
+        seconds: list[float] = []
+        lasted = 0.0
+        while len(seconds) < WARM_UP + STEPS:
+            if len(seconds) >= WARM_UP + _FEWEST and lasted > _ENOUGH:
+                break
             world.Barrier()
+            step = time.perf_counter()
             computations.append(_compute(model, arguments))
             world.Barrier()
             began = time.perf_counter()
             optimizer.update()
             seconds.append(world.allreduce(time.perf_counter() - began, MPI.MAX))
+            lasted += world.allreduce(time.perf_counter() - step, MPI.MAX)  # the same on all ranks
         return computations[WARM_UP:], statistics.median(seconds[WARM_UP:])
 
     computations, update = times(chainer.optimizers.Adam(alpha=1e-4).setup(model))

@@ -6,17 +6,24 @@ rank. Where gradients are exchanged by one rank for all of a node (the ranks of 
 slice, which on the network is the same as one rank that exchanges everything), a node is two processes: one
 computes and tells the other of each gradient that is final; that one exchanges it, and tells of the means.
 So computation and exchange go on at the same time, and meet where they depend on each other.
+
+What is taken as free: the exchange within a node of designs in which all ranks exchange everything (that of
+the others was recorded), and what processors do for the network, as far as a ping-pong does not show it.
 """
 
 from __future__ import annotations
 
 import itertools
 import math
+import random
 import shutil
+import statistics
 import subprocess
 import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
+
+from chainer_dist.communicators.ring import BLOCK_BYTES, sums_in_flight
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
@@ -26,18 +33,24 @@ if TYPE_CHECKING:
 
 __all__ = [
     "DESIGNS",
+    "MISSING",
     "NETWORKS",
     "Cluster",
     "Design",
     "Network",
     "closed_form",
+    "costs",
     "n_actions",
     "simulate",
 ]
 
+MISSING = "there is no smpirun: install SimGrid (Debian and Ubuntu: apt install libsimgrid-dev)"
+
 _SPEED = 1e9  # of a simulated core, in operations a second: a nanosecond each
 _TOKEN = 1  # bytes of a message that only tells of something
-_MESSAGES = 24  # so many at most of a step: gradients that are final together go together
+_MESSAGES = 24  # of an overlapped step; more only where the code waits for more one after the other
+_SHORT = 2048  # bytes that MPICH sums up by recursive doubling: in half as many rounds
+_COMPARISON = 128  # bytes that ranks sum up to find out whether they agree
 
 
 class Network(NamedTuple):
@@ -66,14 +79,18 @@ class Cluster(NamedTuple):
         ranks: Of each node.
         network: That joins them.
         straggler: How many times as long as on the others a step's computation takes on the first node.
-        uplink: How many nodes' links together are as fast as the one that all share; 0 if none is shared.
+        jitter: The standard deviation of the time that ranks compute, each for itself and in each step
+            anew, as a part of that time. Normally distributed.
+        oversubscription: How many times as fast the nodes' links are, together, as the one that they share;
+            1 if none is shared.
     """
 
     nodes: int
     ranks: int
     network: Network
     straggler: float = 1.0
-    uplink: int = 0
+    jitter: float = 0.0
+    oversubscription: float = 1.0
 
 
 class Design(NamedTuple):
@@ -85,20 +102,22 @@ class Design(NamedTuple):
         width: Bytes sent for one byte of a gradient.
         by_node: Ranks of a node exchange each a slice, and update each a slice; otherwise all ranks of all
             nodes exchange, and update, everything.
+        comparisons: In how many small allreduces of a step all ranks find out whether they agree.
     """
 
     by_tensor: bool
     overlaps: bool
     width: float
     by_node: bool
+    comparisons: int
 
 
 DESIGNS = {
-    "naive": Design(by_tensor=True, overlaps=False, width=1.0, by_node=False),
-    "flat": Design(by_tensor=False, overlaps=False, width=1.0, by_node=False),
-    "multi-leader": Design(by_tensor=False, overlaps=False, width=1.0, by_node=True),
-    "overlap": Design(by_tensor=False, overlaps=True, width=1.0, by_node=True),
-    "float16": Design(by_tensor=False, overlaps=True, width=0.5, by_node=True),
+    "naive": Design(by_tensor=True, overlaps=False, width=1.0, by_node=False, comparisons=0),
+    "flat": Design(by_tensor=False, overlaps=False, width=1.0, by_node=False, comparisons=0),
+    "multi-leader": Design(by_tensor=False, overlaps=False, width=1.0, by_node=True, comparisons=1),
+    "overlap": Design(by_tensor=False, overlaps=True, width=1.0, by_node=True, comparisons=2),
+    "float16": Design(by_tensor=False, overlaps=True, width=0.5, by_node=True, comparisons=2),
 }
 
 
@@ -106,29 +125,39 @@ class _Message(NamedTuple):
     """Something to exchange: when it is there, in seconds from the beginning of the step, and its bytes."""
 
     ready: float
-    nbytes: float
+    nbytes: int
 
 
-def _messages(schedule: Schedule, design: Design) -> list[_Message]:
-    """Return what is exchanged in a step, in its order."""
+def _messages(schedule: Schedule, cluster: Cluster, design: Design) -> list[_Message]:
+    """Return what is exchanged in a step, in its order, one after the other."""
     final = [_Message(schedule.forward + moment, size) for moment, size in schedule.final]
     if not design.overlaps:
         final = [each._replace(ready=schedule.compute) for each in final]
     if not design.by_tensor:
-        final = list(_joined(final, overlaps=design.overlaps))
-    return [each._replace(nbytes=each.nbytes * design.width) for each in final]
+        final = list(_joined(final, _together(schedule.nbytes, cluster, design)))
+    return [each._replace(nbytes=round(each.nbytes * design.width)) for each in final]
 
 
-def _joined(final: list[_Message], *, overlaps: bool) -> Iterator[_Message]:
-    """Join messages; those of an overlapped exchange into so few that simulation stays cheap."""
-    total = sum(each.nbytes for each in final)
-    least = total / _MESSAGES if overlaps else total
-    nbytes = 0.0
+def _together(nbytes: int, cluster: Cluster, design: Design) -> int:
+    """Return bytes of gradients that are exchanged together.
+
+    Ranks of a node exchange blocks, of which several are on their way at a time; here as many are one
+    message. Of a step that overlaps there are some more, so as not to lose when each gradient is there.
+    """
+    if not design.by_node:
+        return max(nbytes, 1)
+    together = BLOCK_BYTES * sums_in_flight(cluster.ranks)
+    return max(min(together, nbytes // _MESSAGES), BLOCK_BYTES) if design.overlaps else together
+
+
+def _joined(final: list[_Message], together: int) -> Iterator[_Message]:
+    """Join and cut messages to some of so many bytes each."""
+    nbytes = 0
     for each in final:
         nbytes += each.nbytes
-        if nbytes >= least:
-            yield _Message(each.ready, nbytes)
-            nbytes = 0.0
+        while nbytes >= together:
+            yield _Message(each.ready, together)
+            nbytes -= together
     if nbytes:
         yield _Message(final[-1].ready, nbytes)
 
@@ -141,30 +170,69 @@ def _after(schedule: Schedule, design: Design) -> float:
 def closed_form(schedule: Schedule, cluster: Cluster, design: Design) -> float:
     """Return the seconds of a step by the model of Hockney (1994): latency and bandwidth alone. Local.
 
-    An exchange of n bytes among p, a power of two, takes ``2 log2(p)`` latencies and ``2 n (p - 1) / p`` bytes
-    of a link; among others ``2`` latencies and ``2 n`` bytes more. Messages do not meet on the network.
+    An exchange of n bytes among p nodes, a power of two, takes ``2 log2(p)`` latencies and
+    ``2 n (p - 1) / p`` bytes of a link, a short one half as many latencies and ``log2(p) n`` bytes of each
+    rank that exchanges; among another number of nodes ``2`` latencies and ``2 n`` bytes more. Messages do
+    not meet on the network.
     """
-    group = cluster.nodes if design.by_node else cluster.nodes * cluster.ranks
+    slowest = max(cluster.straggler, 1 + cluster.jitter * max(_scores(cluster)))
+    comparison = _exchange(cluster, design, _COMPARISON)
+    before = comparison * max(design.comparisons - 1, 0)  # between forward and backward
+    end = before
+    for ready, nbytes in _messages(schedule, cluster, design):
+        end = max(end, before + ready * slowest) + _exchange(cluster, design, nbytes)
+    end = max(end, before + schedule.compute * slowest)
+    return end + comparison * min(design.comparisons, 1) + _after(schedule, design)
+
+
+def _exchange(cluster: Cluster, design: Design, nbytes: float) -> float:
+    """Return the seconds of an allreduce in closed form; what passes within a node takes none."""
+    if cluster.nodes == 1:
+        return 0.0
     latency, bandwidth = cluster.network.latency, cluster.network.bandwidth
-    if cluster.uplink:
-        bandwidth *= min(1.0, cluster.uplink / cluster.nodes)
-    end = 0.0
-    for ready, nbytes in _messages(schedule, design):
-        end = max(end, ready * cluster.straggler)
-        if cluster.nodes > 1:
-            # Between nodes go the bytes of all of a node's ranks, less what its ranks exchange first.
-            power = 1 << (group.bit_length() - 1)
-            end += 2 * math.log2(power) * latency + 2 * nbytes * (power - 1) / power / bandwidth
-            if power != group:  # some send everything, and get it back
-                end += 2 * (latency + nbytes / bandwidth)
-    return max(end, schedule.compute * cluster.straggler) + _after(schedule, design)
+    bandwidth /= cluster.oversubscription
+    rounds = cluster.nodes.bit_length() - 1
+    senders = 1 if design.by_node else cluster.ranks  # of all there is, of each node
+    if nbytes <= _SHORT:
+        seconds = rounds * (latency + senders * nbytes / bandwidth)
+    else:
+        seconds = 2 * rounds * latency + 2 * nbytes * (1 - 0.5**rounds) / bandwidth
+    if cluster.nodes != 1 << rounds:  # some send everything, and get it back
+        seconds += 2 * (latency + senders * nbytes / bandwidth)
+    return seconds
+
+
+def _scores(cluster: Cluster) -> list[float]:
+    """Return what normally distributed numbers, one a rank, are expected to be, sorted (Blom, 1958)."""
+    if not cluster.jitter:
+        return [0.0]
+    size, normal = cluster.nodes * cluster.ranks, statistics.NormalDist()
+    return [normal.inv_cdf((number + 0.625) / (size + 0.25)) for number in range(size)]
+
+
+def costs(schedule: Schedule, cluster: Cluster, design: Design) -> dict[str, float]:
+    """Return by how many seconds a step would be shorter, in closed form, if something cost nothing. Local.
+
+    Returns:
+        ``latency`` and ``bandwidth`` of the network, ``waiting`` for ranks that compute longer, and
+        ``comparisons``, which are latency too. What is hidden behind computation costs nothing.
+    """
+    network = cluster.network
+    step = closed_form(schedule, cluster, design)
+    without = {
+        "latency": (cluster._replace(network=network._replace(latency=0.0)), design),
+        "bandwidth": (cluster._replace(network=network._replace(bandwidth=math.inf)), design),
+        "waiting": (cluster._replace(straggler=1.0, jitter=0.0), design),
+        "comparisons": (cluster, design._replace(comparisons=0)),
+    }
+    return {name: step - closed_form(schedule, *each) for name, each in without.items()}
 
 
 def n_actions(schedule: Schedule, cluster: Cluster, design: Design) -> int:
     """Return about how many lines the trace of a step has. Local."""
     group = cluster.nodes if design.by_node else cluster.nodes * cluster.ranks
     steps = 2 * math.ceil(math.log2(max(group, 2)))
-    return group * len(_messages(schedule, design)) * (3 * steps + 3)
+    return group * len(_messages(schedule, cluster, design)) * (3 * steps + 3)
 
 
 def simulate(
@@ -185,9 +253,7 @@ def simulate(
     """
     program = shutil.which("smpirun")
     if program is None:
-        raise FileNotFoundError(
-            "there is no smpirun: install SimGrid (Debian and Ubuntu: apt install libsimgrid-dev)"
-        )
+        raise FileNotFoundError(MISSING)
     with tempfile.TemporaryDirectory(prefix="chainer-dist-") as name:
         folder = Path(name)
         (folder / "platform.xml").write_text(_platform(cluster), encoding="utf-8")
@@ -229,8 +295,9 @@ def _platform(cluster: Cluster) -> str:
     """Return SimGrid's description of a cluster."""
     network = cluster.network
     backbone = ""
-    if cluster.uplink:
-        backbone = f' bb_bw="{network.bandwidth * cluster.uplink}Bps" bb_lat="0s"'
+    if cluster.oversubscription > 1:
+        shared = network.bandwidth * cluster.nodes / cluster.oversubscription
+        backbone = f' bb_bw="{shared}Bps" bb_lat="0s"'
     return (
         "<?xml version='1.0'?>\n"
         '<!DOCTYPE platform SYSTEM "https://simgrid.org/simgrid.dtd">\n'
@@ -244,44 +311,50 @@ def _platform(cluster: Cluster) -> str:
 
 def _write(trace: TextIO, schedule: Schedule, cluster: Cluster, design: Design) -> Iterator[int]:
     """Write the actions of all processes, and yield the node of each."""
-    messages = _messages(schedule, design)
+    messages = _messages(schedule, cluster, design)
     after = _after(schedule, design)
+    slow = _slowness(cluster)
     if not design.by_node:
         size = cluster.nodes * cluster.ranks
         for rank in range(size):
-            node = rank // cluster.ranks
-            _act(trace, rank, ["init", _compute(schedule.compute * _slow(cluster, node))])
+            _act(trace, rank, ["init", _compute(schedule.compute * slow[rank])])
             for number, message in enumerate(messages):
                 _act(trace, rank, _allreduce(rank, size, message.nbytes, number, 0))
             _act(trace, rank, [_compute(after), "finalize"])
-            yield node
+            yield rank // cluster.ranks
         return
+    last = len(messages)
     for node in range(cluster.nodes):
         computing, exchanging = node, cluster.nodes + node
-        slow = _slow(cluster, node)
-        _act(trace, computing, ["init"])
+        slowest = max(slow[node * cluster.ranks : (node + 1) * cluster.ranks])
+        comparison = list(_allreduce(node, cluster.nodes, _COMPARISON, last + 1, 0))
+        _act(trace, computing, ["init", _compute(schedule.forward * slowest)])
+        _act(trace, computing, comparison * max(design.comparisons - 1, 0))
         _act(trace, exchanging, ["init"])
-        before = 0.0
+        before = schedule.forward
         for number, message in enumerate(messages):
-            wait = _compute((message.ready - before) * slow)
+            wait = _compute((message.ready - before) * slowest)
             _act(trace, computing, [wait, f"send {exchanging} {number} {_TOKEN}"])
             _act(trace, exchanging, [f"recv {computing} {number} {_TOKEN}"])
             actions = _allreduce(node, cluster.nodes, message.nbytes, number, cluster.nodes)
             _act(trace, exchanging, actions)
             before = message.ready
-        last = len(messages)
         _act(trace, exchanging, [f"send {computing} {last} {_TOKEN}", "finalize"])
-        rest = _compute((schedule.compute - before) * slow)
-        _act(
-            trace,
-            computing,
-            [rest, f"recv {exchanging} {last} {_TOKEN}", _compute(after), "finalize"],
-        )
+        rest = _compute((schedule.compute - before) * slowest)
+        _act(trace, computing, [rest, f"recv {exchanging} {last} {_TOKEN}"])
+        _act(trace, computing, comparison * min(design.comparisons, 1))
+        _act(trace, computing, [_compute(after), "finalize"])
     yield from itertools.chain(range(cluster.nodes), range(cluster.nodes))
 
 
-def _slow(cluster: Cluster, node: int) -> float:
-    return cluster.straggler if node == 0 else 1.0
+def _slowness(cluster: Cluster) -> list[float]:
+    """Return how many times as long as it was recorded each rank computes."""
+    factors = [1 + cluster.jitter * score for score in _scores(cluster)]
+    if not cluster.jitter:
+        factors *= cluster.nodes * cluster.ranks
+    random.Random(0).shuffle(factors)  # noqa: S311 - any order will do, the same each time
+    factors[: cluster.ranks] = [max(each, cluster.straggler) for each in factors[: cluster.ranks]]
+    return factors
 
 
 def _act(trace: TextIO, process: int, actions: Iterable[str]) -> None:
@@ -295,7 +368,7 @@ def _compute(seconds: float) -> str:
 def _allreduce(rank: int, size: int, nbytes: float, tag: int, first: int) -> Iterator[str]:
     """Yield what a process does in an allreduce: recursive halving, then recursive doubling.
 
-    As Rabenseifner (2004), and MPICH for all but short messages. Where the size is no power of two the
+    As Rabenseifner (2004), and MPICH; short messages are only doubled. Where the size is no power of two the
     processes above it send what they have to one below, and get the result from it. The nearest are
     exchanged with first, and most.
 
@@ -316,8 +389,12 @@ def _allreduce(rank: int, size: int, nbytes: float, tag: int, first: int) -> Ite
     if rank < extra:
         yield f"recv {first + rank + power} {tag} {nbytes:.0f}"
     steps = power.bit_length() - 1
-    halving = [(1 << step, nbytes / (2 << step)) for step in range(steps)]
-    for distance, part in [*halving, *halving[::-1]]:
+    if nbytes <= _SHORT:
+        exchanges = [(1 << step, nbytes) for step in range(steps)]
+    else:
+        halving = [(1 << step, nbytes / (2 << step)) for step in range(steps)]
+        exchanges = [*halving, *halving[::-1]]
+    for distance, part in exchanges:
         partner = first + (rank ^ distance)
         yield f"isend {partner} {tag} {part:.0f}"
         yield f"irecv {partner} {tag} {part:.0f}"

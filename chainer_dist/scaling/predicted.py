@@ -1,0 +1,206 @@
+"""The part of the page that tells what was predicted, and how wrong predictions were."""
+
+from __future__ import annotations
+
+import html
+import json
+from typing import TYPE_CHECKING, Any
+
+from chainer_dist.scaling import answers, validation
+from chainer_dist.scaling.answers import ANNOUNCED, WORKERS, Prediction
+from chainer_dist.scaling.page import figure, wrapped
+from chainer_dist.scaling.predict import FILE
+from chainer_dist.scaling.schedule import Schedule
+from chainer_dist.scaling.simulate import DESIGNS, NETWORKS
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping, Sequence
+    from pathlib import Path
+
+    Rows = Mapping[tuple[str, str, str], Sequence[Prediction]]
+
+__all__ = ["section"]
+
+_COLORS = dict(zip(DESIGNS, ("#7a4fa3", "#b5304a", "#d1681f", "#0b6e99", "#6a9a58")))
+
+
+def section(folder: Path) -> str:
+    """Return what ``chainer-dist predict`` has left in a folder as HTML, or nothing if it has not. Local.
+
+    Raises:
+        ValueError: If the file is none of ours.
+    """
+    path = folder / FILE
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        schedules = {
+            name: [Schedule(**each) for each in steps]
+            for name, steps in content["schedules"].items()
+        }
+        predictions = [Prediction(**each) for each in content["predictions"]]
+        machine, command, simulated = (content[key] for key in ("machine", "command", "simulated"))
+        lines = content["answers"]
+    except FileNotFoundError:
+        return ""
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(
+            f"{path} has no predictions of this version: {error!r}; remove it, or predict again"
+        ) from error
+    rows = answers.rows(predictions)
+    parts = [
+        "<h2>Predicted: clusters that are not here</h2>",
+        _method(machine, simulated=simulated),
+        _recorded(schedules),
+    ]
+    parts += [
+        f"<h3>{html.escape(question)}</h3><ul>{_items(each)}</ul>"
+        for question, each in lines.items()
+    ]
+    for workload in schedules:
+        parts += _of_workload(workload, rows)
+    parts += [_validation(), f"<p>By <code>{html.escape(command)}</code></p>"]
+    return "\n".join(parts)
+
+
+def _method(machine: Mapping[str, Any], *, simulated: bool) -> str:
+    how = (
+        "replayed by SimGrid's SMPI, in which messages share links (filled dots), and worked out from latency and "
+        "bandwidth alone in closed form (lines). Hollow dots are in closed form only, as a simulation would "
+        "take long"
+        if simulated
+        else "worked out from latency and bandwidth alone, in closed form. <b>Nothing was simulated</b>, as "
+        "SimGrid's smpirun is not installed"
+    )
+    return (
+        f"<p>A step was recorded on {html.escape(machine['processor'])} ({machine['date']}), with the moment at "
+        f"which each gradient is final, and {how}. How long computation takes is that of this processor: where "
+        "computation is faster, the network counts more. All ranks have the same batch (weak scaling). "
+        "<b>Efficiency</b> is against plain Chainer on one rank alone; more than 100&nbsp;% is where ranks of a "
+        "node share an update that costs more than the exchange. What the ranks of a node do to one another was "
+        f"recorded on {machine['cores']} cores, and is taken to be the same on more.</p>"
+        "<p><b>naive</b> sums up each gradient for itself after backward, as ChainerMN's communicator; <b>flat</b> "
+        "all of them packed; <b>multi-leader</b> is chainer_dist with <code>overlap=False</code>; <b>overlap</b> "
+        "is chainer_dist as it comes, exchanging during backward; <b>float16</b> does that with half the "
+        "bytes. What costs time: <b>latency</b> and <b>bandwidth</b> of the network, <b>waiting</b> for ranks "
+        "that compute longer, and the <b>node</b>, whose ranks share its memory.</p>"
+    )
+
+
+def _recorded(schedules: Mapping[str, Sequence[Schedule]]) -> str:
+    lines = [
+        f"<tr><td>{html.escape(name)}</td><td>{each.ranks}</td><td>{each.batch}</td>"
+        f"<td>{each.forward * 1e3:.0f}</td><td>{each.backward * 1e3:.0f}</td>"
+        f"<td>{each.update * 1e3:.0f}</td><td>{each.node_update * 1e3:.0f}</td>"
+        f"<td>{each.nbytes / 1e6:.1f}</td><td>{len(each.final)}</td></tr>"
+        for name, steps in schedules.items()
+        for each in steps
+    ]
+    heads = [
+        *("recorded", "ranks", "batch a rank", "forward, ms", "backward", "update, Chainer's"),
+        *("exchange on the node and update, ours", "gradients, MB", "tensors"),
+    ]
+    return wrapped(heads, lines)
+
+
+def _of_workload(workload: str, rows: Rows) -> list[str]:
+    """Return curves for each network, and tables over all kinds of clusters."""
+    name = html.escape(workload)
+    scenarios = list(dict.fromkeys(scenario for owner, scenario, _ in rows if owner == workload))
+    figures = []
+    for scenario in scenarios:
+        group = {key: row for key, row in rows.items() if key[:2] == (workload, scenario)}
+        if scenario in NETWORKS:
+            figures.append(figure(_draw, group, f"{name}, {_place(group)}"))
+    parts = [f"<h3>{name}, predicted</h3>", f"<div class='figures pairs'>{''.join(figures)}</div>"]
+
+    def limit(row: Sequence[Prediction]) -> str:
+        below = answers.first_below(row)
+        return "<td>not</td>" if below is None else f"<td class='low'>{below:,}</td>"
+
+    def workers(row: Sequence[Prediction]) -> str:
+        each = next((each for each in row if each.ranks == WORKERS), None)
+        if each is None:
+            return "<td></td>"
+        mark = " class='low'" if each.efficiency < ANNOUNCED else ""
+        note = "~" * (each.seconds is None)
+        return f"<td{mark}>{each.efficiency * WORKERS:.0f}{note} <small>({each.efficiency:.0%})</small></td>"
+
+    most = max(row[-1].ranks for row in rows.values())
+    for title, cell in (
+        (f"Below {ANNOUNCED:.1%} from so many ranks on (to {most:,})", limit),
+        (f"Times as fast as one, on {WORKERS} ranks (~ in closed form only)", workers),
+    ):
+        lines = []
+        for scenario in scenarios:
+            group = {key: row for key, row in rows.items() if key[:2] == (workload, scenario)}
+            lines.append(
+                f"<tr><td>{_place(group)}</td>{''.join(cell(row) for row in group.values())}</tr>"
+            )
+        parts.append(wrapped((title, *DESIGNS), lines))
+    return parts
+
+
+def _place(group: Rows) -> str:
+    """Return the kind of cluster in words."""
+    each = next(iter(group.values()))[0]
+    if each.scenario == each.network:
+        return html.escape(f"{each.network}, {each.ranks_per_node} ranks a node")
+    return html.escape(f"{each.network}, {each.scenario}")
+
+
+def _draw(axes: Any, group: Rows) -> None:
+    for (_, _, design), row in group.items():
+        numbers = [each.ranks for each in row]
+        one = row[0].efficiency * row[0].best  # seconds of plain Chainer on one rank
+        closed = [100 * one / each.closed_form for each in row]
+        color = _COLORS[design]
+        style = "--" if design == "flat" else "-"  # it often hides naive
+        axes.plot(numbers, closed, color=color, linestyle=style, linewidth=1.4, label=design)
+        for filled in (False, True):
+            dots = [each for each in row if (each.seconds is not None) == filled]
+            axes.plot(
+                [each.ranks for each in dots],
+                [100 * each.efficiency for each in dots],
+                linestyle="",
+                marker="o",
+                markersize=4,
+                color=color,
+                markerfacecolor=color if filled else "white",
+            )
+    axes.axhline(100 * ANNOUNCED, color="#999999", linewidth=0.8, linestyle="--")
+    axes.set_xscale("log", base=2)
+    ticks = numbers[:: max(1, len(numbers) // 5)]
+    axes.set_xticks(ticks, [f"{number:,}" for number in ticks])
+    axes.minorticks_off()
+    axes.set_ylim(bottom=0)
+    axes.set_xlabel("ranks")
+    axes.set_ylabel("efficiency, % of one rank alone")
+    axes.grid(axis="y", alpha=0.3)
+    axes.legend(frameon=False, fontsize="small", ncols=2)
+
+
+def _validation() -> str:
+    machine, comparisons = validation.read()
+    lines = [
+        f"<tr><td>{html.escape(each.workload)}</td><td>{html.escape(each.contender)}</td>"
+        f"<td>{each.hosts}</td><td>{html.escape(each.rate)}</td><td>{each.predicted * 1e3:.1f}</td>"
+        f"<td>{each.closed_form * 1e3:.1f}</td><td>{each.measured * 1e3:.1f}</td>"
+        f"<td{_mark(each)}>{each.error:+.0%}</td></tr>"
+        for each in comparisons
+    ]
+    heads = ("", "", "hosts", "links", "predicted, ms", "closed form", "measured", "error")
+    return (
+        "<h3>How far predictions were off</h3>"
+        f"<p>{validation.summary(comparisons)}: steps on hosts made of one machine "
+        f"({html.escape(machine['processor'])}, {machine['date']}), by "
+        "<code>python scripts/validate_prediction.py</code>. Larger clusters could not be tried.</p>"
+        f"{wrapped(heads, lines)}"
+    )
+
+
+def _mark(comparison: validation.Comparison) -> str:
+    return " class='low'" if abs(comparison.error) > validation.GOAL else ""
+
+
+def _items(lines: Iterable[str]) -> str:
+    return "".join(f"<li>{html.escape(line)}</li>" for line in lines)
