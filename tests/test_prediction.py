@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import itertools
 import json
+import time
 
 import chainer
 import numpy as np
@@ -29,6 +30,7 @@ STEP = Schedule(
     final=[(0.05 * i, 10_000_000) for i in range(1, 5)],
     update=0.3,
     node_update=0.15,
+    alone=0.6,
 )
 NETWORK = Network(bandwidth=1e9, latency=1e-4)
 LATENCIES = 2 * NETWORK.latency
@@ -46,6 +48,9 @@ def test_recording(comm):
     assert moments == sorted(moments)
     assert 0 < moments[0] <= moments[-1] <= found.backward
     assert min(found.forward, found.update, found.node_update) > 0
+    assert found.alone > 0
+    if comm.size == 1:
+        assert found.alone == found.compute + found.update
 
 
 # Blocks of 1 MiB, of which eight are under way at a time; 24 messages of a step that overlaps.
@@ -255,7 +260,7 @@ SLOW = Scenario("a network", "1 Gbit/s Ethernet", 4)
 
 def on(nodes, design, step=STEP, **more):
     """Return a prediction in closed form."""
-    return predict.predict(step, step, SLOW._replace(**more), nodes, design, actions=0)
+    return predict.predict(step, SLOW._replace(**more), nodes, design, actions=0)
 
 
 def test_large_clusters_in_closed_form():
@@ -291,7 +296,7 @@ def test_answers_are_those_of_the_numbers():
     found = answers.answers({"made up": [STEP]}, predictions)
     sizes, workers, speeds, breaks, grows = found.values()
     assert [line.split(":")[0] for line in sizes] == [f"made up, {name}" for name in DESIGNS]
-    assert sizes[0].startswith("made up, naive: 128 (1 Gbit/s Ethernet")
+    assert sizes[0].startswith("made up, naive: 128 ranks (1 Gbit/s Ethernet")
     assert "made up, float16: nowhere up to 4,096 ranks" in sizes
     times = 128 * predictions[len(DESIGNS)].efficiency
     assert f"naive {times:.0f} (" in workers[0]
@@ -363,3 +368,12 @@ def test_errors_of_predictions():
     machine, comparisons = validation.read()
     assert machine["processor"]
     assert comparisons
+
+
+def test_one_rank_works_while_the_others_sleep(comm):
+    """Rank 0 alone does it, and all know how long that took."""
+    done = []
+    seconds = schedule._sleeping(comm.mpi_comm, lambda: done.append(time.sleep(0.02)))
+    assert len(done) == (comm.rank == 0)
+    assert set(comm.allgather_obj(seconds)) == {seconds}
+    assert seconds >= 0.02

@@ -109,7 +109,7 @@ def answers(
     """Return questions and the lines that answer them. Local.
 
     Args:
-        schedules: By workload, what was recorded, on one rank first.
+        schedules: By workload, what was recorded, on few ranks first.
         predictions: For these workloads.
     """
     most = max(each.ranks for each in predictions)
@@ -122,7 +122,7 @@ def answers(
         if each.ranks == WORKERS and each.scenario == each.network
     ]
     questions = {
-        f"From how many ranks on is each design below {ANNOUNCED:.1%}, what ChainerMN announced for "
+        f"From which size on is each design below {ANNOUNCED:.1%}, what ChainerMN announced for "
         f"{WORKERS} GPUs?": list(_limits(found, most)),
         f"What do {WORKERS} workers give (announced: 109 times one)?": _by_network(
             workers, lambda each: f"{each.efficiency * WORKERS:.0f} ({each.efficiency:.0%})"
@@ -142,12 +142,19 @@ def answers(
 def _limits(found: Mapping[tuple[str, str, str], Sequence[Prediction]], most: int) -> Iterator[str]:
     """Yield a line for each workload and design: where it is no longer efficient, and from when on."""
     for workload, design in dict.fromkeys((key[0], key[2]) for key in found):
-        places: dict[int, list[str]] = {}
-        for (owner, scenario, kind), row in found.items():
+        group = {
+            key[1]: row for key, row in found.items() if (key[0], key[2]) == (workload, design)
+        }
+        places: dict[str, list[str]] = {}
+        for scenario, row in group.items():
             below = first_below(row)
-            if (owner, kind) == (workload, design) and below is not None:
-                places.setdefault(below, []).append(scenario)
-        texts = [f"{below:,} ({', '.join(where)})" for below, where in sorted(places.items())]
+            if below is not None:
+                size = "one node" if below == row[0].ranks else f"{below:,} ranks"
+                places.setdefault(size, []).append(scenario)
+        texts = [
+            f"{size} ({'everywhere' if len(where) == len(group) else ', '.join(where)})"
+            for size, where in places.items()
+        ]
         yield f"{workload}, {design}: {'; '.join(texts) or f'nowhere up to {most:,} ranks'}"
 
 
@@ -164,11 +171,11 @@ def _fastest(steps: Sequence[Schedule], prediction: Prediction) -> str:
     """Return up to which speed of computation a design is efficient, in words; in closed form."""
     nodes = prediction.ranks // prediction.ranks_per_node
     cluster = Cluster(nodes, prediction.ranks_per_node, NETWORKS[prediction.network])
-    alone, here = steps[0], [each for each in steps if each.ranks <= prediction.ranks_per_node][-1]
+    here = [each for each in steps if each.ranks <= prediction.ranks_per_node][-1]
     enough = "none"
     for times in _SPEEDS:
         step = closed_form(here.faster(times), cluster, DESIGNS[prediction.design])
-        if (alone.compute + alone.update) / times / step < ANNOUNCED:
+        if here.alone / times / step < ANNOUNCED:
             return enough
         enough = f"{times}"
     return f"{enough} and more"

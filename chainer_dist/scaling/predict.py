@@ -84,7 +84,6 @@ def record(workload: str, batch: int | None, ranks: int) -> Schedule:
 
 
 def predict(
-    alone: Schedule,
     schedule: Schedule,
     scenario: Scenario,
     nodes: int,
@@ -95,7 +94,6 @@ def predict(
     """Predict a step. Local; starts a process.
 
     Args:
-        alone: Recorded on one rank.
         schedule: Recorded on as many ranks as a node has, or as there were cores.
         scenario: On what kind of cluster,
         nodes: of how many nodes.
@@ -107,7 +105,6 @@ def predict(
     if simulate.n_actions(schedule, cluster, how) <= actions:
         seconds = simulate.simulate(schedule, cluster, how)
     closed = simulate.closed_form(schedule, cluster, how)
-    one = alone.compute + alone.update
     return Prediction(
         workload=schedule.workload,
         scenario=scenario.name,
@@ -120,8 +117,8 @@ def predict(
         design=design,
         seconds=seconds,
         closed_form=closed,
-        efficiency=one / (closed if seconds is None else seconds),
-        node=simulate.closed_form(schedule, Cluster(1, 1, cluster.network), how) - one,
+        efficiency=schedule.alone / (closed if seconds is None else seconds),
+        node=simulate.closed_form(schedule, Cluster(1, 1, cluster.network), how) - schedule.alone,
         **simulate.costs(schedule, cluster, how),
     )
 
@@ -211,16 +208,16 @@ def _predict_all(
     *,
     actions: int,
 ) -> tuple[dict[str, list[Schedule]], list[Prediction]]:
-    """Record steps of all workloads, on one rank and on more, and predict them in all places."""
+    """Record steps of all workloads, and predict them in all places."""
     cores = experiment.n_cores()
     # The ranks of a node slow one another down; that can be recorded on as many as there are cores.
-    numbers = sorted({1, *(min(scenario.ranks, cores) for scenario, _ in places)})
+    numbers = sorted({min(scenario.ranks, cores) for scenario, _ in places})
     schedules = {name: [record(name, batch, ranks) for ranks in numbers] for name in workloads}
 
     def predict_one(job: tuple[list[Schedule], tuple[Scenario, int], str]) -> Prediction:
         steps, (scenario, nodes), design = job
         here = steps[numbers.index(min(scenario.ranks, cores))]
-        return predict(steps[0], here, scenario, nodes, design, actions=actions)
+        return predict(here, scenario, nodes, design, actions=actions)
 
     with concurrent.futures.ThreadPoolExecutor(cores) as pool:
         jobs = itertools.product(schedules.values(), places, DESIGNS)

@@ -89,6 +89,7 @@ def _method(machine: Mapping[str, Any], *, simulated: bool) -> str:
 def _recorded(schedules: Mapping[str, Sequence[Schedule]]) -> str:
     lines = [
         f"<tr><td>{html.escape(name)}</td><td>{each.ranks}</td><td>{each.batch}</td>"
+        f"<td>{each.alone * 1e3:.0f}</td>"
         f"<td>{each.forward * 1e3:.0f}</td><td>{each.backward * 1e3:.0f}</td>"
         f"<td>{each.update * 1e3:.0f}</td><td>{each.node_update * 1e3:.0f}</td>"
         f"<td>{each.nbytes / 1e6:.1f}</td><td>{len(each.final)}</td></tr>"
@@ -96,7 +97,15 @@ def _recorded(schedules: Mapping[str, Sequence[Schedule]]) -> str:
         for each in steps
     ]
     heads = [
-        *("recorded", "ranks", "batch a rank", "forward, ms", "backward", "update, Chainer's"),
+        *(
+            "recorded",
+            "ranks",
+            "batch a rank",
+            "one rank alone, ms",
+            "forward",
+            "backward",
+            "update, Chainer's",
+        ),
         *("exchange on the node and update, ours", "gradients, MB", "tensors"),
     ]
     return wrapped(heads, lines)
@@ -151,7 +160,7 @@ def _place(group: Rows) -> str:
 def _draw(axes: Any, group: Rows) -> None:
     for (_, _, design), row in group.items():
         numbers = [each.ranks for each in row]
-        one = row[0].efficiency * row[0].best  # seconds of plain Chainer on one rank
+        one = row[0].efficiency * row[0].best  # seconds of one rank alone
         closed = [100 * one / each.closed_form for each in row]
         color = _COLORS[design]
         style = "--" if design == "flat" else "-"  # it often hides naive

@@ -1,8 +1,9 @@
 """What a training step consists of, recorded once, to be replayed on machines that are not here.
 
 A step is forward, backward, in which each gradient becomes final at some moment, the exchange, and the
-update. All but the exchange between nodes is computation, and is recorded on one rank; what ranks of a
-node slow one another down, as they share its memory, is recorded on as many as there are cores.
+update. All but the exchange between nodes is computation, and is recorded on as many ranks as there are cores,
+as ranks of a node slow one another down; and in turns with that on one rank while the others sleep, so
+that whatever else the machine does meets both alike.
 """
 
 from __future__ import annotations
@@ -13,10 +14,15 @@ import statistics
 import sys
 import time
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from chainer_dist._files import replacing
 from chainer_dist.scaling import workloads
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from mpi4py import MPI
 
 __all__ = ["Schedule", "record"]
 
@@ -37,6 +43,7 @@ class Schedule(NamedTuple):
         update: Chainer's, of all parameters.
         node_update: Of this package: exchange within a node of so many ranks, and the update in which each
             rank updates its slice.
+        alone: Of computation and Chainer's update, while no other rank was at work.
     """
 
     workload: str
@@ -47,6 +54,7 @@ class Schedule(NamedTuple):
     final: list[tuple[float, int]]
     update: float
     node_update: float
+    alone: float
 
     @property
     def compute(self) -> float:
@@ -66,6 +74,7 @@ class Schedule(NamedTuple):
             final=[(moment / times, nbytes) for moment, nbytes in self.final],
             update=self.update / times,
             node_update=self.node_update / times,
+            alone=self.alone / times,
         )
 
 
@@ -103,6 +112,8 @@ def record(workload: str, batch: int, ranks_per_node: int | None = None) -> Sche
         while len(seconds) < WARM_UP + STEPS:
             if len(seconds) >= WARM_UP + _FEWEST and lasted > _ENOUGH:
                 break
+            if optimizer is plain and world.size > 1:
+                alone.append(_sleeping(world, one_step))
             world.Barrier()
             step = time.perf_counter()
             computations.append(_compute(model, arguments))
@@ -113,7 +124,13 @@ def record(workload: str, batch: int, ranks_per_node: int | None = None) -> Sche
             lasted += world.allreduce(time.perf_counter() - step, MPI.MAX)  # the same on all ranks
         return computations[WARM_UP:], statistics.median(seconds[WARM_UP:])
 
-    computations, update = times(chainer.optimizers.Adam(alpha=1e-4).setup(model))
+    def one_step() -> None:
+        _compute(model, arguments)
+        plain.update()
+
+    alone: list[float] = []
+    plain = chainer.optimizers.Adam(alpha=1e-4).setup(model)
+    computations, update = times(plain)
     shared = chainer_dist.create_multi_node_optimizer(chainer.optimizers.Adam(alpha=1e-4), comm)
     _, node_update = times(shared.setup(model))
     slowest = functools.partial(world.allreduce, op=MPI.MAX)
@@ -135,7 +152,20 @@ def record(workload: str, batch: int, ranks_per_node: int | None = None) -> Sche
         final=sorted((min(moment, backward), sizes[number]) for number, moment in moments.items()),
         update=update,
         node_update=node_update,
+        alone=statistics.median(alone[WARM_UP:]) if alone else forward + backward + update,
     )
+
+
+def _sleeping(world: MPI.Intracomm, function: Callable[[], None]) -> float:
+    """Return how many seconds a function takes on rank 0 while the other ranks sleep. Collective."""
+    began = time.perf_counter()
+    if world.rank == 0:
+        function()
+    seconds = time.perf_counter() - began
+    everyone = world.Ibarrier()
+    while not everyone.Test():
+        time.sleep(1e-3)
+    return float(world.bcast(seconds))
 
 
 class _Computation(NamedTuple):
