@@ -86,6 +86,7 @@ def _measure(
     if args.restart:
         (folder / experiment.RUNS).unlink(missing_ok=True)
     machine = experiment.machine()
+    predictions = predicted.section(folder)  # now, as it may be none of ours
     found = experiment.run(plan, folder)
     rows, accuracies = results.rows(found, cores), results.accuracy_rows(found)
     parts = results.parts(found)
@@ -115,7 +116,7 @@ def _measure(
         parts=parts,
         machine=machine,
         command=command,
-        predicted=predicted.section(folder),
+        predicted=predictions,
     )
     sys.stdout.write(results.table(rows, accuracies))
     sys.stdout.write(f"\nPage: {folder / 'index.html'}\n")
