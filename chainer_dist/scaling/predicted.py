@@ -181,7 +181,7 @@ def _draw(axes: Any, group: Rows) -> None:
     ticks = numbers[:: max(1, len(numbers) // 5)]
     axes.set_xticks(ticks, [f"{number:,}" for number in ticks])
     axes.minorticks_off()
-    axes.set_ylim(bottom=0)
+    axes.set_ylim(0, max(105.0, axes.get_ylim()[1]))
     axes.set_xlabel("ranks")
     axes.set_ylabel("efficiency, % of one rank alone")
     axes.grid(axis="y", alpha=0.3)
