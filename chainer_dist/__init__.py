@@ -29,6 +29,7 @@ from chainer_dist import (
     iterators,
     links,
     optimizers,
+    parallel,
     updaters,
     watch,
 )
@@ -41,7 +42,7 @@ from chainer_dist.datasets import (
     scatter_dataset,
     scatter_index,
 )
-from chainer_dist.errors import RankMismatchError
+from chainer_dist.errors import FailedItem, FailedItemsError, RankMismatchError
 from chainer_dist.extensions import create_multi_node_checkpointer, create_multi_node_evaluator
 from chainer_dist.links import MultiNodeChainList
 from chainer_dist.optimizers import (
@@ -49,12 +50,15 @@ from chainer_dist.optimizers import (
     create_local_sgd_optimizer,
     create_multi_node_optimizer,
 )
+from chainer_dist.parallel import pmap, predict
 from chainer_dist.updaters import create_multi_node_updater
 
 __all__ = [
     "Checkpoint",
     "CommunicatorBase",
     "DataSizeError",
+    "FailedItem",
+    "FailedItemsError",
     "Join",
     "MultiNodeChainList",
     "RankMismatchError",
@@ -78,6 +82,9 @@ __all__ = [
     "iterators",
     "links",
     "optimizers",
+    "parallel",
+    "pmap",
+    "predict",
     "scatter_dataset",
     "scatter_index",
     "updaters",

@@ -2,6 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
 
 class RankMismatchError(ValueError):
     """Ranks that must agree passed different things to one operation.
@@ -22,3 +28,47 @@ class NonFiniteGradientError(ValueError):
 
 class FinalizedCommunicatorError(RuntimeError):
     """A communicator was used after its :meth:`finalize`."""
+
+
+@dataclasses.dataclass(frozen=True)
+class FailedItem:
+    """What stands among results in the place of an item that failed.
+
+    Attributes:
+        index: Of the item, counted from 0 over the whole input.
+        rank: Where it failed.
+        error: Class and text of the error, and the line of the script that raised it.
+    """
+
+    index: int
+    rank: int
+    error: str
+
+    def __str__(self) -> str:
+        return f"item {self.index} failed on rank {self.rank}: {self.error}"
+
+
+class FailedItemsError(RuntimeError):
+    """Some items of :func:`~chainer_dist.pmap` or :func:`~chainer_dist.predict` failed.
+
+    Raised on every rank with the same text, after all other items were computed.
+
+    Attributes:
+        failures: A :class:`FailedItem` for each, in the order of their indices, on every rank.
+        results: All results in their places, with the failures in theirs, on the ranks that were to
+            get results and where those were collected; None elsewhere.
+    """
+
+    _SHOWN = 5
+
+    def __init__(self, failures: Sequence[FailedItem], results: Any = None) -> None:
+        self.failures = list(failures)
+        self.results = results
+        lines = [str(each) for each in self.failures[: self._SHOWN]]
+        more = len(self.failures) - len(lines)
+        if more:
+            lines.append(f"and {more} more")
+        super().__init__("\n  ".join([f"{len(self.failures)} of the items failed:", *lines]))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.failures, self.results)

@@ -34,7 +34,7 @@ LAYERS = [
     ["exchange", "functions", "watch"],
     ["sharding", "links"],
     ["optimizers", "datasets", "iterators", "extensions"],
-    ["updaters", "checkpoints"],
+    ["updaters", "checkpoints", "parallel"],
     ["launch", "scaling", "__main__"],
 ]
 # ChainerMN has these two as methods of the communicator; they call the exchange when called.

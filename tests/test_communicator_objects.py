@@ -105,13 +105,26 @@ def test_an_object_that_cannot_be_pickled(comm, operation, wrong):
     assert comm.allgather_obj(comm.rank) == list(range(comm.size))
 
 
-def test_sending_what_cannot_be_pickled(comm):
+def test_all_ranks_begin_to_send(comm):
+    """No rank waits for its receiver, however large the objects: all send, then all receive."""
+    left, right = (comm.rank - 1) % comm.size, (comm.rank + 1) % comm.size
+    requests = [
+        comm.isend_obj({"x": np.full(300_000, comm.rank + i)}, right, tag=i) for i in (1, 2)
+    ]
+    for i in (2, 1):
+        np.testing.assert_array_equal(comm.recv_obj(left, tag=i)["x"], np.full(300_000, left + i))
+    for request in requests:
+        request.wait()
+
+
+@pytest.mark.parametrize("method", ["send_obj", "isend_obj"])
+def test_sending_what_cannot_be_pickled(comm, method):
     """Sender and receiver both raise."""
     if comm.size == 1:
         return
     if comm.rank == 0:
         with pytest.raises(TypeError, match="rank 0: cannot pickle"):
-            comm.send_obj(threading.Lock(), 1)
+            getattr(comm, method)(threading.Lock(), 1)
     if comm.rank == 1:
         with pytest.raises(TypeError, match="rank 0: cannot pickle"):
             comm.recv_obj(0)

@@ -57,11 +57,33 @@ class ObjectCommunicator(Group):
         self._pkl5.send(message, dest=dest, tag=tag)
         self._raise_if_failed(message, error)
 
+    def isend_obj(self, obj: Any, dest: int, tag: int = 0) -> pkl5.Request:
+        """Begin to send an object to rank ``dest``, which must call :meth:`recv_obj`. Returns at once.
+
+        Args:
+            obj: Any picklable object, of any size. Arrays in it stay unchanged until it is sent.
+            dest: Receiving rank.
+            tag: Message tag, not negative.
+
+        Returns:
+            A request of mpi4py: ``wait()``, or ``test()`` until its first value is true. A large
+            object gets on only while this rank is in some call of MPI.
+
+        Raises:
+            Exception: If the object cannot be pickled; the receiver then raises as well.
+        """
+        message, error = self._attempt(lambda: obj)
+        request = self._pkl5.isend(message, dest=dest, tag=tag)
+        if error is not None:
+            request.wait()
+        self._raise_if_failed(message, error)
+        return request
+
     @point_to_point
     def recv_obj(
         self, source: int, status: MPI.Status | None = None, tag: int | None = None
     ) -> Any:
-        """Receive an object that rank ``source`` sent with :meth:`send_obj`.
+        """Receive an object that rank ``source`` sent with :meth:`send_obj` or :meth:`isend_obj`.
 
         Args:
             source: Sending rank, or ``MPI.ANY_SOURCE``.

@@ -14,6 +14,7 @@ import functools
 import inspect
 import threading
 import time
+import traceback
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar, cast
 
 import numpy as np
@@ -305,13 +306,22 @@ def user_line(frame: FrameType | None) -> str:
     """Return ``file:line in function`` of the innermost frame outside chainer_dist and Chainer."""
     innermost = frame
     while frame is not None:
-        package = str(frame.f_globals.get("__name__")).partition(".")[0]
-        if package not in _OWN_PACKAGES:
-            return _line(frame)
+        if not _is_own(frame):
+            return _line(frame, frame.f_lineno)
         frame = frame.f_back
-    return "an unknown line" if innermost is None else _line(innermost)
+    return "an unknown line" if innermost is None else _line(innermost, innermost.f_lineno)
 
 
-def _line(frame: FrameType) -> str:
-    code = frame.f_code
-    return f"{code.co_filename}:{frame.f_lineno} in {code.co_name}"
+def raising_line(error: BaseException) -> str:
+    """Return, as :func:`user_line` does, where an error that was caught came from."""
+    lines = list(traceback.walk_tb(error.__traceback__))
+    users = [each for each in lines if not _is_own(each[0])]
+    return _line(*(users or lines)[-1]) if lines else "an unknown line"
+
+
+def _is_own(frame: FrameType) -> bool:
+    return str(frame.f_globals.get("__name__")).partition(".")[0] in _OWN_PACKAGES
+
+
+def _line(frame: FrameType, number: int) -> str:
+    return f"{frame.f_code.co_filename}:{number} in {frame.f_code.co_name}"

@@ -1,0 +1,402 @@
+"""Chunks of work that rank 0 deals out to whichever rank has none, and whose results it gets back.
+
+Rank 0 works as well, and looks for results of the others between two chunks of its own. So that the
+others need not wait for that, each has one more chunk than the one it works on. Nothing is sent
+unasked but these two, and rank 0 never waits in sending: however large chunks and results are, no two
+ranks wait for each other. (``mpi4py.futures`` is not used: its master computes nothing, and it takes
+its workers out of the job, or starts others.)
+
+An error in an item is no error of the job: in the item's place stands a
+:class:`~chainer_dist.FailedItem`.
+"""
+
+from __future__ import annotations
+
+import traceback
+import weakref
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from chainer_dist.communicators.agreement import (
+    agree,
+    describe_error,
+    digest,
+    raise_first,
+    raise_mismatch,
+    raise_together,
+)
+from chainer_dist.communicators.operation import raising_line
+from chainer_dist.errors import FailedItem, FailedItemsError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Sequence
+
+    from mpi4py.util import pkl5
+
+    from chainer_dist.communicators import CommunicatorBase
+    from chainer_dist.communicators.agreement import Failure
+
+ON_ERROR = ("raise", "return")
+
+# What an item may raise without ending the job. (After sys.exit on one rank the others would wait.)
+ITEM_ERRORS = (Exception, SystemExit)
+
+_TAG = 17_711  # of all messages here, so that they do not meet those of the script
+_AHEAD = 2  # chunks that a rank has, with the one it works on
+
+_dealing: weakref.WeakSet[CommunicatorBase] = weakref.WeakSet()
+
+
+class Chunk(NamedTuple):
+    """Some items that follow one another.
+
+    Attributes:
+        first: Index of the first, over the whole input.
+        items: The items, some of which may be :class:`~chainer_dist.FailedItem` already.
+    """
+
+    first: int
+    items: Sequence[Any]
+
+
+class Block(NamedTuple):
+    """What became of a chunk.
+
+    Attributes:
+        first: Index of its first item, over the whole input.
+        values: A result or a :class:`~chainer_dist.FailedItem` for each item, in their order.
+        failed: Those items that have none.
+    """
+
+    first: int
+    values: Sequence[Any]
+    failed: list[FailedItem]
+
+
+class End(NamedTuple):
+    """How it ended, known to every rank.
+
+    Attributes:
+        failed: All items that failed, in the order of their indices.
+        failure: What :func:`describe_error` returns for an error of the input.
+        error: That error itself on rank 0.
+    """
+
+    failed: list[FailedItem]
+    failure: Failure
+    error: Exception | None
+
+    def raise_errors(self, comm: CommunicatorBase, results: Any, *, raises: bool) -> None:
+        """Raise the input's error, or else one for the items that failed. Local; on all ranks alike.
+
+        Args:
+            comm: Communicator.
+            results: Where they were collected, for the error.
+            raises: Whether failed items are to raise.
+        """
+        if self.error is not None and comm.size == 1:
+            raise self.error
+        raise_first({0: self.failure}, self.error)
+        if raises and self.failed:
+            raise FailedItemsError(self.failed, results)
+
+
+class _Task(NamedTuple):
+    """A chunk on its way; what it is made of can be pickled for sure."""
+
+    number: int
+    first: int
+    length: int
+    packed: Any
+
+
+class _Result(NamedTuple):
+    """A block on its way."""
+
+    rank: int
+    number: int
+    packed: Any
+    failed: list[FailedItem]
+
+
+def attempt(comm: CommunicatorBase, index: int, function: Callable[..., Any], *args: Any) -> Any:
+    """Return what a function returns for an item, or if it raises a failure. Local."""
+    try:
+        return function(*args)
+    except ITEM_ERRORS as error:
+        return failed_item(comm, index, error)
+
+
+def failed_item(comm: CommunicatorBase, index: int, error: BaseException) -> FailedItem:
+    """Return what tells of an item's error that was caught on this rank. Local."""
+    text = "".join(traceback.format_exception_only(type(error), error)).strip()
+    return FailedItem(index, comm.rank, f"{text} (at {raising_line(error)})")
+
+
+def check(comm: CommunicatorBase, describe: Callable[[], list[tuple[str, str]]]) -> None:
+    """Make sure that all ranks call alike. Collective.
+
+    Args:
+        comm: Communicator.
+        describe: Raises what is wrong with this rank's arguments; returns names and descriptions of
+            those that are the same on every rank.
+
+    Raises:
+        RuntimeError: If this rank deals out something on this communicator already; the others are
+            waiting in that.
+        RankMismatchError: On every rank, if descriptions differ.
+        Exception: On every rank, what ``describe`` raised.
+    """
+    if comm in _dealing:
+        raise RuntimeError(
+            "rank 0 has not come to the end of another pmap on this communicator, in which the "
+            "other ranks are: exhaust it, or close() it, before this one"
+        )
+    error: Exception | None = None
+    lines: list[tuple[str, str]] = []
+    try:
+        lines = describe()
+    except Exception as caught:  # noqa: BLE001 - arguments may be anything
+        error = caught
+    raise_together(comm, error)
+    if not all(agree(comm, digest(lines))):
+        raise_mismatch(comm, lines)
+
+
+def check_on_error(on_error: str) -> None:
+    """Raise ValueError if it is none of the choices. Local."""
+    if on_error not in ON_ERROR:
+        raise ValueError(f"on_error is {on_error!r}, expected 'raise' or 'return'")
+
+
+def load_tqdm() -> Any:
+    """Return tqdm's progress bar. Local.
+
+    Raises:
+        ImportError: If tqdm is not installed.
+    """
+    try:
+        import tqdm
+    except ImportError as error:
+        raise ImportError("progress=True needs tqdm: pip install tqdm, or leave it out") from error
+    return tqdm.tqdm
+
+
+class Dealer:
+    """Rank 0's side.
+
+    Args:
+        comm: Communicator, whose other ranks are in :func:`serve`.
+        chunks: Yields sequences of items; advanced only when there is somebody to work on them.
+        work: Makes a block of a chunk, and lets no error of an item through.
+        ordered: Whether blocks come in the order of chunks, or as they are made.
+        ahead: How many chunks at most are in work or wait to be taken from here.
+        bar: Progress bar of tqdm, or None.
+    """
+
+    def __init__(
+        self,
+        comm: CommunicatorBase,
+        chunks: Iterator[Sequence[Any]],
+        work: Callable[[Chunk], Block],
+        *,
+        ordered: bool,
+        ahead: int,
+        bar: Any = None,
+    ) -> None:
+        self._comm = comm
+        self._chunks = chunks
+        self._work = work
+        self._ordered = ordered
+        self._most = ahead
+        self._bar = bar
+        self._own: tuple[int, Chunk] | None = None  # this rank's, with its number
+        self._chunk_of: dict[int, tuple[int, int]] = {}  # first item and length, while in work
+        self._in_work = [0] * comm.size  # chunks of each rank
+        self._sending: list[pkl5.Request] = []
+        self._finished: dict[int, Block] = {}
+        self._n_chunks = self._n_items = self._n_taken = 0
+        self._is_exhausted = False
+        self.failed: list[FailedItem] = []
+        self.error: Exception | None = None  # of the input
+        _dealing.add(comm)
+
+    def next_block(self) -> Block | None:
+        """Return a block, or None if there are no more, having worked or waited for it."""
+        while True:
+            self._receive_all()
+            self._deal()
+            number = self._n_taken if self._ordered else next(iter(self._finished), -1)
+            if number in self._finished:
+                self._n_taken += 1
+                return self._finished.pop(number)
+            if self._own is not None:
+                number, chunk = self._own
+                self._own = None
+                self._finish(number, self._work(chunk))
+            elif any(self._in_work):
+                self._receive()
+            else:
+                return None
+
+    def dismiss(self, failed: list[FailedItem]) -> End:
+        """Let the other ranks return, once they are done with what they have.
+
+        Args:
+            failed: What they are told.
+        """
+        while any(self._in_work):
+            self._receive()
+        for request in self._sending:
+            request.wait()
+        failure = describe_error(self.error)
+        if self._comm._attempt(lambda: failure)[1] is not None:  # of a class within a function
+            failure = RuntimeError, f"{type(self.error).__name__}: {self.error}"
+        end = End(sorted(failed, key=lambda each: each.index), failure, None)
+        for rank in range(1, self._comm.size):
+            self._comm.send_obj(end, rank, _TAG)
+        _dealing.discard(self._comm)
+        if self._bar is not None:
+            self._bar.close()
+        return end._replace(error=self.error)
+
+    def _deal(self) -> None:
+        """Give a chunk to all who have none, this rank too, and then one more to the others."""
+        self._sending = [request for request in self._sending if not request.test()[0]]
+        for enough in range(1, _AHEAD + 1):
+            for rank in range(1, self._comm.size):
+                if self._in_work[rank] < enough:
+                    self._send(rank)
+            if self._own is None:
+                self._own = self._next_chunk()
+
+    def _next_chunk(self) -> tuple[int, Chunk] | None:
+        if self._is_exhausted or self._n_chunks - self._n_taken >= self._most:
+            return None
+        try:
+            items = next(self._chunks)
+        except StopIteration:
+            self._is_exhausted = True
+            return None
+        except Exception as error:  # noqa: BLE001 - it is raised at the end, on all ranks
+            self._is_exhausted = True
+            self.error = error
+            return None
+        number, chunk = self._n_chunks, Chunk(self._n_items, items)
+        self._n_chunks += 1
+        self._n_items += len(items)
+        self._chunk_of[number] = chunk.first, len(items)
+        return number, chunk
+
+    def _send(self, rank: int) -> None:
+        taken = self._next_chunk()
+        if taken is not None:
+            number, (first, items) = taken
+            packed, _ = pack(self._comm, first, items)
+            task = _Task(number, first, len(items), packed)
+            self._sending.append(self._comm.isend_obj(task, rank, _TAG))
+            self._in_work[rank] += 1
+
+    def _receive_all(self) -> None:
+        from mpi4py import MPI
+
+        if self._comm.size > 1:
+            while self._comm.mpi_comm.Iprobe(MPI.ANY_SOURCE, _TAG):
+                self._receive()
+
+    def _receive(self) -> None:
+        from mpi4py import MPI
+
+        result: _Result = self._comm.recv_obj(MPI.ANY_SOURCE, tag=_TAG)
+        self._in_work[result.rank] -= 1
+        first, length = self._chunk_of[result.number]
+        values, failed = unpack(self._comm, first, length, result.packed)
+        self._finish(result.number, Block(first, values, [*result.failed, *failed]))
+
+    def _finish(self, number: int, block: Block) -> None:
+        _, length = self._chunk_of.pop(number)
+        self._finished[number] = block
+        self.failed += block.failed
+        if self._bar is not None:
+            self._bar.update(length)
+
+
+def serve(comm: CommunicatorBase, work: Callable[[Chunk], Block]) -> End:
+    """Work for rank 0 until it says that this is the end. The side of the other ranks."""
+    while True:
+        task: _Task | End = comm.recv_obj(0, tag=_TAG)
+        if isinstance(task, End):
+            return task
+        number, first, length, packed = task
+        items, _ = unpack(comm, first, length, packed)
+        block = work(Chunk(first, items))
+        packed, unsent = pack(comm, first, block.values)
+        comm.send_obj(_Result(comm.rank, number, packed, [*block.failed, *unsent]), 0, _TAG)
+
+
+def collect(
+    comm: CommunicatorBase,
+    make_dealer: Callable[[], Dealer],
+    work: Callable[[Chunk], Block],
+    *,
+    everywhere: bool,
+) -> tuple[list[Sequence[Any]] | None, End]:
+    """Have all work done. Collective.
+
+    Args:
+        comm: Communicator.
+        make_dealer: Called on rank 0.
+        work: As for :class:`Dealer`.
+        everywhere: Whether every rank gets the results; otherwise rank 0. The same on every rank.
+
+    Returns:
+        What the values of all blocks are, or None where there are to be none; and how it ended.
+    """
+    if comm.rank > 0:
+        end = serve(comm, work)
+        if not everywhere:
+            return None, end
+        return [comm._opened(message) for message in comm.bcast_obj(None)], end
+    dealer = make_dealer()
+    blocks = []
+    while (block := dealer.next_block()) is not None:
+        blocks.append(block)
+    if not everywhere or comm.size == 1:
+        return [block.values for block in blocks], dealer.dismiss(dealer.failed)
+    messages, collected = [], []
+    for first, values, _ in blocks:
+        message, failed = pack(comm, first, values)  # what this rank itself has computed
+        messages.append(message)
+        collected.append(comm._opened(message) if failed else values)
+        dealer.failed += failed
+    end = dealer.dismiss(dealer.failed)
+    comm.bcast_obj(messages)
+    return collected, end
+
+
+def pack(comm: CommunicatorBase, first: int, values: Sequence[Any]) -> tuple[Any, list[FailedItem]]:
+    """Pickle items or results for another rank. Local.
+
+    Returns:
+        What can be sent, and those that could not be pickled and are replaced in it.
+    """
+    message, error = comm._attempt(lambda: values)
+    if error is None:
+        return message, []
+    kept, failed = [], []
+    for index, value in enumerate(values, start=first):
+        _, error = comm._attempt(lambda value=value: value)  # type: ignore[misc]
+        if error is not None:
+            failed.append(failed_item(comm, index, error))
+        kept.append(value if error is None else failed[-1])
+    return comm._attempt(lambda: kept)[0], failed
+
+
+def unpack(
+    comm: CommunicatorBase, first: int, length: int, message: Any
+) -> tuple[Any, list[FailedItem]]:
+    """Return what was packed; if it cannot be unpickled, a failure for each item. Local."""
+    try:
+        return comm._opened(message), []
+    except ITEM_ERRORS as error:
+        failed = [failed_item(comm, first + i, error) for i in range(length)]
+        return failed, failed
