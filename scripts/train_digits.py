@@ -44,17 +44,17 @@ class MLP(chainer.Chain):
 class CNN(chainer.Chain):
     """Two convolutions and two linear layers."""
 
-    def __init__(self) -> None:
+    def __init__(self, n_classes: int = 10) -> None:
         """Create the layers."""
         super().__init__()
         with self.init_scope():
             self.c1 = L.Convolution2D(1, 32, 3, pad=1)
             self.c2 = L.Convolution2D(32, 64, 3, pad=1)
             self.l1 = L.Linear(None, 128)
-            self.l2 = L.Linear(None, 10)
+            self.l2 = L.Linear(None, n_classes)
 
     def forward(self, x: chainer.Variable) -> chainer.Variable:
-        """Map images, (batch, 1, 8, 8) float32, to scores, (batch, 10) float32."""
+        """Map images, (batch, 1, 8, 8) float32, to scores, (batch, n_classes) float32."""
         h = F.relu(self.c1(x))
         h = F.max_pooling_2d(F.relu(self.c2(h)), 2)
         return self.l2(F.dropout(F.relu(self.l1(h)), 0.3))

@@ -18,7 +18,10 @@ def last_numbers(script, ranks, *arguments, cwd):
     command = [sys.executable, str(mpi_job.ROOT / "scripts" / script), *map(str, arguments)]
     job = mpi_job.run(command, ranks, timeout=150, cwd=cwd)
     assert job.status == 0, job.output
-    lines = re.findall(r"^(?:Validation accuracy|Frechet|Turned).*$", job.output, re.MULTILINE)
+    lines = re.findall(
+        r"^(?:Validation accuracy|Frechet|Turned|Perplexity|Elements).*$", job.output, re.MULTILINE
+    )
+    print(lines[-1])
     return [float(number) for number in re.findall(r"\d+\.\d+", lines[-1])]
 
 
@@ -72,3 +75,66 @@ def test_resumable(tmp_path):
     ]
     assert whole == parts[1] != parts[0]
     assert whole[0] > 90
+
+
+def test_language_model(tmp_path):
+    """What only one rank has read, all ranks know: the text goes over into another language."""
+    languages = [
+        " ".join([f"{'ab'[i % 2]}{letters[i // 2]}" for i in range(16)] * 3 + ["."])
+        for letters in ("cdefghij", "klmnopqr")
+    ]
+    text = tmp_path / "text.txt"
+    text.write_text(" ".join([languages[0]] * 30 + [languages[1]] * 30), encoding="utf-8")
+    arguments = "--text", text, "--epochs", 4, "--units", 24, "--length", 10, "--batch-size", 4
+    (perplexity,) = last_numbers(
+        "train_language_model.py", 2, *arguments, "--no-progress-bar", cwd=tmp_path
+    )
+    assert perplexity < 5  # of 34 words
+
+
+def test_attention(tmp_path):
+    """Dates are written without a mistake, which chance never does."""
+    arguments = "--epochs", 2, "--samples", 4000, "--batch-size", 32, "--units", 48
+    (accuracy,) = last_numbers(
+        "train_attention.py", 2, *arguments, "--no-progress-bar", cwd=tmp_path
+    )
+    assert accuracy > 10
+
+
+def test_fine_tuning(tmp_path):
+    """What was learned from other digits is of use, and is there on all ranks after loading."""
+    arguments = "--epochs", 2, "--no-progress-bar"
+    fine_tuned, scratch = last_numbers("train_fine_tuning.py", 2, *arguments, cwd=tmp_path)
+    assert fine_tuned > 75
+    assert scratch > 40
+
+
+def test_search(tmp_path):
+    """Groups of ranks search side by side, and find something good."""
+    arguments = "--candidates", 6
+    (accuracy,) = last_numbers("search_hyperparameters.py", 4, *arguments, cwd=tmp_path)
+    assert accuracy > 90
+
+
+def test_image_folder(tmp_path):
+    """Files are shared out, augmented in workers, and learned; an ended training goes on."""
+    arguments = "--epochs", 2, "--warm-up", 1, "--channels", 8, "--no-progress-bar"
+    (accuracy,) = last_numbers("train_image_folder.py", 2, *arguments, cwd=tmp_path)
+    assert accuracy > 60
+    assert list(tmp_path.glob("result/checkpoints/*"))
+
+
+def test_matrix(tmp_path):
+    """All three ways compute the same."""
+    arguments = "--size", 20, "--steps", 100, "--no-progress-bar"
+    (same,) = last_numbers("compute_matrix.py", 3, *arguments, cwd=tmp_path)
+    assert same == 100
+
+
+def test_prediction(tmp_path):
+    """A snapshot that one script leaves is what the other predicts with, through files."""
+    arguments = "--epochs", 2, "--no-progress-bar"
+    trained, *_ = last_numbers("train_digits.py", 2, *arguments, cwd=tmp_path)
+    (snapshot,) = tmp_path.glob("result/snapshot_iter_*")
+    arguments = "--snapshot", snapshot, "--no-progress-bar", "--files", tmp_path / "scores"
+    assert last_numbers("predict_digits.py", 3, *arguments, cwd=tmp_path) == [trained]
