@@ -109,13 +109,16 @@ def write(model: LanguageModel, words: list[str], seed: int) -> str:
     """Return a sentence that the model makes up."""
     rng = np.random.RandomState(seed)
     model.reset_state()
-    sentence = ["."]
-    while len(sentence) < 30 and (len(sentence) == 1 or sentence[-1] != "."):
-        x = np.array([[words.index(sentence[-1])]], np.int32)
-        chances = F.softmax(model.read(x) * 1.5).array[0].astype(np.float64)
+    stop = words.index(".") if "." in words else 0
+    sentence = [stop]
+    while len(sentence) < 40 and (len(sentence) == 1 or sentence[-1] != stop):
+        x = np.array([sentence[-1:]], np.int32)
+        chances = F.softmax(model.read(x)).array[0].astype(np.float64) ** 1.2
         chances[0] = 0  # no rare words
-        sentence.append(words[rng.choice(len(words), p=chances / chances.sum())])
-    return re.sub(r" ([.,;:?!])", r"\1", " ".join(sentence[1:]))
+        if len(sentence) < 10:
+            chances[stop] = 0  # not that short
+        sentence.append(rng.choice(len(words), p=chances / chances.sum()))
+    return re.sub(r" ([.,;:?!])", r"\1", " ".join(words[number] for number in sentence[1:]))
 
 
 def main() -> None:

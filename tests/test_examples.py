@@ -21,7 +21,6 @@ def last_numbers(script, ranks, *arguments, cwd):
     lines = re.findall(
         r"^(?:Validation accuracy|Frechet|Turned|Perplexity|Elements).*$", job.output, re.MULTILINE
     )
-    print(lines[-1])
     return [float(number) for number in re.findall(r"\d+\.\d+", lines[-1])]
 
 

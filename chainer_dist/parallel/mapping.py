@@ -50,8 +50,10 @@ def pmap(
 
     Rank 0 takes from ``items`` and works only while somebody takes results from the iterator, and
     has never more than ``buffersize`` items taken without having handed out their results: items may
-    be a generator without an end. The other ranks return when rank 0's iterator is exhausted or closed
-    (as one that nobody holds any more is). Until then rank 0 must use ``comm`` for nothing else.
+    be a generator without an end. Each must be an object of its own, as in a list. The other ranks
+    return when rank 0's iterator is exhausted or closed (as one that nobody holds any more is). Until
+    then rank 0 must use ``comm`` for nothing else. A rank that waits for rank 0, because an item takes
+    it so long, is reported as any stall is (see :mod:`chainer_dist.watch`).
 
     Args:
         function: Called with one item.

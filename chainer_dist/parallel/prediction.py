@@ -67,7 +67,8 @@ def predict(
     Args:
         model: A link, or any other callable: a method such as ``classifier.predictor``, a lambda. If
             it is a link, all its parameters and persistent values must be the same on every rank, which
-            is checked. (If only rank 0 has loaded them, call ``comm.bcast_data(model)``.)
+            is checked. If only rank 0 has loaded it, ``comm.bcast_data(model)`` makes parameters equal,
+            but not persistent values, such as running statistics: load those on every rank.
         dataset: All samples, with ``__len__`` and ``__getitem__(int)``; either on rank 0 alone, which
             then loads and sends them, and None elsewhere; or the same on every rank, and each
             loads those of its batches. Samples are what ``model`` takes: to leave labels out
