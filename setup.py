@@ -109,6 +109,8 @@ setup(
         "test": ["hypothesis", "pillow", "pytest", "pytest-mpi", "setuptools>=70.1,<82"],
         "lint": ["ruff"],
         "type": ["mypy"],
+        "docs": ["furo", "sphinx>=7"],
+        "dist": ["build"],
     },
     packages=find_packages(include=["chainer_dist", "chainer_dist.*"]),
     package_data={"chainer_dist": ["py.typed", "scaling/page.html", "scaling/validation.json"]},

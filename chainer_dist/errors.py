@@ -8,6 +8,14 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+__all__ = [
+    "FailedItem",
+    "FailedItemsError",
+    "FinalizedCommunicatorError",
+    "NonFiniteGradientError",
+    "RankMismatchError",
+]
+
 
 class RankMismatchError(ValueError):
     """Ranks that must agree passed different things to one operation.
@@ -27,7 +35,7 @@ class NonFiniteGradientError(ValueError):
 
 
 class FinalizedCommunicatorError(RuntimeError):
-    """A communicator was used after its :meth:`finalize`."""
+    """A communicator was used after its ``finalize()``."""
 
 
 @dataclasses.dataclass(frozen=True)

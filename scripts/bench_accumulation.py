@@ -23,6 +23,7 @@ import statistics
 import time
 from typing import Any
 
+import bench_tables
 import chainer
 import chainer.functions as F
 import chainer.links as L
@@ -50,6 +51,7 @@ def main() -> None:
     )
     parser.add_argument("--batch", type=int, default=32, help="samples a rank; default: 32")
     parser.add_argument("--repeats", type=int, default=11, help="default: 11")
+    bench_tables.add_option(parser)
     args = parser.parse_args()
     comm = chainer_dist.create_communicator()
     sgd = chainer.optimizers.SGD
@@ -84,11 +86,14 @@ def main() -> None:
             slowest = max(comm.allgather_obj(elapsed))
             if turn >= WARM_UP:
                 times[name].append(slowest * 1e3 / STEPS)
-    if comm.rank == 0:
-        print(f"{comm.size} ranks on {comm.inter_size} nodes, {args.batch} samples a batch")
-        print(f"{'':20} {'ms a batch':>10} {'collectives':>12}")
-        for name, each in times.items():
-            print(f"{name:20} {statistics.median(each):10.1f} {collectives[name]:12}")
+    report = bench_tables.Report(args.json, ranks=comm.size, speaks=comm.rank == 0)
+    table = report.table(
+        f"{comm.size} ranks on {comm.inter_size} nodes, {args.batch} samples a batch",
+        {"": "", "ms a batch": ".1f", "collectives in four": ""},
+    )
+    for name, each in times.items():
+        table.row(name, statistics.median(each), collectives[name])
+    report.write()
 
 
 if __name__ == "__main__":

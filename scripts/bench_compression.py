@@ -21,6 +21,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import argparse
 from typing import TYPE_CHECKING, Any
 
+import bench_tables
 import chainer
 import chainer.functions as F
 import chainer.links as L
@@ -127,13 +128,17 @@ def main() -> None:
     parser.add_argument("--units", type=int, default=256, help="of a layer; default: 256")
     parser.add_argument("--seeds", type=int, default=3, help="trainings of each; default: 3")
     parser.add_argument("--ways", default="", help="only those whose names have this in them")
+    bench_tables.add_option(parser)
     args = parser.parse_args()
     comm = chainer_dist.create_communicator()
     if comm.inter_size == 1:
         raise SystemExit("nothing is compressed on one node: see --help")
-    if comm.rank == 0:
-        print(f"{comm.size} ranks on {comm.inter_size} nodes, {args.epochs} epochs")
-        print(f"{'compression':26} {'bytes a step':>12} {'none / it':>10} {'accuracy':>9}")
+    report = bench_tables.Report(args.json, ranks=comm.size, speaks=comm.rank == 0)
+    table = report.table(
+        f"{args.task}, {comm.size} ranks on {comm.inter_size} nodes, {args.epochs} epochs",
+        {"compression": "", "bytes a step": ",.0f", "none / it": ".1f", "accuracy": ".2%"},
+        label_width=26,
+    )
     full = 0.0
     for name, (make, make_optimizer) in WAYS.items():
         if (
@@ -144,8 +149,8 @@ def main() -> None:
         accuracy = np.mean([accuracy for accuracy, _ in results])
         sent = results[0][1]
         full = full or sent
-        if comm.rank == 0:
-            print(f"{name:26} {sent:12,.0f} {full / sent:10.1f} {accuracy:9.2%}", flush=True)
+        table.row(name, sent, full / sent, accuracy)
+    report.write()
 
 
 if __name__ == "__main__":

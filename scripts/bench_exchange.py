@@ -20,6 +20,7 @@ import time
 import warnings
 from typing import TYPE_CHECKING, Any
 
+import bench_tables
 import chainer
 import numpy as np
 from mpi4py import MPI
@@ -144,12 +145,15 @@ def measure(shapes: list[tuple[int, ...]], repeats: int, comms: dict[str, Any]) 
 
 
 def main() -> None:
-    """Measure each work and print a table."""
+    """Measure each work and report a table."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--repeats", type=int, default=15, help="turns of each (default: 15)")
     parser.add_argument("--works", nargs="+", choices=WORKS, default=list(WORKS))
+    bench_tables.add_option(parser)
     args = parser.parse_args()
     import chainermn
+
+    report = bench_tables.Report(args.json, ranks=WORLD.size, speaks=WORLD.rank == 0)
 
     comms: dict[str, Any] = {"ChainerMN naive": chainermn.create_communicator("naive")}
     for name in chainer_dist.communicators.names():
@@ -158,12 +162,14 @@ def main() -> None:
     for work in args.works:
         shapes = WORKS[work]()
         medians = measure(shapes, args.repeats, comms)
-        if WORLD.rank == 0:
-            elements = sum(int(np.prod(shape)) for shape in shapes) / 1e6
-            print(f"\n{work}: {len(shapes)} arrays, {elements:.1f} M float32, {WORLD.size} ranks")
-            print(f"{'':24} {'ms':>8} {'ChainerMN / it':>15}")
-            for name, ms in medians.items():
-                print(f"{name:24} {ms:>8.2f} {medians['ChainerMN naive'] / ms:>15.2f}")
+        elements = sum(int(np.prod(shape)) for shape in shapes) / 1e6
+        table = report.table(
+            f"{work}: {len(shapes)} arrays, {elements:.1f} M float32, {WORLD.size} ranks",
+            {"": "", "ms": ".2f", "ChainerMN / it": ".2f"},
+        )
+        for name, ms in medians.items():
+            table.row(name, ms, medians["ChainerMN naive"] / ms)
+    report.write()
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ import argparse
 import os
 from pathlib import Path
 
+import bench_tables
 from bench_step import ALONE, OURS, PEER, launch, make_step
 
 STEPS = 10
@@ -45,7 +46,7 @@ def train(contender: str, batch: int) -> None:
 
 
 def main() -> None:
-    """Run each contender and print a table for each number of ranks."""
+    """Run each contender and report a table for each number of ranks."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--ranks", type=int, nargs="+", default=[2, 4], help="(default: 2 4)")
     parser.add_argument(
@@ -53,22 +54,28 @@ def main() -> None:
     )
     parser.add_argument("--batch", type=int, default=64, help="examples a rank (default: 64)")
     parser.add_argument("--contender", choices=CONTENDERS, help="be a rank of this one's job")
+    bench_tables.add_option(parser)
     args = parser.parse_args()
     if args.contender:
         train(args.contender, args.batch)
         return
     if args.nodes > 1:
         os.environ["MPIR_CVAR_NUM_CLIQUES"] = str(args.nodes)
+    report = bench_tables.Report(args.json)
     for ranks in args.ranks:
         where = f"{ranks} ranks" + (f" on {args.nodes} nodes" if args.nodes > 1 else "")
-        print(f"\nsum of PSS over {where}, MLP of 22.6 M parameters, Adam, {STEPS} steps")
-        print(f"{'':31} {'MB':>7} {'it/ChainerMN':>13} {'MB before the model':>20}")
+        table = report.table(
+            f"sum of PSS over {where}, MLP of 22.6 M parameters, Adam, {STEPS} steps",
+            {"": "", "MB": ".0f", "it / ChainerMN": ".2f", "MB before the model": ".0f"},
+            label_width=31,
+        )
         peer = None
         for contender in CONTENDERS:
             rank = ["--contender", contender, "--batch", str(args.batch)]
             before, after = map(float, launch(__file__, ranks, *rank).split())
             peer = peer or after
-            print(f"{contender:31} {after:>7.0f} {after / peer:>13.2f} {before:>20.0f}", flush=True)
+            table.row(contender, after, after / peer, before)
+    report.write()
 
 
 if __name__ == "__main__":

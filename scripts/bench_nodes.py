@@ -30,6 +30,7 @@ import sys
 import time
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import bench_tables
 import netns_cluster
 
 if TYPE_CHECKING:
@@ -137,20 +138,25 @@ def on_cluster(cluster: netns_cluster.Cluster, part: str, *arguments: Any) -> An
     return json.loads(job.stdout.splitlines()[-1])
 
 
-def compare_exchanges(hosts: int, ranks: int, rate: str, megabytes: Sequence[int]) -> None:
-    """Measure exchanges on a cluster and print a table of each size."""
+def compare_exchanges(
+    report: bench_tables.Report, hosts: int, ranks: int, rate: str, megabytes: Sequence[int]
+) -> None:
+    """Measure exchanges on a cluster and report a table of each size."""
     with netns_cluster.Cluster(hosts, rate=rate, ranks_per_host=ranks) as cluster:
         results = on_cluster(cluster, "exchange", megabytes)
     for number, medians in results.items():
-        print(f"\n{number} MB in {ARRAYS} arrays, {hosts} hosts of {ranks} ranks, {rate}")
-        print(f"{'':24} {'ms':>9} {'it / floor':>11} {'ChainerMN / it':>15}")
+        table = report.table(
+            f"{number} MB in {ARRAYS} arrays, {hosts} hosts of {ranks} ranks, {rate}",
+            {"": "", "ms": ".2f", "it / floor": ".2f", "ChainerMN / it": ".2f"},
+        )
         for name, ms in medians.items():
-            ratios = f"{ms / medians[FLOOR]:>11.2f} {medians[PEER] / ms:>15.2f}"
-            print(f"{name:24} {ms:>9.2f} {ratios}", flush=True)
+            table.row(name, ms, ms / medians[FLOOR], medians[PEER] / ms)
 
 
-def compare_steps(work: Steps, rate: str, batches: Sequence[int]) -> None:
-    """Measure steps on a cluster and print a table of each batch size."""
+def compare_steps(
+    report: bench_tables.Report, work: Steps, rate: str, batches: Sequence[int]
+) -> None:
+    """Measure steps on a cluster and report a table of each batch size."""
     import bench_step
 
     contenders = [PEER, "chainer_dist", AFTER, ROUNDED, "chainer_dist, replicated"]
@@ -171,17 +177,16 @@ def compare_steps(work: Steps, rate: str, batches: Sequence[int]) -> None:
                     seconds.setdefault(batch, {}).setdefault(name, []).extend(each)
     size = sum((low + 1) * high for low, high in zip(work.widths, work.widths[1:])) / 1e6
     for batch, found in seconds.items():
-        print(
-            f"\n{size:.2f} M parameters, {work.hosts} hosts of {work.ranks_per_host}, {rate}",
-            end="",
-        )
         medians = {name: statistics.median(each) * 1e3 for name, each in found.items()}
-        ranks = work.hosts * work.ranks_per_host
-        bench_step.print_table(work.optimizer, medians, int(batch), ranks)
+        title = (
+            f"{size:.2f} M parameters, {work.hosts} hosts of {work.ranks_per_host}, {rate}; "
+            f"{work.optimizer}, batch {batch} a rank"
+        )
+        bench_step.report_steps(report, title, medians)
 
 
 def main() -> int:
-    """Measure each work and print tables."""
+    """Measure each work and report tables."""
     works = [*EXCHANGES, *STEPS]
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -190,6 +195,7 @@ def main() -> int:
     parser.add_argument("--rates", nargs="+", metavar="RATE", help="(default: 1gbit 10gbit)")
     parser.add_argument("--quick", action="store_true", help="two hosts at 1gbit, few sizes")
     parser.add_argument("--rank", type=json.loads, help=argparse.SUPPRESS)
+    bench_tables.add_option(parser)
     args = parser.parse_args()
     if args.rank:
         part, *arguments = args.rank
@@ -198,19 +204,22 @@ def main() -> int:
         else:
             be_training_rank(*arguments)
         return 0
+    report = bench_tables.Report(args.json)
     rates = args.rates or (["1gbit"] if args.quick else ["1gbit", "10gbit"])
     try:
         for rate in rates:
             for name in args.works or (QUICK if args.quick else works):
                 if name in EXCHANGES:
                     megabytes = [1, 10] if args.quick else [*REPEATS]
-                    compare_exchanges(*EXCHANGES[name], rate, megabytes)
+                    compare_exchanges(report, *EXCHANGES[name], rate, megabytes)
                 elif args.rates or rate in STEPS[name].rates:
                     work = STEPS[name]
-                    compare_steps(work, rate, work.batches[:2] if args.quick else work.batches)
+                    batches = work.batches[:2] if args.quick else work.batches
+                    compare_steps(report, work, rate, batches)
     except netns_cluster.UnavailableError as error:
         print(error, file=sys.stderr)
         return netns_cluster.CANNOT
+    report.write()
     return 0
 
 

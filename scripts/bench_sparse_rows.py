@@ -22,6 +22,7 @@ import statistics
 import time
 from typing import TYPE_CHECKING
 
+import bench_tables
 import chainer
 import chainer.functions as F
 import chainer.links as L
@@ -80,6 +81,7 @@ def main() -> None:
     parser.add_argument("--width", type=int, default=256, help="default: 256")
     parser.add_argument("--batch", type=int, default=1000, help="words a rank; default: 1000")
     parser.add_argument("--repeats", type=int, default=7, help="default: 7")
+    bench_tables.add_option(parser)
     args = parser.parse_args()
     comm = chainer_dist.create_communicator()
     rng = np.random.RandomState(comm.rank)
@@ -114,15 +116,17 @@ def main() -> None:
             "SparseRows": make_step(comm, kind(), SparseRows(), args),
         }
         rows[f"step of {kind.__name__}"] = measure(comm, todo, args.repeats)
-    if comm.rank == 0:
-        nodes = comm.inter_size
-        sent = 2 * grad.nbytes * (nodes - 1) / nodes, way.sent
-        print(f"{comm.size} ranks on {nodes} nodes")
-        print(f"{'':16} {'exact':>12} {'SparseRows':>12}")
-        if nodes > 1:
-            print(f"{'bytes a node':16} {sent[0]:12,.0f} {sent[1]:12,.0f}")
-        for name, row in rows.items():
-            print(f"{name + ', ms':16} {row['exact']:12.1f} {row['SparseRows']:12.1f}")
+    nodes = comm.inter_size
+    report = bench_tables.Report(args.json, ranks=comm.size, speaks=comm.rank == 0)
+    table = report.table(
+        f"{comm.size} ranks on {nodes} nodes", {"": "", "exact": "", "SparseRows": ""}
+    )
+    if nodes > 1:
+        exact = 2 * grad.nbytes * (nodes - 1) / nodes
+        table.row("bytes a node", f"{exact:,.0f}", f"{way.sent:,.0f}")
+    for name, row in rows.items():
+        table.row(f"{name}, ms", f"{row['exact']:.1f}", f"{row['SparseRows']:.1f}")
+    report.write()
 
 
 if __name__ == "__main__":

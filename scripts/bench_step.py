@@ -26,6 +26,7 @@ import time
 import warnings
 from typing import TYPE_CHECKING, Any
 
+import bench_tables
 import chainer
 import chainer.functions as F
 import chainer.links as L
@@ -163,26 +164,31 @@ def launch(script: str, ranks: int, *arguments: str) -> str:
     return job.stdout
 
 
-def print_table(optimizer: str, medians: dict[str, float], batch: int, ranks: int) -> None:
-    """Print medians in milliseconds and ratios."""
+def report_steps(report: bench_tables.Report, title: str, medians: dict[str, float]) -> None:
+    """Report medians in milliseconds and ratios."""
     forward = medians[FORWARD]
-    print(f"\n{optimizer}, batch {batch} a rank, {ranks} ranks; {FORWARD} {forward:.1f} ms")
-    print(
-        f"{'':31} {'step, ms':>9} {'ChainerMN/it':>13} {'independent/it':>15} "
-        f"{'rest, ms':>9} {'ChainerMN/it':>13}"
+    table = report.table(
+        f"{title}; {FORWARD} {forward:.1f} ms",
+        {
+            "": "",
+            "step, ms": ".1f",
+            "ChainerMN / it": ".2f",
+            "independent / it": ".2f",
+            "rest, ms": ".1f",
+            "rest, ChainerMN / it": ".2f",
+        },
+        label_width=31,
     )
+    peer = medians[PEER]
     for contender, ms in medians.items():
         if contender != FORWARD:
-            print(
-                f"{contender:31} {ms:>9.1f} {medians[PEER] / ms:>13.2f} "
-                f"{medians[ALONE] / ms:>15.2f} {ms - forward:>9.1f} "
-                f"{(medians[PEER] - forward) / (ms - forward):>13.2f}",
-                flush=True,
-            )
+            rest = ms - forward
+            ratios = peer / ms, medians[ALONE] / ms
+            table.row(contender, ms, *ratios, rest, (peer - forward) / rest)
 
 
 def main() -> None:
-    """Let the contenders take turns and print a table for each optimizer."""
+    """Let the contenders take turns and report a table for each optimizer."""
     contenders = [PEER, *OURS, ALONE, FORWARD]
     if importlib.util.find_spec("torch"):
         contenders += TORCH
@@ -194,10 +200,12 @@ def main() -> None:
     parser.add_argument("--optimizers", nargs="+", choices=("Adam", "SGD"), default=["Adam", "SGD"])
     parser.add_argument("--contenders", nargs="+", choices=contenders, default=contenders)
     parser.add_argument("--contender", choices=contenders, help="be a rank of this one's job")
+    bench_tables.add_option(parser)
     args = parser.parse_args()
     if args.contender:
         run(args.contender, args.optimizers[0], args.batch, args.steps)
         return
+    report = bench_tables.Report(args.json)
     for optimizer in args.optimizers:
         seconds: dict[str, list[float]] = {}
         norms: dict[str, float] = {}
@@ -212,7 +220,9 @@ def main() -> None:
             if not np.isclose(norms[contender], norms[PEER], rtol=1e-2):
                 raise SystemExit(f"{contender} has come to other parameters than {PEER}: {norms}")
         medians = {name: statistics.median(values) * 1e3 for name, values in seconds.items()}
-        print_table(optimizer, medians, args.batch, args.ranks)
+        title = f"{optimizer}, batch {args.batch} a rank, {args.ranks} ranks"
+        report_steps(report, title, medians)
+    report.write()
 
 
 if __name__ == "__main__":

@@ -19,6 +19,7 @@ import argparse
 import statistics
 import time
 
+import bench_tables
 import chainer
 import chainer.functions as F
 import chainer.links as L
@@ -43,6 +44,7 @@ def parse_args() -> argparse.Namespace:
         help="of a layer, model after model (default: 128 256 512 1024)",
     )
     parser.add_argument("--batch-size", type=int, default=32, help="a rank (default: 32)")
+    bench_tables.add_option(parser)
     return parser.parse_args()
 
 
@@ -76,15 +78,16 @@ def main() -> None:
     node = world.Split_type(MPI.COMM_TYPE_SHARED)
     cores = node.allgather(_threads._cores())
     threads["share"] = _threads.fair_share(cores, node.rank, _threads._quota())
-    if world.rank == 0:
-        print(f"{world.size} ranks, {len(set().union(*cores))} cores; median of {args.steps} steps")
-        print(f"threads a rank: BLAS default {threads['default']}, fair share {threads['share']}")
-        print(f"{'units':>6} {'default ms':>11} {'share ms':>9} {'ratio':>6}")
+    report = bench_tables.Report(args.json, ranks=world.size, speaks=world.rank == 0)
+    table = report.table(
+        f"{world.size} ranks on {len(set().union(*cores))} cores, medians of {args.steps} steps; threads a "
+        f"rank: BLAS default {threads['default']}, fair share {threads['share']}",
+        {"units a layer": "", "default, ms": ".2f", "fair share, ms": ".2f", "ratio": ".2f"},
+    )
     for units in args.units:
         ms = measure(world, units, args.batch_size, threads, args.steps)
-        if world.rank == 0:
-            ratio = ms["default"] / ms["share"]
-            print(f"{units:>6} {ms['default']:>11.2f} {ms['share']:>9.2f} {ratio:>6.2f}")
+        table.row(units, ms["default"], ms["share"], ms["default"] / ms["share"])
+    report.write()
 
 
 if __name__ == "__main__":

@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import bench_step
+import bench_tables
 import chainer
 import chainer.functions as F
 import chainer.links as L
@@ -151,23 +152,33 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--ranks", type=int, default=2, help="(default: 2)")
     parser.add_argument("--model", choices=MODELS, help="be a rank of this one's job")
+    bench_tables.add_option(parser)
     args = parser.parse_args()
     if args.model:
         run(args.model)
         return
-    print(
-        f"{'model':6} {'step with hooks, ms':>20} {'without':>9} {'difference':>11} "
-        f"{'operations':>11} {'us each':>8} {'of a step':>10} {'watchdog awake':>15}"
+    report = bench_tables.Report(args.json)
+    table = report.table(
+        f"steps of {args.ranks} ranks, with and without what watching needs",
+        {
+            "model": "",
+            "with, ms": ".3f",
+            "without": ".3f",
+            "difference": ".2%",
+            "operations": "",
+            "us each": ".2f",
+            "of a step": ".3%",
+            "watchdog awake": ".5%",
+        },
+        label_width=6,
     )
     for name in MODELS:
         output = bench_step.launch(__file__, args.ranks, "--model", name)
         seconds, count, each, share = json.loads(output)
         hooked, bare = (statistics.median(seconds[key]) * 1e3 for key in ("with", "without"))
-        print(
-            f"{name:6} {hooked:>20.3f} {bare:>9.3f} {hooked / bare - 1:>11.2%} {count:>11} "
-            f"{each * 1e6:>8.2f} {count * each * 1e3 / bare:>10.3%} {share:>15.5%}",
-            flush=True,
-        )
+        spent = count * each * 1e3 / bare
+        table.row(name, hooked, bare, hooked / bare - 1, count, each * 1e6, spent, share)
+    report.write()
 
 
 if __name__ == "__main__":

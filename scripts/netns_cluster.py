@@ -568,7 +568,10 @@ def main() -> int:
         with Cluster(
             args.hosts, ranks_per_host=args.ranks_per_host, check=not args.no_check, **options
         ) as cluster:
-            return cluster.run(command).returncode
+            # For what the command reports.
+            called = f"scripts/netns_cluster.py --hosts {args.hosts} --ranks-per-host {args.ranks_per_host}"
+            env = {"NETNS_CLUSTER": f"{called} --rate {args.rate}"}
+            return cluster.run(command, env=env).returncode
     except (RuntimeError, ValueError) as error:
         print(error, file=sys.stderr)
         return CANNOT if isinstance(error, UnavailableError) else 1

@@ -1,7 +1,7 @@
 """Communicators: how ranks exchange arrays, objects, gradients and parameters.
 
 Read :mod:`~chainer_dist.communicators.communicator_base` for what all of them can do; each kind
-is one small file. Nothing here starts MPI before :func:`create_communicator` is called, so that
+is one small file. Nothing here starts MPI before :func:`~chainer_dist.create_communicator` is called, so that
 data-loader workers may import it.
 """
 
@@ -35,7 +35,7 @@ _GPU_KINDS = ("pure_nccl", "non_cuda_aware")
 
 
 def names() -> tuple[str, ...]:
-    """Return the names that :func:`create_communicator` takes, besides ``auto``."""
+    """Return the names that :func:`~chainer_dist.create_communicator` takes, besides ``auto``."""
     return tuple(_KINDS)
 
 

@@ -74,7 +74,7 @@ def create_multi_node_checkpointer(
         checkpointer.maybe_load(trainer)  # after all extensions were added
         trainer.run()
 
-    Deprecated in ChainerMN, and here, in favour of :func:`multi_node_snapshot`, which writes fewer
+    Deprecated in ChainerMN, and here, in favour of :func:`~chainer_dist.extensions.multi_node_snapshot`, which writes fewer
     files. Files are named ``name.rank.iteration``, and those of ChainerMN can be loaded.
 
     When training has ended well, a Trainer has the files removed, as ChainerMN does. If it ends by

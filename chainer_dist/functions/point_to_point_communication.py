@@ -141,7 +141,7 @@ def send(x: Any, communicator: CommunicatorBase, rank: int, tag: int = 0) -> Any
         tag: Message tag, the same on both ranks.
 
     Returns:
-        A delegate: an empty float32 variable of shape ``(0,)`` that backward starts from.
+        A delegate, which is an empty float32 variable of shape ``(0,)`` that backward starts from.
 
     Raises:
         ValueError: If ``rank`` is this rank or none, the tag is out of range, or ``x`` is empty.

@@ -99,7 +99,7 @@ class MultiNodeBatchNormalization(L.BatchNormalization):  # type: ignore[misc]  
                 ``axis``: ``(batch, channels, ...)`` unless chosen otherwise. Its other axes may be
                 of any lengths on each rank.
             finetune: Whether running statistics become the mean over all calls since
-                :meth:`start_finetuning`, rather than decay. The same on every rank.
+                ``start_finetuning``, rather than decay. The same on every rank.
 
         Returns:
             A new Variable of the shape and dtype of ``x``.

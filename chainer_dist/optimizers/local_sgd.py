@@ -30,7 +30,7 @@ _AVERAGE = Kind("mean of parameters", EXCHANGE)
 class LocalSGDOptimizer(MultiNodeOptimizer):
     """A multi-node optimizer that averages parameters now and then, and gradients only at first.
 
-    See :func:`create_local_sgd_optimizer`.
+    See :func:`chainer_dist.create_local_sgd_optimizer`.
 
     Attributes:
         period: How many updates there are from one averaging to the next.

@@ -157,7 +157,7 @@ class MultiNodeOptimizer:
 
         Gradients are averaged after backward and before any hook of the optimizer runs.
 
-        With :attr:`accumulate_steps` above 1, and in :meth:`no_sync`, a call that is not the last of
+        With ``accumulate_steps`` above 1, and in :meth:`no_sync`, a call that is not the last of
         an accumulation adds its gradients to this rank's sum, and leaves the parameters as they
         are, without a gradient. It is local once parameters are known to be equal and initialized.
 

@@ -1,0 +1,88 @@
+"""What the documentation is made of: measured tables, and a reference that lacks nothing."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import chainer_dist
+import mpi_job
+
+# They start processes of their own.
+pytestmark = pytest.mark.mpi_skip
+
+DOCS = mpi_job.ROOT / "docs"
+CONF = f"""
+import sys
+sys.path.insert(0, {str(DOCS / "_ext")!r})
+extensions = ["sphinx.ext.autodoc", "measured", "pictures", "public_names"]
+exclude_patterns = ["out"]
+"""
+MEASURED = """
+Title
+=====
+
+.. measured:: threads
+
+   Not measured yet.
+"""
+
+
+def build(folder, page):
+    """Build one page, and return what Sphinx prints and the page as text."""
+    (folder / "conf.py").write_text(CONF)
+    (folder / "index.rst").write_text(page)
+    command = [sys.executable, "-m", "sphinx", "-q", "-b", "html", str(folder), str(folder / "out")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=100, check=False)
+    assert done.returncode == 0, done.stderr
+    page = (folder / "out" / "index.html").read_text()
+    return done.stderr, re.sub("<[^>]*>", "", page)
+
+
+def test_measured_tables(tmp_path):
+    """A script's file becomes a table that says where it is from; until it is there, the text is shown."""
+    _, page = build(tmp_path, MEASURED)
+    assert "Not measured yet." in page
+    file = tmp_path / "measured" / "threads.json"
+    script = mpi_job.ROOT / "scripts" / "bench_threads.py"
+    options = f"--units 8 --steps 1 --batch-size 1 --json {file}"
+    job = mpi_job.run([sys.executable, str(script), *options.split()], 2, timeout=100, cwd=tmp_path)
+    assert job.status == 0, job.output
+    content = json.loads(file.read_text())
+    assert content["command"] == (
+        "mpiexec -n 2 python scripts/bench_threads.py --units 8 --steps 1 --batch-size 1"
+    )
+    assert content["machine"]["versions"]["chainer_dist"] == chainer_dist.__version__
+    (table,) = content["tables"]
+    ((units, *numbers),) = table["rows"]
+    assert len(table["columns"]) == 1 + len(numbers)
+    assert units == "8"
+    for text in (table["title"], *numbers):  # what is kept is what was printed
+        assert text in job.output
+    _, page = build(tmp_path, MEASURED)
+    assert "Not measured yet." not in page
+    for text in (*table["columns"], *numbers, content["command"]):
+        assert text in page
+
+
+def test_every_public_name_must_be_documented(tmp_path):
+    """Sphinx warns of those that no page has; the name of the subpackage does as well."""
+    page = "Title\n=====\n\n.. autofunction:: chainer_dist.optimizers.create_multi_node_optimizer\n"
+    warnings, _ = build(tmp_path, page)
+    lacking = [line for line in warnings.splitlines() if "docs/api" in line]
+    assert any(
+        line.endswith("chainer_dist.Join or chainer_dist.optimizers.Join") for line in lacking
+    )
+    assert not any("create_multi_node_optimizer" in line for line in lacking)
+    assert not any("__version__" in line for line in lacking)
+
+
+def test_the_version_is_the_same_everywhere():
+    """The file for citations has that of the package."""
+    lines = Path(mpi_job.ROOT, "CITATION.cff").read_text().splitlines()
+    assert f"version: {chainer_dist.__version__}" in lines
