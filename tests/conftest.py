@@ -7,6 +7,8 @@ import os
 import hypothesis
 import pytest
 
+from chainer_dist.communicators import names
+
 pytest_plugins = ["fault_table", "mpi_agreement", "result_file"]
 
 # As MPICH and Open MPI tell it. More ranks than the two cores of a small machine take many times as long.
@@ -26,8 +28,9 @@ hypothesis.settings.register_profile(
 hypothesis.settings.load_profile("ranks")
 
 
-# All but those of which other tests say that they do the same: see grouped_kinds.
-KINDS = ["naive", "flat", "shared_memory"]
+# All but those that do the same on one node, of which grouped_kinds takes care, and one that does nothing.
+_NOT_BY_THEMSELVES = {"single_node", "hierarchical", "two_dimensional", "dummy"}
+KINDS = [name for name in names() if name not in _NOT_BY_THEMSELVES]
 KINDS_THAT_KNOW_NODES = ["shared_memory", "hierarchical", "two_dimensional"]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 from pathlib import Path
 
 import chainer
@@ -32,6 +33,14 @@ WAYS = {
     "top_k": lambda: compression.TopK(density=0.1),
     "top_k_momentum": lambda: compression.TopK(0.1, warmup_updates=40, momentum=0.5),
 }
+# Others are tested with their defaults; SparseRows has tests of its own.
+for _name in compression.__all__:
+    _kind = getattr(compression, _name)
+    if not inspect.isabstract(_kind) and _kind not in {
+        compression.SparseRows,
+        *(type(make()) for make in WAYS.values()),
+    }:
+        WAYS[_name] = _kind
 KEEPING = ["int8", "power_sgd", "top_k"]
 ROUNDED = ["float16", "bfloat16"]
 PRECISION = {"float16": 2**-10, "bfloat16": 2**-7, "int8": 0.02}
@@ -359,7 +368,7 @@ def test_fewer_bytes(far_apart, way):
     exact_bytes = sum(grad.nbytes for grad in grads.values()) * 2 * (comm.size - 1) / comm.size
     most = {"float16": 0.501, "bfloat16": 0.501, "int8": 0.27, "power_sgd": 0.02, "top_k": 0.05}
     most["top_k_momentum"] = 0.2501 * comm.size  # a quarter of all numbers, with their places
-    assert 0 < sending.sent <= exact_bytes * most[way]
+    assert 0 < sending.sent <= exact_bytes * most.get(way, 1)
 
 
 def batch(rank, step):
