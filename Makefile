@@ -102,7 +102,7 @@ type: $(STAMP)
 	$(RUN) -m mypy
 
 test-packages: $(STAMP)
-	PYTHONS="$(PYTHONS)" $(RUN) tests/run.py --ranks 1 --timeout 1800 -- -m packages --mpi-limit 1500 $(ARGS)
+	PYTHONS="$(PYTHONS)" $(RUN) tests/run.py --ranks 1 --timeout 1800 -- -m packages --mpi-limit 1500 tests/test_packages.py $(ARGS)
 
 docs: $(STAMP)
 	$(SPHINX) html docs docs/_build/html

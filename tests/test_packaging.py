@@ -10,6 +10,7 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+import tarfile
 import zipfile
 from pathlib import Path
 
@@ -50,6 +51,32 @@ def wheel(request, tmp_path_factory):
     assert done.returncode == 0, done.stdout + done.stderr
     with zipfile.ZipFile(next(folder.glob("*.whl"))) as archive:
         yield {name: archive.read(name) for name in archive.namelist()}
+
+
+@pytest.fixture(scope="module")
+def tracked():
+    """Names of the files that the repository has."""
+    if not (ROOT / ".git").exists():
+        pytest.skip("this is no clone of the repository")
+    command = ["git", "ls-files", "-z"]
+    listed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    return [name for name in listed.stdout.split("\0") if name and (ROOT / name).is_file()]
+
+
+def test_sdist_holds_the_whole_repository(tracked, tmp_path):
+    """Tests, scripts and documentation are there, so that it can be tested where it is packaged."""
+    source = tmp_path / "source"
+    for name in tracked:
+        (source / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(ROOT / name, source / name)
+    command = [sys.executable, "-c", "from setuptools.build_meta import *; build_sdist('..')"]
+    done = subprocess.run(
+        command, cwd=source, capture_output=True, text=True, timeout=120, check=False
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    with tarfile.open(next(tmp_path.glob("*.tar.gz"))) as archive:
+        held = {name.partition("/")[2] for name in archive.getnames()}
+    assert {*tracked} - held == {".gitignore"}
 
 
 def find(wheel, ending):
