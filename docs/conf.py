@@ -9,6 +9,8 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE.parent), str(HERE / "_ext")]
 
+from docutils import nodes
+
 import chainer_dist
 
 project = "chainer_dist"
@@ -58,3 +60,16 @@ nitpick_ignore_regex = [
 # What may not be asked: servers that refuse robots, and pages that only exist on a cluster.
 linkcheck_ignore = [r"http://localhost.*"]
 linkcheck_timeout = 20
+
+
+def setup(app):
+    """Let differences name files as a reader has them, not as they were where this was built."""
+
+    def shorten(_, document):
+        for block in document.findall(nodes.literal_block):
+            if block.get("language") == "udiff":
+                text = block.astext().replace(f"{HERE}/tutorial/", "")
+                block.children[:] = [nodes.Text(text)]
+                block.rawsource = text
+
+    app.connect("doctree-read", shorten)
