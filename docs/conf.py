@@ -57,8 +57,6 @@ nitpick_ignore_regex = [
     ("py:(exc|class|obj)", "|".join(name for name in vars(builtins) if name[0].isupper())),
 ]
 
-# What may not be asked: servers that refuse robots, and pages that only exist on a cluster.
-linkcheck_ignore = [r"http://localhost.*"]
 linkcheck_timeout = 20
 
 
