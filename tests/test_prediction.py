@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 import chainer_dist
 from chainer_dist.communicators import operation, ring
 from chainer_dist.scaling import answers, predict, predicted, schedule, simulate, validation
-from chainer_dist.scaling.predict import Scenario
+from chainer_dist.scaling.predict import REPORT, Scenario
 from chainer_dist.scaling.schedule import Schedule
 from chainer_dist.scaling.simulate import DESIGNS, Cluster, Network
 from conftest import on_nodes
@@ -37,6 +37,15 @@ LATENCIES = 2 * NETWORK.latency
 COMPARISON = NETWORK.latency
 
 needs_simgrid = pytest.mark.simgrid
+
+
+def test_its_help_can_be_printed(comm, capsys):
+    """Names of clusters have per cent signs, which argparse takes for something to fill in."""
+    del comm
+    with pytest.raises(SystemExit) as left:
+        predict.main(["--help"])
+    assert left.value.code == 0
+    assert REPORT[6].name in " ".join(capsys.readouterr().out.split())
 
 
 def test_recording(comm):

@@ -287,7 +287,7 @@ def _parser() -> argparse.ArgumentParser:
         "--report",
         action="store_true",
         help="on 4 to 4096 ranks of nine kinds of clusters: "
-        + ", ".join(scenario.name for scenario in REPORT),
+        + ", ".join(scenario.name for scenario in REPORT).replace("%", "%%"),
     )
     parser.add_argument(
         "--actions",
