@@ -68,7 +68,7 @@ def record(workload: str, batch: int | None, ranks: int) -> Schedule:
         out = Path(folder) / "schedule.json"
         task = {"workload": workload, "batch": batch or load(workload).batch, "out": str(out)}
         command = [sys.executable, "-m", "chainer_dist", "run", "-n", str(ranks)]
-        command += ["--timeout", "300", "-m", "chainer_dist.scaling.schedule", json.dumps(task)]
+        command += ["--timeout", "900", "-m", "chainer_dist.scaling.schedule", json.dumps(task)]
         done = subprocess.run(  # noqa: S603 - this package
             command,
             stdout=subprocess.PIPE,

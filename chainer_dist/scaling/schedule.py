@@ -112,10 +112,10 @@ def record(workload: str, batch: int, ranks_per_node: int | None = None) -> Sche
         while len(seconds) < WARM_UP + STEPS:
             if len(seconds) >= WARM_UP + _FEWEST and lasted > _ENOUGH:
                 break
+            step = time.perf_counter()
             if optimizer is plain and world.size > 1:
                 alone.append(_sleeping(world, one_step))
             world.Barrier()
-            step = time.perf_counter()
             computations.append(_compute(model, arguments))
             world.Barrier()
             began = time.perf_counter()
