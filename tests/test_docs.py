@@ -100,3 +100,14 @@ def test_what_is_named_is_there():
     files += re.findall(r"[ <](docs/[\w/]+\.rst)", (mpi_job.ROOT / "README.rst").read_text())
     assert len(files) > 20
     assert [name for name in files if not (mpi_job.ROOT / name).is_file()] == []
+
+
+def test_what_is_shown_is_measured():
+    """Each file that a page shows is one that ``make bench`` or ``make bench-nodes`` writes."""
+    shown = set()
+    for page in DOCS.rglob("*.rst"):
+        for names in re.findall(r"^\.\. measured:: (.*)$", page.read_text(), re.MULTILINE):
+            shown |= {*names.split()}
+    makefile = (mpi_job.ROOT / "Makefile").read_text()
+    assert shown == {*re.findall(r"\$\(MEASURED\)/([\w-]+)\.json", makefile)}
+    assert shown
