@@ -66,7 +66,7 @@ class ObjectCommunicator(Group):
             tag: Message tag, not negative.
 
         Returns:
-            A request of mpi4py: ``wait()``, or ``test()`` until its first value is true. A large
+            An mpi4py request, to ``wait()`` for or to ``test()`` until its first value is true. A large
             object gets on only while this rank is in some call of MPI.
 
         Raises:

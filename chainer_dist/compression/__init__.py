@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from chainer_dist.compression.compression import Compression, NodeCompression
 from chainer_dist.compression.low_rank import PowerSGD
-from chainer_dist.compression.quantized import BFloat16, Float16, Int8, Rounded, as_code
+from chainer_dist.compression.quantized import BFloat16, Float16, Int8, Rounded
 from chainer_dist.compression.sparse import TopK
 from chainer_dist.compression.sparse_rows import SparseRows
 
@@ -25,5 +25,4 @@ __all__ = [
     "Rounded",
     "SparseRows",
     "TopK",
-    "as_code",
 ]

@@ -33,7 +33,7 @@ class Quantized(NodeCompression):
     def encode(self, values: Array) -> Array:
         """Return float32 values of shape ``(rows, n)`` as bytes, ``(rows, m)`` uint8. Local.
 
-        ``n`` is a multiple of :attr:`block`.
+        ``n`` is a multiple of ``block``.
         """
 
     @abc.abstractmethod

@@ -6,7 +6,7 @@ import operator
 from typing import TYPE_CHECKING, Literal
 
 from chainer_dist.communicators.shared_memory import SharedMemoryCommunicator
-from chainer_dist.compression import as_code
+from chainer_dist.compression.quantized import as_code
 from chainer_dist.optimizers.double_buffering import DoubleBufferingOptimizer
 from chainer_dist.optimizers.join import Join
 from chainer_dist.optimizers.local_sgd import create_local_sgd_optimizer

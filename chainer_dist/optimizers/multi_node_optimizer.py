@@ -22,7 +22,7 @@ from chainer_dist.communicators.operation import (
     stage,
 )
 from chainer_dist.communicators.shared_memory import SharedMemoryCommunicator
-from chainer_dist.compression import as_code
+from chainer_dist.compression.quantized import as_code
 from chainer_dist.optimizers.accumulation import Accumulation
 from chainer_dist.optimizers.overlap import Overlap
 from chainer_dist.sharding import ShardedUpdate, Signature, obstacle

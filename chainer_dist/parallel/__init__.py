@@ -1,6 +1,6 @@
 """Work beside training: a function or a trained model applied to many items, on all ranks.
 
-:func:`pmap` and :func:`predict`, and in :mod:`~chainer_dist.parallel.dealing` what they have in common.
+:func:`~chainer_dist.pmap` and :func:`~chainer_dist.predict`, and in :mod:`~chainer_dist.parallel.dealing` what they have in common.
 """
 
 from __future__ import annotations

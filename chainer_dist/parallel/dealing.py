@@ -7,7 +7,7 @@ ranks wait for each other. (``mpi4py.futures`` is not used: its master computes 
 its workers out of the job, or starts others.)
 
 An error in an item is no error of the job: in the item's place stands a
-:class:`~chainer_dist.FailedItem`.
+:class:`~chainer_dist.errors.FailedItem`.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ class Chunk(NamedTuple):
 
     Attributes:
         first: Index of the first, over the whole input.
-        items: The items, some of which may be :class:`~chainer_dist.FailedItem` already.
+        items: The items, some of which may be :class:`~chainer_dist.errors.FailedItem` already.
     """
 
     first: int
@@ -63,7 +63,7 @@ class Block(NamedTuple):
 
     Attributes:
         first: Index of its first item, over the whole input.
-        values: A result or a :class:`~chainer_dist.FailedItem` for each item, in their order.
+        values: A result or a :class:`~chainer_dist.errors.FailedItem` for each item, in their order.
         failed: Those items that have none.
     """
 

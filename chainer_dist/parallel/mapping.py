@@ -65,7 +65,7 @@ def pmap(
             returns, and are all in memory at once.
         on_error: What happens when the function raises for an item, or an item or its result cannot
             be pickled. All other items are computed in any case, and in the place of this one is a
-            :class:`~chainer_dist.FailedItem`. After the last result ``raise`` raises an error on every
+            :class:`~chainer_dist.errors.FailedItem`. After the last result ``raise`` raises an error on every
             rank; ``return`` does not. (Of a chunk that cannot be unpickled, all items fail.)
         buffersize: Items at most whose results were not handed out yet; fewer than ``chunksize`` count
             as that. None stands for 32 chunks a rank. If one item takes longer than all others

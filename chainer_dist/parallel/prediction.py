@@ -95,7 +95,7 @@ def predict(
         ``everywhere`` on all; None elsewhere. An entry is what the model returns for the sample: if
         that returns an array or Variable of shape ``(batch, ...)``, an array of shape ``(...)`` (a
         scalar for ``(batch,)``); a tuple or dict of these, if it returns such; or a
-        :class:`~chainer_dist.FailedItem`. ``numpy.stack`` makes one array of arrays.
+        :class:`~chainer_dist.errors.FailedItem`. ``numpy.stack`` makes one array of arrays.
 
         With ``out`` on every rank a list of files in the order of the dataset, for
         ``chainer_dist.datasets.FilesDataset``. Each is an ``.npz`` file of one or several batches, with
