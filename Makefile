@@ -123,6 +123,7 @@ bench: $(STAMP)
 	$(MPIEXEC) -n 4 $(RUN) scripts/bench_exchange.py --json $(MEASURED)/exchange-4.json
 	$(RUN) scripts/bench_step.py --json $(MEASURED)/step.json
 	$(RUN) scripts/bench_memory.py --json $(MEASURED)/memory.json
+	$(RUN) scripts/bench_allocator.py --json $(MEASURED)/allocator.json
 	$(RUN) scripts/bench_watch.py --json $(MEASURED)/watch.json
 	$(MPIEXEC) -n 2 $(RUN) scripts/bench_accumulation.py --json $(MEASURED)/accumulation.json
 	$(MPIEXEC) -n 2 $(RUN) scripts/bench_sparse_rows.py --json $(MEASURED)/sparse_rows.json
