@@ -2,7 +2,7 @@
 """Recognize digits with a trained model, on all ranks.
 
     mpiexec -n 2 python scripts/train_digits.py       # leaves result/snapshot_iter_...
-    mpiexec -n 2 python scripts/predict_digits.py --snapshot result/snapshot_iter_575
+    mpiexec -n 2 python scripts/predict_digits.py --snapshot result/snapshot_iter_562
 
 Without ``--snapshot`` it trains for a moment first. Results come back in the order of the images, or,
 with ``--files``, each rank writes those that it has computed.
