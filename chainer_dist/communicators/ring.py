@@ -359,7 +359,7 @@ class Run:
         self._blank = {
             number
             for number, block in enumerate(blocks)
-            if absent and absent.issuperset(block.arrays)
+            if absent and sources is not None and absent.issuperset(block.arrays)
         }
         self._slots = [each.view(dtype).reshape(ring._depth, -1) for each in ring._slots]
         self._first = ring._done  # the number of the first block
@@ -508,7 +508,7 @@ class Run:
         assert ring._peers is not None  # noqa: S101 - for the type checker
         if sums:
             self._sum_over_node(self._first + index, total)
-        elif self._sources is not None:
+        elif index in self._blank:
             total[...] = 0
         slices = ring.of_rank(self._blocks[index], ring._rank)
         start = slices[0].start
