@@ -25,6 +25,7 @@ extensions = [
     "measured",
     "pictures",
     "public_names",
+    "scaled",
 ]
 exclude_patterns = ["_build"]
 default_role = "any"

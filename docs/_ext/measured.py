@@ -43,14 +43,14 @@ class Measured(Directive):
         for file in files:
             content = json.loads(file.read_text(encoding="utf-8"))
             for each in content["tables"]:
-                found += [nodes.paragraph("", "", nodes.strong(text=each["title"])), _table(each)]
-            found.append(_origin(content))
+                found.append(nodes.paragraph("", "", nodes.strong(text=each["title"])))
+                found.append(table(each["columns"], each["rows"]))
+            found.append(origin(content))
         return found
 
 
-def _table(content: dict[str, Any]) -> nodes.Node:
-    """Return one table, without its title, which would not wrap on a narrow page."""
-    columns, rows = content["columns"], content["rows"]
+def table(columns: list[str], rows: list[list[str]]) -> nodes.Node:
+    """Return a table without a title, which would not wrap on a narrow page."""
     group = nodes.tgroup(cols=len(columns))
     group += [nodes.colspec(colwidth=1) for _ in columns]
     group += nodes.thead("", _row(columns))
@@ -62,7 +62,7 @@ def _row(cells: list[str]) -> nodes.row:
     return nodes.row("", *[nodes.entry("", nodes.paragraph(text=cell)) for cell in cells])
 
 
-def _origin(content: dict[str, Any]) -> nodes.Node:
+def origin(content: dict[str, Any]) -> nodes.Node:
     """Say by which command, where, when, and with what it was measured."""
     machine = content["machine"]
     versions = ", ".join(f"{name} {version}" for name, version in machine["versions"].items())
