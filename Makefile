@@ -139,7 +139,7 @@ bench-nodes: $(STAMP)
 # Under fifteen minutes on two cores.
 scaling: $(STAMP)
 	$(RUN) -m chainer_dist predict --report --workloads mlp resnet50 --actions 30000 --out scaling
-	$(RUN) -m chainer_dist scale --workloads mlp cnn lstm transformer --rounds 2 --seconds 2.5 --more-ranks 4 \
+	$(RUN) -m chainer_dist scale --workloads mlp cnn lstm transformer --rounds 2 --seconds 2 --more-ranks 4 \
 	  --out scaling $(ARGS)
 	cp scaling/scaling.json scaling/predictions.json $(MEASURED)
 
