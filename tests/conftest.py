@@ -88,6 +88,22 @@ def on_nodes(kind, layout):
     return communicator
 
 
+@pytest.fixture
+def nodes():
+    """Return a shared_memory communicator with its ranks on two nodes."""
+    communicator = on_nodes("shared_memory", "odd and even")
+    yield communicator
+    communicator.finalize()
+
+
+@pytest.fixture
+def small_blocks(monkeypatch):
+    """Let small models take many blocks, and parameters end anywhere in one."""
+    from chainer_dist.communicators import ring
+
+    monkeypatch.setattr(ring, "BLOCK_BYTES", 1024)
+
+
 @pytest.fixture(params=NODES)
 def grouped(request):
     """Return a shared_memory communicator whose real ranks are taken to be on several nodes."""

@@ -13,26 +13,13 @@ from mpi4py import MPI
 
 import mpi_job
 from chainer_dist import Join, RankMismatchError, create_communicator, create_multi_node_optimizer
-from chainer_dist.communicators import ring
 from chainer_dist.compression import Int8
 from conftest import on_nodes
 
 LAYOUTS = ["one node", "a node each", "odd and even", "one and the rest"]
 WAYS = [{}, {"sharded_update": False}, {"mean_grad": True, "share_parameters": True}]
 
-
-@pytest.fixture(autouse=True)
-def small_blocks(monkeypatch):
-    """Let small models take many blocks, and parameters end anywhere in one."""
-    monkeypatch.setattr(ring, "BLOCK_BYTES", 1024)
-
-
-@pytest.fixture
-def nodes():
-    """Return a communicator with its ranks on two nodes."""
-    communicator = on_nodes("shared_memory", "odd and even")
-    yield communicator
-    communicator.finalize()
+pytestmark = pytest.mark.usefixtures("small_blocks")
 
 
 class Net(chainer.Chain):

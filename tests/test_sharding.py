@@ -19,17 +19,13 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from chainer_dist import RankMismatchError, create_communicator, create_multi_node_optimizer
-from chainer_dist.communicators import _reduction, ring
+from chainer_dist.communicators import _reduction
 from conftest import on_nodes
 from test_optimizers import OPTIMIZERS
 
 SHARDED = [name for name in OPTIMIZERS if name != "MSVAG"]
 
-
-@pytest.fixture(autouse=True)
-def small_blocks(monkeypatch):
-    """Let small models take many blocks, and parameters end anywhere in one."""
-    monkeypatch.setattr(ring, "BLOCK_BYTES", 1024)
+pytestmark = pytest.mark.usefixtures("small_blocks")
 
 
 @pytest.fixture

@@ -20,7 +20,6 @@ from chainer_dist import (
     create_multi_node_checkpointer,
     create_multi_node_optimizer,
 )
-from chainer_dist.communicators import ring
 from chainer_dist.extensions import multi_node_snapshot
 from conftest import NODES, on_nodes
 from test_compression import rounded_mean
@@ -28,19 +27,7 @@ from test_sharding import Branches, assert_same, batch, everywhere, prepared, sa
 
 OPTIONS = [{}, {"overlap": False}, {"share_parameters": True}]
 
-
-@pytest.fixture(autouse=True)
-def small_blocks(monkeypatch):
-    """Let small models take many blocks, and parameters end anywhere in one."""
-    monkeypatch.setattr(ring, "BLOCK_BYTES", 1024)
-
-
-@pytest.fixture
-def nodes():
-    """Return a communicator with its ranks on two nodes."""
-    communicator = on_nodes("shared_memory", "odd and even")
-    yield communicator
-    communicator.finalize()
+pytestmark = pytest.mark.usefixtures("small_blocks")
 
 
 def spread(comm, *args, **options):
