@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import io
 import json
 import re
 import subprocess
 import sys
 from pathlib import Path
 
+import docutils.core
 import pytest
 
 import chainer_dist
@@ -100,6 +102,18 @@ def test_what_is_named_is_there():
     files += re.findall(r"[ <](docs/[\w/]+\.rst)", (mpi_job.ROOT / "README.rst").read_text())
     assert len(files) > 20
     assert [name for name in files if not (mpi_job.ROOT / name).is_file()] == []
+
+
+@pytest.mark.parametrize("name", ["README.rst", "CHANGELOG.rst", "CONTRIBUTING.rst"])
+def test_files_that_are_read_as_they_are(name):
+    """Sites that show them do it with docutils, which finds nothing to warn of."""
+    told = io.StringIO()
+    docutils.core.publish_string(
+        (mpi_job.ROOT / name).read_text(),
+        writer="null",
+        settings_overrides={"warning_stream": told, "report_level": 2, "halt_level": 5},
+    )
+    assert told.getvalue() == ""
 
 
 def test_what_is_shown_is_measured():
