@@ -19,7 +19,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from chainer_dist import RankMismatchError, create_communicator, create_multi_node_optimizer
-from chainer_dist.communicators import _reduction
+from chainer_dist.communicators import ring
 from conftest import on_nodes
 from test_optimizers import OPTIMIZERS
 
@@ -212,13 +212,13 @@ class Branches(chainer.Chain):
 
 def exchanged(monkeypatch):
     """Return a list that gets the size of whatever is summed between nodes from now on."""
-    sizes, begin = [], _reduction.begin_sum
+    sizes, begin = [], ring.Run._begin_sum
 
-    def count(mpi_comm, x):
-        sizes.append(x.size)
-        return begin(mpi_comm, x)
+    def count(run, peers, number, total):
+        sizes.append(total.size)
+        return begin(run, peers, number, total)
 
-    monkeypatch.setattr(_reduction, "begin_sum", count)
+    monkeypatch.setattr(ring.Run, "_begin_sum", count)
     return sizes
 
 

@@ -39,6 +39,22 @@ def test_any_sizes_on_any_nodes(grouped_kinds, sizes, dtype):
     assert grouped_kinds.allgather_obj(mine) == [mine] * grouped_kinds.size
 
 
+@pytest.mark.parametrize("most", [1, 8], ids=["by MPI", "directly"])
+def test_sums_between_nodes(grouped, monkeypatch, most):
+    """Whoever sums up: from where the arrays are, in whatever order they are in memory."""
+    monkeypatch.setattr(ring, "MOST_NODES", most)
+    sizes = [3, 1, 900, 5000, 2, 260]
+    arrays = values(grouped.rank, sizes, np.float32)
+    strided = np.zeros(1200, np.float32)
+    arrays += [strided[::2], arrays[3].astype(np.float32).reshape(50, 100).T]
+    arrays[-2][...] = arrays[3][:600]
+    expected = [grouped.mpi_comm.allreduce(x.astype(np.float64)) / grouped.size for x in arrays]
+    grouped.mean_arrays(arrays)
+    for got, want in zip(arrays, expected):
+        np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-6)
+    assert not strided[1::2].any()
+
+
 def test_ranks_that_are_late(grouped):
     """A rank that comes late, or leaves early, finds what it needs, many times over."""
     for turn in range(12):

@@ -9,7 +9,6 @@ follow one another without a barrier; counters in the shared memory tell how far
 from __future__ import annotations
 
 import collections
-import itertools
 import os
 import time
 from typing import TYPE_CHECKING, Any, cast
@@ -18,7 +17,12 @@ import numpy as np
 
 from chainer_dist.communicators import _reduction
 from chainer_dist.communicators.agreement import describe_error, raise_first
-from chainer_dist.communicators.between_nodes import CodedMean, PartOfEach
+from chainer_dist.communicators.between_nodes import (
+    MOST_NODES,
+    CodedMean,
+    DirectSum,
+    PartOfEach,
+)
 from chainer_dist.communicators.blocks import Block, Slice, cut
 from chainer_dist.communicators.node_memory import barrier, share_memory
 from chainer_dist.communicators.operation import (
@@ -149,10 +153,10 @@ class Ring:
                 rank of a node. The ranks of equal number on the nodes have consecutive ones.
         """
         nbytes = self.tuning.block_bytes
-        if self.tuning == self.most and self.most.in_flight and not seldom:
+        if self.tuning == self.most and self.most.in_flight:
             # Of a small model, too, several blocks are on their way at a time.
-            total = sum(sizes) * dtype.itemsize
-            nbytes = min(nbytes, max(_SMALL_BLOCK_BYTES, total // _FEWEST_BLOCKS))
+            fewest = _SMALL_BLOCK_BYTES * (2 if seldom else 1)
+            nbytes = min(nbytes, max(fewest, sum(sizes) * dtype.itemsize // _FEWEST_BLOCKS))
         slices = self._reducers * (self._nodes if across else 1)
         return cut(tuple(sizes), nbytes // dtype.itemsize, slices)
 
@@ -194,7 +198,8 @@ class Ring:
             deliver: Called for each block of which this rank has a slice, with the block's number,
                 the slice's sum over all ranks, what makes a mean of that, and an array that takes
                 what the other ranks get; both arrays are of ``dtype``, and may be one. The sum is
-                its to change. On a node it is added in the order of rank, between nodes as MPI does.
+                its to change. On a node it is added in the order of rank; between up to eight nodes
+                in theirs, between more as MPI does.
             targets: Arrays that take the slices of the other ranks; None if nobody wants them.
             code: How numbers are sent between nodes, the same on every rank; None as they are. What
                 is handed over with one is the mean already. Only for float32 and float64.
@@ -479,25 +484,39 @@ class Run:
         if self._sums and not is_summed:  # blocks are handed over in their order
             return False
         self._summed += 1
+        if is_summed and ring._peers is not None:
+            self._sums.append(self._begin_sum(ring._peers, number, out))
+            return True
         total = ring.scratch.view(out.dtype)[: out.size]  # stays in the nearest cache
         if is_summed:
-            if ring._peers is not None:
-                total = out
             self._sum_over_node(number, total)
-            if ring._peers is not None:
-                self._sums.append(self._begin_sum(ring._peers, number, total))
-                return True
         elif is_blank:
             total[...] = 0
         self._hand_over(total, out)
         return True
 
     def _begin_sum(self, peers: MPI.Intracomm, number: int, total: Array) -> Callable[[], bool]:
-        ring = self._ring
+        """Sum the own slice of a block up over the node, and begin to do so over the nodes."""
+        tag = self._tag(number)
+        if self._code is None and peers.size <= MOST_NODES:
+            own = self._where_it_is(number, total.dtype)
+            if own is None:
+                self._sum_over_node(number, total)
+                own = total
+            return DirectSum(peers, own, total, tag=tag).test
+        self._sum_over_node(number, total)
         if self._code is None:
             return _reduction.begin_sum(peers, total).Test
-        tag = self._tag(number)
-        return CodedMean(peers, total, scale=ring._scale, code=self._code, tag=tag).test
+        return CodedMean(peers, total, scale=self._ring._scale, code=self._code, tag=tag).test
+
+    def _where_it_is(self, number: int, dtype: np.dtype[Any]) -> Array | None:
+        """Return the own slice of a block if it is of one array, and no other rank of the node adds to it."""
+        if self._ring._ranks > 1:
+            return None
+        assert self._sources is not None  # noqa: S101 - for the type checker
+        views = self._ring.own(self._blocks[number - self._first]).views(self._sources)
+        is_usable = len(views) == 1 and views[0].dtype == dtype and views[0].flags.c_contiguous
+        return views[0] if is_usable else None
 
     def _begin_part(self, total: Array, *, sums: bool) -> Callable[[], bool]:
         """Sum the own slice of the next block up, and begin to do so over the nodes.
@@ -556,9 +575,7 @@ class Run:
         """Hand the next sum over the nodes over, if it is there."""
         if not self._sums:
             return False
-        # MPI goes on with all sums when it is asked for one; those in a code have several steps.
-        asked = len(self._sums) if self._across or self._code is not None else 1
-        is_there, *_ = [go_on() for go_on in itertools.islice(self._sums, asked)]
+        is_there, *_ = [go_on() for go_on in self._sums]  # of all, as they may have several steps
         if not is_there:
             return False
         self._sums.popleft()

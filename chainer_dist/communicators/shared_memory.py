@@ -26,9 +26,10 @@ class SharedMemoryCommunicator(CommunicatorBase):
     """Averages through shared memory on each node, and slice by slice between nodes.
 
     Takes 12 MiB of memory a rank (less on nodes of more than 21 ranks), whatever the size of the
-    model. On a node the order of summation is that of the ranks, between nodes that of MPI's
-    allreduce; so the same input gives the same bits each time. Between nodes every rank exchanges
-    its own slice with the ranks of the same number on the other nodes, several blocks at a time.
+    model. On a node the order of summation is that of the ranks, between up to eight nodes theirs,
+    between more that of MPI's allreduce; so the same input gives the same bits each time. Between
+    nodes every rank exchanges its own slice with the ranks of the same number on the other nodes,
+    several blocks at a time.
     """
 
     name = "shared_memory"
