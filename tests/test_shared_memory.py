@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from chainer_dist import RankMismatchError, create_communicator
-from chainer_dist.communicators import ring, tuning
+from chainer_dist.communicators import blocks, ring, tuning
 
 
 @pytest.fixture(autouse=True)
@@ -37,6 +37,27 @@ def test_any_sizes_on_any_nodes(grouped_kinds, sizes, dtype):
         np.testing.assert_allclose(got, want, rtol=1e-3 if dtype == np.float16 else 1e-5, atol=2e-3)
     mine = [x.tobytes() for x in arrays]
     assert grouped_kinds.allgather_obj(mine) == [mine] * grouped_kinds.size
+
+
+@given(
+    sizes=st.lists(st.integers(0, 40), max_size=8).map(tuple),
+    capacity=st.integers(1, 20),
+    reducers=st.integers(1, 3),
+    whole=st.booleans(),
+)
+def test_blocks(sizes, capacity, reducers, whole):
+    """They have each element once, in order, and if wanted no part of an array beside another one."""
+    arrays = np.split(np.arange(sum(sizes)), np.cumsum(sizes)[:-1]) if sizes else []
+    found = blocks.cut(sizes, capacity, reducers, whole=whole)
+    elements = []
+    for block in found:
+        views = [view for each in block.slices for view in each.views(arrays)]
+        elements += np.concatenate(views).tolist()
+        assert block.stop - block.start == sum(view.size for view in views) <= capacity
+        beside = [number for number in block.arrays if sizes[number]]
+        if whole and len(beside) > 1:
+            assert block.stop - block.start == sum(sizes[number] for number in beside)
+    assert elements == list(range(sum(sizes)))
 
 
 @pytest.mark.parametrize("most", [1, 8], ids=["by MPI", "directly"])

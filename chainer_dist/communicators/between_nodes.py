@@ -48,6 +48,9 @@ class _Steps:
     """
 
     def __init__(self, peers: MPI.Intracomm, tag: int) -> None:
+        from mpi4py import MPI
+
+        self._are_done = MPI.Request.Testall  # importing MPI takes as long as a call
         self._peers, self._tag = peers, tag
         self._others = [rank for rank in range(peers.size) if rank != peers.rank]
         self._requests: list[MPI.Request] = []
@@ -55,9 +58,7 @@ class _Steps:
 
     def test(self) -> bool:
         """Do what can be done without waiting; return whether that was all. Local."""
-        from mpi4py import MPI
-
-        while MPI.Request.Testall(self._requests):
+        while self._are_done(self._requests):
             self._requests = []
             if not self._steps:
                 return True

@@ -63,20 +63,37 @@ class Block(NamedTuple):
 
 
 @functools.lru_cache(maxsize=64)
-def cut(sizes: tuple[int, ...], capacity: int, reducers: int) -> list[Block]:
+def cut(
+    sizes: tuple[int, ...], capacity: int, reducers: int, *, whole: bool = False
+) -> list[Block]:
     """Cut arrays, one behind the other, into blocks of ``capacity`` elements. Local.
 
     Args:
         sizes: Elements of each array.
         capacity: Elements of a block; the last one may have less.
         reducers: How many slices each block has.
+        whole: Whether blocks are of one array each, or of several whole ones; then many have less.
     """
     edges = list(itertools.accumulate(sizes, initial=0))
+    ends = _ends(edges, capacity) if whole else [*range(capacity, edges[-1], capacity), edges[-1]]
     return [
         Block(start, stop, _share_out(edges, start, stop, reducers))
-        for start in range(0, edges[-1], capacity)
-        for stop in [min(start + capacity, edges[-1])]
+        for start, stop in zip([0, *ends], ends)
+        if start < stop
     ]
+
+
+def _ends(edges: list[int], capacity: int) -> list[int]:
+    """Return where blocks end that have a part of one array, or whole ones."""
+    ends = [0]
+    for start, stop in zip(edges, edges[1:]):
+        if stop - ends[-1] > capacity:  # no room beside those that wait for others
+            if start > ends[-1]:
+                ends.append(start)
+            parts = -(-(stop - start) // capacity)
+            if parts > 1:
+                ends += [start + (stop - start) * part // parts for part in range(1, parts + 1)]
+    return [*ends[1:], edges[-1]]
 
 
 def _share_out(edges: list[int], start: int, stop: int, reducers: int) -> list[Slice]:

@@ -110,6 +110,8 @@ class Ring:
         self._number = comm.rank
         self._rank, self._ranks = node.rank, node.size
         self._node_number, self._nodes = comm.inter_rank, comm.inter_size
+        # Each rank on a node of its own: what is of one array is exchanged from where it is.
+        self._is_alone = comm.size == comm.inter_size
         self._scale = 1.0 / comm.size  # what makes the sum over all ranks a mean
         # Nodes may have different numbers of ranks; so many slices as the smallest has.
         self._reducers = cast("int", comm.mpi_comm.allreduce(node.size, MPI.MIN))
@@ -158,7 +160,7 @@ class Ring:
             fewest = _SMALL_BLOCK_BYTES * (2 if seldom else 1)
             nbytes = min(nbytes, max(fewest, sum(sizes) * dtype.itemsize // _FEWEST_BLOCKS))
         slices = self._reducers * (self._nodes if across else 1)
-        return cut(tuple(sizes), nbytes // dtype.itemsize, slices)
+        return cut(tuple(sizes), nbytes // dtype.itemsize, slices, whole=self._is_alone)
 
     def own(self, block: Block) -> Slice:
         """Return what of a block this rank reduces."""
@@ -285,8 +287,13 @@ class Ring:
         """
 
         def deliver(number: int, total: Array, scale: float, out: Array) -> None:
+            own = self.own(blocks[number])
+            if self._ranks == 1:  # nobody else takes it from where it is
+                for view, inside in zip(own.views(arrays), own.inside):
+                    np.multiply(total[inside], scale, out=view, casting="same_kind")
+                return
             np.multiply(total, scale, out=out)
-            self.own(blocks[number]).scatter(out, arrays)
+            own.scatter(out, arrays)
 
         return deliver
 
