@@ -57,6 +57,7 @@ SLOTS = 12
 _FEWEST_SLOTS = 4
 _NODE_BYTES = 256 << 20  # that many slots may take on a node of many ranks
 _MOST_IN_FLIGHT = 8
+_DIRECT_IN_FLIGHT = 2
 _FEWEST_BLOCKS = 32
 _SMALL_BLOCK_BYTES = 256 << 10
 
@@ -94,9 +95,10 @@ class Ring:
 
     Attributes:
         scratch: Where the sum of a slice is while :meth:`run` has it worked on, as bytes.
-        tuning: How large blocks are, and how many are under way at a time; the same on every rank.
-        most: What there is room for, and how it is unless somebody changes ``tuning``; small models are
-            then cut into smaller blocks.
+        tuning: How large blocks are, and how many are under way at a time; the same on every rank. Of
+            runs that are advanced seldom, as many are as there is room for.
+        untuned: How it is unless somebody changes ``tuning``; small models are then cut into smaller blocks.
+        most: What there is room for.
         patient: Whether to sleep rather than spin while waiting, so that a thread that computes
             has the core and Python's lock.
     """
@@ -125,7 +127,10 @@ class Ring:
         self._current: Run | None = None
         self._depth = n_slots(node.size)
         in_flight = sums_in_flight(node.size) if comm.inter_size > 1 else 0
-        self.tuning = self.most = Tuning(BLOCK_BYTES, in_flight)
+        self.most = Tuning(BLOCK_BYTES, in_flight)
+        # More messages only wait for one another, where those of a block are all under way at once.
+        few = min(in_flight, _DIRECT_IN_FLIGHT) if comm.inter_size <= MOST_NODES else in_flight
+        self.tuning = self.untuned = Tuning(BLOCK_BYTES, few)
         shared = share_memory(comm, node.size * (self._depth * BLOCK_BYTES + _COUNTER_BYTES))
         slots, counters = np.split(shared, [node.size * self._depth * BLOCK_BYTES])
         self._slots = list(slots.reshape(node.size, -1))
@@ -155,7 +160,7 @@ class Ring:
                 rank of a node. The ranks of equal number on the nodes have consecutive ones.
         """
         nbytes = self.tuning.block_bytes
-        if self.tuning == self.most and self.most.in_flight:
+        if self.tuning == self.untuned and self.untuned.in_flight:
             # Of a small model, too, several blocks are on their way at a time.
             fewest = _SMALL_BLOCK_BYTES * (2 if seldom else 1)
             nbytes = min(nbytes, max(fewest, sum(sizes) * dtype.itemsize // _FEWEST_BLOCKS))
@@ -367,6 +372,7 @@ class Run:
         self._code = code if ring._peers is not None else None
         self._scale = ring._scale if self._code is None else 1.0
         self._is_ready = is_ready
+        self._in_flight = (ring.tuning if is_ready is None else ring.most).in_flight
         # Of these blocks there is nothing to sum.
         self._blank = {
             number
@@ -451,7 +457,7 @@ class Run:
         if (
             packed == len(self._blocks)
             or packed - self._summed > 1
-            or packed - self._unpacked > 2 + ring.tuning.in_flight
+            or packed - self._unpacked > 2 + self._in_flight
             or (self._is_ready is not None and not self._is_ready(self._blocks[packed]))
             # The slot's last block is through.
             or not ring._reached(_UNPACKED, number + 1 - ring._depth, ring._ranks)
@@ -477,7 +483,7 @@ class Run:
     def _sum(self) -> bool:
         """Sum the own slice of the next block over the node, and begin to do so over the nodes."""
         ring, number = self._ring, self._first + self._summed
-        if self._summed == self._packed or len(self._sums) >= max(1, ring.tuning.in_flight):
+        if self._summed == self._packed or len(self._sums) >= max(1, self._in_flight):
             return False
         out = self._own(self._summed)
         is_blank = self._summed in self._blank

@@ -54,7 +54,7 @@ class SharedMemoryCommunicator(CommunicatorBase):
     def tune(self, nbytes: int = 16 << 20) -> Tuning:
         """Measure which block size is fastest, and use that from now on. Collective.
 
-        Takes some fifty exchanges; rank 0 writes to standard error what was chosen. Call it before the
+        Takes a hundred exchanges or so; rank 0 writes to standard error what was chosen. Call it before the
         first update: an update that is sharded keeps the blocks that it began with.
 
         Args:

@@ -41,9 +41,10 @@ def tune(comm: SharedMemoryCommunicator, nbytes: int) -> Tuning:
     sizes = [most.block_bytes]
     while sizes[-1] // 2 >= _FEWEST_BYTES:
         sizes.append(sizes[-1] // 2)
-    flights = sorted({most.in_flight, max(most.in_flight // 2, 1), 1}) if most.in_flight else [0]
-    # The first is ``most``, which wins if another is as fast.
-    candidates = [Tuning(*each) for each in itertools.product(sizes, flights[::-1])]
+    flights = [1 << power for power in range(most.in_flight.bit_length())] or [0]
+    # What is first wins if another is as fast.
+    others = [Tuning(*each) for each in itertools.product(sizes, flights[::-1])]
+    candidates = [*dict.fromkeys([ring.untuned, *others])]
     data = np.zeros(max(nbytes // 4, 1), dtype=np.float32)
     seconds: dict[Tuning, list[float]] = {each: [] for each in candidates}
     for turn in range(_ROUNDS + 1):
@@ -62,8 +63,8 @@ def tune(comm: SharedMemoryCommunicator, nbytes: int) -> Tuning:
         flight = f", {chosen.in_flight} under way at a time" if chosen.in_flight else ""
         what = f"blocks of {chosen.block_bytes >> 10} KiB{flight}"
         sys.stderr.write(
-            f"chainer_dist: tuned for {nbytes:,} bytes: {'as untuned' if chosen == most else what}, "
-            f"{medians[chosen] * 1e3:.3g} ms (untuned {medians[most] * 1e3:.3g} ms)\n"
+            f"chainer_dist: tuned for {nbytes:,} bytes: {'as untuned' if chosen == ring.untuned else what}, "
+            f"{medians[chosen] * 1e3:.3g} ms (untuned {medians[ring.untuned] * 1e3:.3g} ms)\n"
         )
         sys.stderr.flush()
     return chosen

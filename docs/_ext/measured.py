@@ -3,7 +3,7 @@
     .. measured:: exchange-2 exchange-4
 
 shows what docs/measured/exchange-2.json and exchange-4.json have, and on which machine and by which
-command it was measured. What the directive contains is shown instead while one of the files is missing.
+command it was measured.
 """
 
 from __future__ import annotations
@@ -24,7 +24,6 @@ class Measured(Directive):
 
     required_arguments = 1
     optional_arguments = 20
-    has_content = True
 
     def run(self) -> list[nodes.Node]:
         """Return the tables."""
@@ -32,13 +31,9 @@ class Measured(Directive):
         files = [Path(env.srcdir, "measured", f"{name}.json") for name in self.arguments]
         for file in files:
             env.note_dependency(str(file))
-        if not all(file.is_file() for file in files):
-            if not self.content:
-                missing = ", ".join(file.name for file in files if not file.is_file())
-                raise self.error(f"docs/measured/ has no {missing}: run make bench")
-            body = nodes.Element()
-            self.state.nested_parse(self.content, self.content_offset, body)
-            return list(body.children)
+        missing = ", ".join(file.name for file in files if not file.is_file())
+        if missing:
+            raise self.error(f"docs/measured/ has no {missing}: run make bench")
         found: list[nodes.Node] = []
         for file in files:
             content = json.loads(file.read_text(encoding="utf-8"))

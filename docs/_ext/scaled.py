@@ -3,7 +3,7 @@
     .. scaled:: efficiency mlp
 
 shows a table made of docs/measured/scaling.json or predictions.json, where ``make scaling`` leaves copies of what it
-makes, or of what scripts/validate_prediction.py left in the package. :data:`PARTS` lists what there is.
+makes, of scaling-16.json, which is from a larger machine, or of what scripts/validate_prediction.py left in the package. :data:`PARTS` lists what there is.
 """
 
 from __future__ import annotations
@@ -136,6 +136,7 @@ def answered(content: dict[str, Any]) -> Iterator[nodes.Node]:
 # Where each part is from, and what makes it.
 PARTS: dict[str, tuple[str, Callable[..., Iterator[nodes.Node]]]] = {
     "measured": ("scaling", scaling),
+    "cores16": ("scaling-16", scaling),
     "accuracy": ("scaling", accuracy),
     "compared": ("", compared),
     "recorded": ("predictions", recorded),
