@@ -57,7 +57,7 @@ SLOTS = 12
 _FEWEST_SLOTS = 4
 _NODE_BYTES = 256 << 20  # that many slots may take on a node of many ranks
 _MOST_IN_FLIGHT = 8
-_DIRECT_IN_FLIGHT = 2
+_DIRECT_IN_FLIGHT = 4
 _FEWEST_BLOCKS = 32
 _SMALL_BLOCK_BYTES = 256 << 10
 
