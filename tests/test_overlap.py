@@ -250,6 +250,36 @@ def test_gradients_that_nobody_may_write(nodes, options):
     assert_equal(*results)
 
 
+class _Doubles(chainer.FunctionNode):
+    """Doubles the gradient in place, which others have, too."""
+
+    def forward(self, inputs):
+        return (inputs[0].copy(),)
+
+    def backward(self, _, grads):
+        grads[0].array[...] *= 2
+        return grads
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_gradients_that_change_on_their_way(layout):
+    """A function that breaks Chainer's rules may spoil a gradient, but ranks stay equal."""
+
+    def loss(model, x):
+        return F.sum((model.b + _Doubles().apply((model.a * x,))[0]) ** 2)
+
+    with on_nodes("shared_memory", layout) as comm:
+        model = chainer.Link()
+        with model.init_scope():
+            model.a, model.b = (chainer.Parameter(np.ones(600, np.float32)) for _ in range(2))
+        optimizer = prepared(comm, chainer.optimizers.SGD(1e-3), model, overlap=True)
+        for step in range(3):
+            optimizer.update(loss, model, np.float32(step + comm.rank))
+        assert optimizer.overlapped == (comm.size > 1)
+        mine = {name: array.tobytes() for name, array in arrays(optimizer).items()}
+        assert comm.allgather_obj(mine) == [mine] * comm.size
+
+
 @pytest.mark.parametrize("dtypes", [(np.float32, np.float64), (np.float16, np.float32)], ids=str)
 @pytest.mark.parametrize("options", [{}, {"sharded_update": False}], ids=str)
 def test_several_dtypes(nodes, dtypes, options):

@@ -523,8 +523,12 @@ class Run:
         return CodedMean(peers, total, scale=self._ring._scale, code=self._code, tag=tag).test
 
     def _where_it_is(self, number: int, dtype: np.dtype[Any]) -> Array | None:
-        """Return the own slice of a block if it is of one array, and no other rank of the node adds to it."""
-        if self._ring._ranks > 1:
+        """Return the own slice of a block if it is of one array, and no other rank of the node adds to it.
+
+        Not during backward: a function that changes a gradient in place might do so between sending and
+        adding, and ranks would come to different sums.
+        """
+        if self._ring._ranks > 1 or self._is_ready is not None:
             return None
         assert self._sources is not None  # noqa: S101 - for the type checker
         views = self._ring.own(self._blocks[number - self._first]).views(self._sources)

@@ -3,7 +3,8 @@
     .. scaled:: efficiency mlp
 
 shows a table made of docs/measured/scaling.json or predictions.json, where ``make scaling`` leaves copies of what it
-makes, of scaling-16.json, which is from a larger machine, or of what scripts/validate_prediction.py left in the package. :data:`PARTS` lists what there is.
+makes, of scaling-16.json, which is from a larger machine, or of what scripts/validate_prediction.py left in the
+package. :data:`PARTS` lists what there is.
 """
 
 from __future__ import annotations
