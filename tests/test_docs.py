@@ -37,7 +37,8 @@ def build(folder, page):
     """Build one page, and return what Sphinx prints and the page as text."""
     (folder / "conf.py").write_text(CONF)
     (folder / "index.rst").write_text(page)
-    command = [sys.executable, "-m", "sphinx", "-q", "-b", "html", str(folder), str(folder / "out")]
+    options = ["-q", "--no-color", "-b", "html"]
+    command = [sys.executable, "-m", "sphinx", *options, str(folder), str(folder / "out")]
     done = subprocess.run(command, capture_output=True, text=True, timeout=100, check=False)
     assert done.returncode == 0, done.stderr
     page = (folder / "out" / "index.html").read_text()
