@@ -37,12 +37,24 @@ def scaling(content: dict[str, Any], kind: str) -> Iterator[nodes.Node]:
     for who, ranks in dict.fromkeys((row["contender"], row["ranks"]) for row in rows):
         line = [found.get((who, ranks, workload)) for workload in workloads]
         mark = "*" if any(row and row["oversubscribed"] for row in line) else ""
-        cells = [
-            f"{row['throughput']:,.0f} ({row['efficiency']:.0%})" if row else "" for row in line
-        ]
-        lines.append([f"{who}, {ranks} ranks{mark}", *cells])
+        lines.append([f"{who}, {ranks} ranks{mark}", *map(_throughput, line)])
     yield table(["", *workloads], lines)
     yield origin(content)
+
+
+def curve(content: dict[str, Any], kind: str) -> Iterator[nodes.Node]:
+    """Yield the same of one workload on many numbers of ranks."""
+    rows = [row for row in content["rows"] if row["kind"] == kind]
+    ranks = [*dict.fromkeys(row["ranks"] for row in rows)]
+    found = {(row["contender"], row["ranks"]): row for row in rows}
+    contenders = dict.fromkeys(row["contender"] for row in rows)
+    lines = [[who, *(_throughput(found.get((who, each))) for each in ranks)] for who in contenders]
+    yield table(["ranks", *map(str, ranks)], lines)
+    yield origin(content)
+
+
+def _throughput(row: dict[str, Any] | None) -> str:
+    return f"{row['throughput']:,.0f} ({row['efficiency']:.0%})" if row else ""
 
 
 def accuracy(content: dict[str, Any]) -> Iterator[nodes.Node]:
@@ -137,7 +149,7 @@ def answered(content: dict[str, Any]) -> Iterator[nodes.Node]:
 # Where each part is from, and what makes it.
 PARTS: dict[str, tuple[str, Callable[..., Iterator[nodes.Node]]]] = {
     "measured": ("scaling", scaling),
-    "cores16": ("scaling-16", scaling),
+    "cores16": ("scaling-16", curve),
     "accuracy": ("scaling", accuracy),
     "compared": ("", compared),
     "recorded": ("predictions", recorded),
