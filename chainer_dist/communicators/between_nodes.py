@@ -77,6 +77,12 @@ class _Steps:
         return sum(sent[rank].nbytes for rank in others)
 
 
+def _one_each(size: int, nodes: int) -> list[slice]:
+    """Return which of so many elements each node sums up."""
+    edges = [size * node // nodes for node in range(nodes + 1)]
+    return [slice(*edge) for edge in zip(edges, edges[1:])]
+
+
 class DirectSum(_Steps):
     """A sum over a few nodes on its way; nobody touches the arrays until it is there.
 
@@ -103,8 +109,7 @@ class DirectSum(_Steps):
             self._exchange([own] * nodes, self._received)
             self._steps.append(self._add_other)
             return
-        edges = [own.size * node // nodes for node in range(nodes + 1)]
-        self._parts = [slice(*edge) for edge in zip(edges, edges[1:])]
+        self._parts = _one_each(own.size, nodes)
         part = own[self._parts[peers.rank]]
         self._received = list(np.empty((nodes, part.size), own.dtype))
         self._received[peers.rank] = part
@@ -196,11 +201,8 @@ class CodedMean(_Parts):
         self, peers: MPI.Intracomm, total: Array, *, scale: float, code: Code, tag: int
     ) -> None:
         nodes = peers.size
-        edges = [total.size * node // nodes for node in range(nodes + 1)]
         is_whole = nodes == _TWO
-        parts = [slice(*edge) for edge in zip(edges, edges[1:])]
-        if is_whole:
-            parts = [slice(0, total.size)] * nodes
+        parts = [slice(0, total.size)] * nodes if is_whole else _one_each(total.size, nodes)
         super().__init__(peers, total, parts, scale=scale, code=code, tag=tag)
         self._scatter()
         self._steps.extend(

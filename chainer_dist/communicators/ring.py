@@ -9,6 +9,7 @@ follow one another without a barrier; counters in the shared memory tell how far
 from __future__ import annotations
 
 import collections
+import itertools
 import os
 import time
 from typing import TYPE_CHECKING, Any, cast
@@ -371,6 +372,7 @@ class Run:
         self._across = bool(blocks) and len(blocks[0].slices) > ring._reducers
         self._code = code if ring._peers is not None else None
         self._scale = ring._scale if self._code is None else 1.0
+        self._by_mpi = not self._across and self._code is None and ring._nodes > MOST_NODES
         self._is_ready = is_ready
         self._in_flight = (ring.tuning if is_ready is None else ring.most).in_flight
         # Of these blocks there is nothing to sum.
@@ -510,25 +512,25 @@ class Run:
 
     def _begin_sum(self, peers: MPI.Intracomm, number: int, total: Array) -> Callable[[], bool]:
         """Sum the own slice of a block up over the node, and begin to do so over the nodes."""
-        tag = self._tag(number)
-        if self._code is None and peers.size <= MOST_NODES:
-            own = self._where_it_is(number, total.dtype)
-            if own is None:
-                self._sum_over_node(number, total)
-                own = total
-            return DirectSum(peers, own, total, tag=tag).test
-        self._sum_over_node(number, total)
-        if self._code is None:
+        own = self._where_it_is(number, total.dtype)
+        if own is None:
+            self._sum_over_node(number, total)
+            own = total
+        if self._by_mpi:
             return _reduction.begin_sum(peers, total).Test
+        tag = self._tag(number)
+        if self._code is None:
+            return DirectSum(peers, own, total, tag=tag).test
         return CodedMean(peers, total, scale=self._ring._scale, code=self._code, tag=tag).test
 
     def _where_it_is(self, number: int, dtype: np.dtype[Any]) -> Array | None:
         """Return the own slice of a block if it is of one array, and no other rank of the node adds to it.
 
-        Not during backward: a function that changes a gradient in place might do so between sending and
-        adding, and ranks would come to different sums.
+        Only a direct sum can take it from there. Not during backward: a function that changes a gradient
+        in place might do so between sending and adding, and ranks would come to different sums.
         """
-        if self._ring._ranks > 1 or self._is_ready is not None:
+        is_direct = self._code is None and not self._by_mpi
+        if not is_direct or self._ring._ranks > 1 or self._is_ready is not None:
             return None
         assert self._sources is not None  # noqa: S101 - for the type checker
         views = self._ring.own(self._blocks[number - self._first]).views(self._sources)
@@ -592,7 +594,9 @@ class Run:
         """Hand the next sum over the nodes over, if it is there."""
         if not self._sums:
             return False
-        is_there, *_ = [go_on() for go_on in self._sums]  # of all, as they may have several steps
+        # MPI goes on with all of its own when it is asked for one; the others have several steps.
+        asked = 1 if self._by_mpi else len(self._sums)
+        is_there, *_ = [go_on() for go_on in itertools.islice(self._sums, asked)]
         if not is_there:
             return False
         self._sums.popleft()
