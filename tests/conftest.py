@@ -9,7 +9,7 @@ import pytest
 
 from chainer_dist.communicators import names
 
-pytest_plugins = ["fault_table", "mpi_agreement", "result_file"]
+pytest_plugins = ["fault_table", "result_file", "mpi_agreement"]
 
 # As MPICH and Open MPI tell it. More ranks than the two cores of a small machine take many times as long.
 RANKS = int(os.environ.get("PMI_SIZE") or os.environ.get("OMPI_COMM_WORLD_SIZE") or 1)

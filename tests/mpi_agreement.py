@@ -23,6 +23,8 @@ from typing import NamedTuple, NoReturn
 import hypothesis.errors
 import pytest
 
+from result_file import WHERE
+
 TEXT_BYTES = 8_000  # of a traceback, that travel to the other ranks
 HEADER = struct.Struct("=16sIIi")  # outcome, digest of the place, bytes of text, a number
 
@@ -109,6 +111,7 @@ class Agreement:
         self.byte = mpi.BYTE
         self.grace = config.getoption("--mpi-grace")
         self.stderr = os.dup(2)
+        self.result_file = config.getoption("--result-file")
         self.collect_errors = []
         if self.comm.rank != 0:  # rank 0 reports for all
             config.pluginmanager.unregister(name="terminalreporter")
@@ -137,6 +140,9 @@ class Agreement:
         """End the job, saying why."""
         message = f"\n==== rank {self.comm.rank} {what} ====\n{text}\n==== aborting the job ====\n"
         os.write(self.stderr, message.encode(errors="replace"))
+        if self.result_file is not None:
+            where = self.result_file.with_suffix(WHERE)
+            where.write_text(f"rank {self.comm.rank} {what}\n{text}", encoding="utf-8")
         time.sleep(0.5)  # the launcher may drop what it has not read when the job ends
         self.world.Abort(1)
         os._exit(1)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+WHERE = ".where"  # suffix of the file that says which test runs, or why the job was aborted
 SEVERITY = ("passed", "skipped", "failed")
 
 
@@ -31,6 +32,10 @@ class ResultFile:
         """Start with nothing."""
         self.path = path
         self.outcomes = {}
+
+    def pytest_runtest_logstart(self, nodeid):
+        """Say what to blame if the job ends here."""
+        self.path.with_suffix(WHERE).write_text(nodeid, encoding="utf-8")
 
     def pytest_runtest_logreport(self, report):
         """Take note of one phase."""

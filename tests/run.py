@@ -19,6 +19,7 @@ from typing import NamedTuple
 import pytest
 
 import mpi_job
+from result_file import WHERE
 
 ALL_RANKS = [1, 2, 3, 4]
 
@@ -73,10 +74,13 @@ def run_job(ranks, pytest_args, timeout):
             pytest.ExitCode.NO_TESTS_COLLECTED,
         )
         outcomes = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+        where = file.with_suffix(WHERE)
+        lines = where.read_text(encoding="utf-8").splitlines() if where.exists() else []
     # A job that ended badly without a failed test (a crash, an abort, a time limit) is a failure.
     if not ended_well and "failed" not in outcomes.values():
         ended = f"ended with status {status}" if status is not None else "exceeded its time limit"
-        outcomes[f"the job on {ranks} ranks {ended}"] = "failed"
+        place = ", in " + ": ".join(dict.fromkeys([lines[0], lines[-1]])) if lines else ""
+        outcomes[f"the job on {ranks} ranks {ended}{place}"] = "failed"
     return Result(ranks, outcomes, time.monotonic() - started)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import sys
 import time
 from pathlib import Path
@@ -27,9 +28,9 @@ def run_tests(tmp_path):
         (tmp_path / "test_it.py").write_text(HEADER + text)
         plugins = [
             "-p",
-            "mpi_agreement",
-            "-p",
             "result_file",
+            "-p",
+            "mpi_agreement",
             "-p",
             "no:cacheprovider",
             "--color=no",
@@ -214,6 +215,24 @@ def test_status_of_the_runner(tmp_path, text, ranks, status, last):
     assert job.output.splitlines()[-1] == last
 
 
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("import os\ndef test(): os._exit(3)", r"ended with status 3, in .*test_it.py::test$"),
+        (
+            "def test():\n assert world.rank != 1\n world.Barrier()",
+            r"ended .*, in rank 1 failed in .*::test \(call\).*: .*test_it.py:5: AssertionError$",
+        ),
+    ],
+    ids=["crash", "abort"],
+)
+def test_runner_says_where_a_job_ended(tmp_path, text, said):
+    """The last lines tell which test, and why it was aborted: of a long log they are what is read."""
+    job = run_runner(tmp_path, text, "--ranks", "2", options=["--mpi-grace=1"])
+    line = job.output.splitlines()[-2]
+    assert re.match(rf"failed on 2: the job on 2 ranks {said}", line), job.output
+
+
 def test_runner_stops_a_job_at_the_time_limit(tmp_path):
     """A job that takes too long is a failed one."""
     job = run_runner(tmp_path, "def test(): time.sleep(100)", "--ranks", "2", "--timeout", "8")
@@ -222,13 +241,14 @@ def test_runner_stops_a_job_at_the_time_limit(tmp_path):
     assert job.output.splitlines()[-1] == "0 passed, 1 failed, 0 skipped"
 
 
-def run_runner(folder, text, *options):
+def run_runner(folder, text, *arguments, options=()):
     """Run tests/run.py on one test file, with the project's own configuration."""
     (folder / "test_it.py").write_text(HEADER + text + "\n")
-    (folder / "conftest.py").write_text("pytest_plugins = ['mpi_agreement', 'result_file']\n")
+    (folder / "conftest.py").write_text("pytest_plugins = ['result_file', 'mpi_agreement']\n")
     (folder / "pytest.ini").write_text("[pytest]\n")
     rest = [
         "--",
+        *options,
         "-p",
         "no:cacheprovider",
         "--color=no",
@@ -236,6 +256,6 @@ def run_runner(folder, text, *options):
         str(folder / "pytest.ini"),
         str(folder),
     ]
-    command = [sys.executable, str(TESTS / "run.py"), *options, *rest]
+    command = [sys.executable, str(TESTS / "run.py"), *arguments, *rest]
     env = mpi_job.environment(PYTHONPATH=str(TESTS))
     return mpi_job.run(command, timeout=100, env=env)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 import threading
 import time
@@ -17,7 +18,7 @@ from chainer_dist.communicators.operation import CATEGORIES, EXCHANGE, Kind, Ope
 from chainer_dist.watch import timeline
 from chainer_dist.watch.timeline import Part, _trace, table
 
-STEPS, PAUSE = 4, 0.03
+STEPS, PAUSE = 3, 0.1
 
 
 def shared_path(comm, tmp_path):
@@ -42,7 +43,7 @@ def load(path):
 
 
 def record(comm, path, **options):
-    """Record steps of which the last rank's forward takes long; return the timeline."""
+    """Record steps of which the last rank's forward takes long; say for how long, and from when to when."""
     optimizer, loss = make_optimizer(comm)
 
     def slow():
@@ -50,30 +51,31 @@ def record(comm, path, **options):
             time.sleep(PAUSE)
         return loss()
 
+    before = time.perf_counter()
     with timeline(path, comm, **options) as recording:
         started = time.perf_counter()
         for _ in range(STEPS):
             optimizer.update(slow)
         time.sleep(PAUSE)
-        elapsed = time.perf_counter() - started
-    return recording, elapsed
+        within = time.perf_counter() - started
+    return recording, within, (before, time.perf_counter())
 
 
 def test_seconds_add_up_to_wall_time(any_comm, tmp_path, capfd):
     """Each moment counts once, under what was done then: planted sleeps are where they belong."""
-    recording, elapsed = record(any_comm, shared_path(any_comm, tmp_path))
+    recording, within, around = record(any_comm, shared_path(any_comm, tmp_path))
     seconds = recording.seconds
     assert set(seconds) == {*CATEGORIES, "other"}
     assert min(seconds.values()) >= 0
     assert sum(seconds.values()) == pytest.approx(recording.duration, abs=1e-9)
-    assert elapsed <= recording.duration < elapsed + 0.05
+    assert within <= recording.duration <= around[1] - around[0]
     assert seconds["other"] >= PAUSE
     asleep = STEPS * PAUSE
     if any_comm.rank == any_comm.size - 1:
         assert seconds["forward"] >= asleep
     else:  # the others wait for it
         assert seconds["forward"] < asleep
-        assert seconds["waiting"] + seconds["exchange"] > asleep * 0.8
+        assert seconds["waiting"] + seconds["exchange"] > asleep / 2
     error = capfd.readouterr().err
     if any_comm.rank == 0:
         rows = [line.split() for line in error.splitlines()]
@@ -90,8 +92,9 @@ def test_seconds_add_up_to_wall_time(any_comm, tmp_path, capfd):
 def test_the_trace(any_comm, tmp_path):
     """All ranks' events, named and nested as Perfetto wants them, on one clock."""
     path = shared_path(any_comm, tmp_path)
-    recording, _ = record(any_comm, path)
+    recording, _, around = record(any_comm, path)
     everyone = any_comm.allgather_obj(recording.seconds)
+    began, ended = zip(*any_comm.allgather_obj(around))
     if any_comm.rank != 0:
         return
     trace, events = load(path)
@@ -110,11 +113,12 @@ def test_the_trace(any_comm, tmp_path):
     ]
     assert {event["pid"] for event in events} == set(range(size))
     assert trace["otherData"]["seconds"] == everyone
-    longest = max(trace["otherData"]["duration"]) * 1e6
+    longest = (max(ended) - min(began)) * 1e6
+    assert max(trace["otherData"]["duration"]) * 1e6 <= longest
     for event in events:
         assert event["cat"] in CATEGORIES
         assert event["dur"] >= 0
-        assert 0 <= event["ts"] <= event["ts"] + event["dur"] < longest + 50_000
+        assert 0 <= event["ts"] <= event["ts"] + event["dur"] <= longest
     for rank in range(size):
         own = [event for event in events if event["pid"] == rank]
         updates = [event for event in own if event["name"] == "update" and event["dur"] > 0]
@@ -171,7 +175,7 @@ def test_the_same_number_everywhere(comm, tmp_path):
 def test_only_so_many_events(comm, tmp_path, capfd):
     """What is beyond the limit is in the table all the same, and that it is missing is said."""
     path = shared_path(comm, tmp_path)
-    recording, _ = record(comm, path, max_events=5)
+    recording, *_ = record(comm, path, max_events=5)
     assert recording.seconds["forward"] > 0
     said = capfd.readouterr().err
     if comm.rank == 0:
@@ -197,7 +201,7 @@ def test_other_threads(comm, tmp_path, capfd):
     if comm.rank == 0:
         _, events = load(path)
         assert {(e["name"], e["tid"]) for e in events} == {("in the background", 1)}
-        assert "in other threads, exchange: 0.0" in capfd.readouterr().err
+        assert re.search(r"in other threads, exchange: 0\.[1-9]", capfd.readouterr().err)
 
 
 def test_a_folder_that_is_not_there(comm, tmp_path):
@@ -244,6 +248,8 @@ rank = MPI.COMM_WORLD.rank
 real = time.perf_counter
 time.perf_counter = lambda: real() * (1 + rank) + 5000 * rank
 import chainer_dist
+from chainer_dist.communicators.group import Group
+Group.inter_rank = property(lambda comm: comm.rank)  # only other nodes have other clocks
 from chainer_dist.watch import timeline
 comm = chainer_dist.create_communicator("naive")
 with timeline({str(path)!r}, comm):
@@ -311,11 +317,11 @@ def test_many_ranks(tmp_path):
     """A table of a thousand ranks is of three lines; the trace has all of them."""
     zeros = dict.fromkeys(CATEGORIES, 0.0)
     parts = [
-        Part("h", 10.0, 20.0, {**zeros, "forward": 2.0, "other": 8.0}, zeros, [], 0, {1: "main"})
+        Part("h", 10.0, {**zeros, "forward": 2.0, "other": 8.0}, zeros, [], 0, {1: "main"})
         for _ in range(999)
     ]
     parts.append(
-        Part("h", 10.0, 20.0, {**zeros, "forward": 7.0, "other": 3.0}, zeros, [], 0, {1: "main"})
+        Part("h", 10.0, {**zeros, "forward": 7.0, "other": 3.0}, zeros, [], 0, {1: "main"})
     )
     rows = [line.split() for line in table(parts, tmp_path).splitlines()[2:]]
     assert [row[0] for row in rows] == ["least", "most", "mean"]

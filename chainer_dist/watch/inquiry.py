@@ -18,6 +18,7 @@ import signal
 import socket
 import struct
 import time
+import traceback
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -28,6 +29,7 @@ _HEX_BYTES = 32  # of a token, and of the identity of a communicator
 _REQUEST_BYTES = 2 * _HEX_BYTES + 1
 _BACKLOG = 1024
 _SERVE_SECONDS = 1.0  # for somebody to say what it wants to know
+_ATTEMPTS = 3  # of who did not manage to in that time, as on a node with more to do than cores
 _SIOCGIFADDR = 0x8915
 _LOOPBACK = "127.0.0.1"
 # Letters for states of processes, as in /proc/PID/stat.
@@ -114,8 +116,12 @@ class Listener:
                 if key.fileobj is self._woken:
                     self._woken.recv(_BACKLOG)
                     return
-                with contextlib.suppress(OSError):  # who asked has gone
+                try:
                     self._answer_one(key.fileobj)  # type: ignore[arg-type]  # it is a socket
+                except OSError:  # who asked has gone
+                    pass
+                except Exception:  # noqa: BLE001 - one answer that fails is no reason to be deaf
+                    traceback.print_exc()
             if not ready:
                 return
 
@@ -168,10 +174,13 @@ def ask(
     request = (address.token + identity + ("!" if full else "?")).encode()
     refused = False
     for host in hosts:  # until one is this rank's: of other interfaces there may be many
-        reply = _exchange(host, port, request, seconds)
-        if isinstance(reply, bytes) and reply:
-            answer: dict[str, Any] = json.loads(reply)
-            return answer
+        for _ in range(_ATTEMPTS):
+            reply = _exchange(host, port, request, seconds)
+            if isinstance(reply, bytes) and reply:
+                answer: dict[str, Any] = json.loads(reply)
+                return answer
+            if reply != b"" and not isinstance(reply, ConnectionResetError):
+                break
         refused = refused or isinstance(reply, ConnectionError)
     if refused:
         return Silence("listens no more: it has left the script, or ended")

@@ -23,7 +23,6 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
     from types import TracebackType
 
-    from mpi4py import MPI
     from typing_extensions import Self
 
     from chainer_dist.communicators import CommunicatorBase
@@ -86,16 +85,20 @@ class _Recorder(Observer):
 
 
 class Part(NamedTuple):
-    """What one rank contributes to a timeline; times by rank 0's clock, in seconds."""
+    """What one rank contributes to a timeline; moments by rank 0's clock, all in seconds."""
 
     host: str
     started: float
-    ended: float
     seconds: dict[str, float]
     background: dict[str, float]
     events: list[_Event]
     dropped: int
     threads: dict[int, str]
+
+    @property
+    def duration(self) -> float:
+        """By this rank's own clock, which its shares are of."""
+        return sum(self.seconds.values())
 
 
 class timeline(contextlib.AbstractContextManager["timeline"]):  # noqa: N801 - used like a function
@@ -104,8 +107,8 @@ class timeline(contextlib.AbstractContextManager["timeline"]):  # noqa: N801 - u
     The file is Chrome's trace-event JSON, which https://ui.perfetto.dev shows: a process for each
     rank, the main thread and others as its threads, and in them forward, backward, packing and
     unpacking, waiting for other ranks, exchange and update of every step, and whatever else a
-    communicator is asked for. Ranks' clocks are compared at the beginning and at the end, by messages to and fro, and times are rank
-    0's. A table of where the time goes is written to rank 0's standard error: in percent, each moment
+    communicator is asked for. Clocks of nodes are compared at the beginning and at the end, by messages
+    to and fro, and times are rank 0's. A table of where the time goes is written to rank 0's standard error: in percent, each moment
     counted once, under the innermost operation, and what is in none under "other".
 
     Forward and backward are seen where ``optimizer.update`` is given the loss function, as a Trainer
@@ -150,7 +153,7 @@ class timeline(contextlib.AbstractContextManager["timeline"]):  # noqa: N801 - u
         comm = self._outer.split(0, self._outer.rank)
         assert comm is not None  # noqa: S101 - no rank is left out
         self._comm = comm
-        self._clocks = [_compare_clocks(comm.mpi_comm)]
+        self._clocks = [_compare_clocks(comm)]
         self._recorder = _Recorder(self._max_events)
         operation.observers.append(self._recorder)
         return self
@@ -170,7 +173,7 @@ class timeline(contextlib.AbstractContextManager["timeline"]):  # noqa: N801 - u
         if error is not None:  # perhaps on this rank alone: nobody may be waited for
             _say(f"chainer_dist: no timeline is written, as rank {self._comm.rank} has failed\n")
             return
-        self._clocks.append(_compare_clocks(self._comm.mpi_comm))
+        self._clocks.append(_compare_clocks(self._comm))
         background = dict.fromkeys(CATEGORIES, 0.0)
         for track in recorder.tracks.values():
             for category, seconds in track.seconds.items():
@@ -179,7 +182,6 @@ class timeline(contextlib.AbstractContextManager["timeline"]):  # noqa: N801 - u
         part = Part(
             host=_host(),
             started=self._on_rank_0(recorder.started),
-            ended=self._on_rank_0(ended),
             seconds=self.seconds,
             background=background,
             events=[
@@ -232,12 +234,9 @@ def table(parts: Sequence[Part], path: Path) -> str:
     """Return where the time of each rank goes, in percent. Local."""
     names = (*CATEGORIES, _OTHER)
     shares = np.array(
-        [
-            [part.seconds[name] / max(part.ended - part.started, 1e-9) * 100 for name in names]
-            for part in parts
-        ]
+        [[part.seconds[name] / max(part.duration, 1e-9) * 100 for name in names] for part in parts]
     )
-    longest = max(part.ended - part.started for part in parts)
+    longest = max(part.duration for part in parts)
     lines = [
         f"chainer_dist: where the time goes, in percent of {longest:.3f} s ({path})",
         f"{'rank':>8}" + "".join(f"{name:>10}" for name in names),
@@ -263,7 +262,7 @@ def _trace(parts: Sequence[Part]) -> Iterator[str]:
     origin = min(part.started for part in parts)
     head = {
         "seconds": [{**part.seconds} for part in parts],
-        "duration": [part.ended - part.started for part in parts],
+        "duration": [part.duration for part in parts],
         "dropped": [part.dropped for part in parts],
     }
     yield f'{{"displayTimeUnit": "ms", "otherData": {json.dumps(head)}, "traceEvents": [\n'
@@ -298,11 +297,15 @@ def _meta(kind: str, rank: int, thread: int, **args: Any) -> dict[str, Any]:
     return {"ph": "M", "name": kind, "pid": rank, "tid": thread, "args": args}
 
 
-def _compare_clocks(mpi_comm: MPI.Intracomm) -> tuple[float, float]:
-    """Return a moment of this rank's clock, and what to add to it to have rank 0's. Collective."""
-    clock = np.empty(1)
+def _compare_clocks(comm: CommunicatorBase) -> tuple[float, float]:
+    """Return a moment of this rank's clock, and what to add to it to have rank 0's. Collective.
+
+    Processes of a node read the same clock, so only those of other nodes than rank 0's are compared.
+    """
+    mpi_comm, clock = comm.mpi_comm, np.empty(1)
     best, middle, offset = float("inf"), time.perf_counter(), 0.0
-    for rank in range(1, mpi_comm.size):
+    nodes: list[int] = mpi_comm.allgather(comm.inter_rank)
+    for rank in (each for each, node in enumerate(nodes) if node != nodes[0]):
         for _ in range(_ROUNDS):
             if mpi_comm.rank == 0:
                 mpi_comm.Recv(clock, rank)
