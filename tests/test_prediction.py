@@ -69,17 +69,28 @@ def test_recording(comm):
         # Two nodes send all of a tensor once, in parts.
         ("naive", 0.3 + 4 * (0.01 + LATENCIES) + 0.3),
         ("flat", 0.3 + 0.04 + LATENCIES + 0.3),
-        ("multi-leader", 0.3 + 0.04 + 5 * LATENCIES + COMPARISON + 0.15),
+        # In one message each, of as many blocks as are under way.
+        ("multi-leader", 0.3 + 0.04 + 5 * NETWORK.latency + COMPARISON + 0.15),
         # All but the last tensor are through before backward is over.
-        ("overlap", 0.3 + 0.01 + 6 * LATENCIES + 2 * COMPARISON + 0.15),
-        ("float16", 0.3 + 0.005 + 6 * LATENCIES + 2 * COMPARISON + 0.15),
+        ("overlap", 0.3 + 0.01 + 7 * NETWORK.latency + 2 * COMPARISON + 0.15),
+        ("float16", 0.3 + 0.005 + 7 * NETWORK.latency + 2 * COMPARISON + 0.15),
     ],
 )
 def test_two_nodes_by_hand(design, seconds):
     """Of so simple a step the time can be told without a model."""
     cluster = Cluster(2, 1, NETWORK)
     found = simulate.closed_form(STEP, cluster, DESIGNS[design])
-    assert found == pytest.approx(seconds, rel=1e-3)
+    assert found == pytest.approx(seconds, rel=1e-4)
+
+
+@pytest.mark.parametrize(("nodes", "latencies"), [(3, 2), (4, 2), (8, 2), (16, 8)])
+def test_more_nodes_by_hand(nodes, latencies):
+    """Up to eight send each other their parts, in two steps; more halve and double."""
+    found = simulate.closed_form(STEP, Cluster(nodes, 1, NETWORK), DESIGNS["multi-leader"])
+    comparison = {3: 3, 4: 2, 8: 3, 16: 4}[nodes] * NETWORK.latency
+    sent = 2 * 0.04 * (nodes - 1) / nodes
+    want = 0.3 + sent + 5 * latencies * NETWORK.latency + comparison + 0.15
+    assert found == pytest.approx(want, rel=1e-4)
 
 
 def test_one_node_exchanges_nothing():

@@ -23,6 +23,7 @@ import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
+from chainer_dist.communicators.between_nodes import MOST_NODES
 from chainer_dist.communicators.ring import BLOCK_BYTES, sums_in_flight
 
 if TYPE_CHECKING:
@@ -50,6 +51,7 @@ _SPEED = 1e9  # of a simulated core, in operations a second: a nanosecond each
 _TOKEN = 1  # bytes of a message that only tells of something
 _MESSAGES = 24  # of an overlapped step; more only where the code waits for more one after the other
 _SHORT = 2048  # bytes that MPICH sums up by recursive doubling: in half as many rounds
+_PAIR = 2  # nodes that send each other everything
 _COMPARISON = 128  # bytes that ranks sum up to find out whether they agree
 
 
@@ -170,13 +172,13 @@ def _after(schedule: Schedule, design: Design) -> float:
 def closed_form(schedule: Schedule, cluster: Cluster, design: Design) -> float:
     """Return the seconds of a step by the model of Hockney (1994): latency and bandwidth alone. Local.
 
-    An exchange of n bytes among p nodes, a power of two, takes ``2 log2(p)`` latencies and
+    An allreduce of n bytes among p nodes, a power of two, takes ``2 log2(p)`` latencies and
     ``2 n (p - 1) / p`` bytes of a link, a short one half as many latencies and ``log2(p) n`` bytes of each
-    rank that exchanges; among another number of nodes ``2`` latencies and ``2 n`` bytes more. Messages do
-    not meet on the network.
+    rank that exchanges; among another number of nodes ``2`` latencies and ``2 n`` bytes more. A direct sum
+    takes as many bytes and 2 latencies, between two nodes 1. Messages do not meet on the network.
     """
     slowest = max(cluster.straggler, 1 + cluster.jitter * max(_scores(cluster)))
-    comparison = _exchange(cluster, design, _COMPARISON)
+    comparison = _allreduce_seconds(cluster, design, _COMPARISON)
     before = comparison * max(design.comparisons - 1, 0)  # between forward and backward
     end = before
     for ready, nbytes in _messages(schedule, cluster, design):
@@ -185,7 +187,27 @@ def closed_form(schedule: Schedule, cluster: Cluster, design: Design) -> float:
     return end + comparison * min(design.comparisons, 1) + _after(schedule, design)
 
 
+def _is_direct(nodes: int, design: Design) -> bool:
+    """Tell whether nodes send each other their parts of a message, as in ``DirectSum``."""
+    return design.by_node and nodes <= MOST_NODES
+
+
+def _direct_steps(nodes: int, nbytes: float) -> list[float]:
+    """Return what each node sends to each other one in each step of a direct sum, in bytes."""
+    return [nbytes] if nodes == _PAIR else [nbytes / nodes] * 2
+
+
 def _exchange(cluster: Cluster, design: Design, nbytes: float) -> float:
+    """Return the seconds that gradients take to be summed up, in closed form."""
+    nodes, network = cluster.nodes, cluster.network
+    if nodes == 1 or not _is_direct(nodes, design):
+        return _allreduce_seconds(cluster, design, nbytes)
+    bandwidth = network.bandwidth / cluster.oversubscription
+    sent = _direct_steps(nodes, nbytes)
+    return sum(network.latency + (nodes - 1) * each / bandwidth for each in sent)
+
+
+def _allreduce_seconds(cluster: Cluster, design: Design, nbytes: float) -> float:
     """Return the seconds of an allreduce in closed form; what passes within a node takes none."""
     if cluster.nodes == 1:
         return 0.0
@@ -336,7 +358,8 @@ def _write(trace: TextIO, schedule: Schedule, cluster: Cluster, design: Design) 
             wait = _compute((message.ready - before) * slowest)
             _act(trace, computing, [wait, f"send {exchanging} {number} {_TOKEN}"])
             _act(trace, exchanging, [f"recv {computing} {number} {_TOKEN}"])
-            actions = _allreduce(node, cluster.nodes, message.nbytes, number, cluster.nodes)
+            summing = _direct if _is_direct(cluster.nodes, design) else _allreduce
+            actions = summing(node, cluster.nodes, message.nbytes, number, cluster.nodes)
             _act(trace, exchanging, actions)
             before = message.ready
         _act(trace, exchanging, [f"send {computing} {last} {_TOKEN}", "finalize"])
@@ -363,6 +386,16 @@ def _act(trace: TextIO, process: int, actions: Iterable[str]) -> None:
 
 def _compute(seconds: float) -> str:
     return f"compute {max(seconds, 0.0) * _SPEED:.0f}"
+
+
+def _direct(rank: int, size: int, nbytes: float, tag: int, first: int) -> Iterator[str]:
+    """Yield what a process does in a direct sum; arguments as of :func:`_allreduce`."""
+    others = [first + other for other in range(size) if other != rank]
+    for part in _direct_steps(size, nbytes) if others else []:
+        for other in others:
+            yield f"isend {other} {tag} {part:.0f}"
+            yield f"irecv {other} {tag} {part:.0f}"
+        yield "waitall"
 
 
 def _allreduce(rank: int, size: int, nbytes: float, tag: int, first: int) -> Iterator[str]:
