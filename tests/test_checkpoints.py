@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import json
 import multiprocessing
+import pickle
 import random
 import resource
 import shutil
+import sys
 import warnings
 from pathlib import Path
 
@@ -27,6 +30,7 @@ from chainer_dist import (
     scatter_dataset,
 )
 from chainer_dist.checkpoints import Checkpoint
+from chainer_dist.extensions._npz_files import write_npz
 from chainer_dist.iterators import DistributedIterator
 
 DATA = [(np.array([i, i * i % 7, 1], np.float32) / 24, np.int32(i % 3)) for i in range(24)]
@@ -507,6 +511,27 @@ def limit_file_size(size):
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
     return lambda: resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+@pytest.mark.mpi_skip
+@pytest.mark.parametrize("kind", ["a full disk", "what cannot be saved"])
+def test_an_error_is_all_that_is_said(kind, tmp_path, monkeypatch):
+    """Nothing of "Exception ignored in ZipFile.__del__" follows when the garbage is collected."""
+    ignored = []
+    monkeypatch.setattr(sys, "unraisablehook", ignored.append)
+    values = {"x": np.zeros(1 << 17)}
+    undo = limit_file_size(1 << 18)
+    if kind == "what cannot be saved":
+        undo()
+        values["y"] = np.array([lambda: 0], object)
+    try:
+        with pytest.raises((OSError, AttributeError, pickle.PicklingError)):
+            write_npz(tmp_path / "x.npz", values)
+    finally:
+        undo()
+    gc.collect()
+    assert ignored == []
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("asynchronous", [False, True])

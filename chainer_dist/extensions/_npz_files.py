@@ -46,7 +46,11 @@ def write_npz(path: Path, values: dict[str, Any], digest: hashlib._Hash | None =
 
 
 class _Stream(io.RawIOBase):
-    """A file that is written from beginning to end, as a digest must see it, or up to an error."""
+    """A file that is written from beginning to end, as a digest must see it, or up to an error.
+
+    After that zipfile writes on, to close what it has opened: at once, or when NumPy before 2.0 leaves
+    that to the collection of garbage, by which time this and the file may be closed.
+    """
 
     def __init__(self, file: IO[Any], digest: hashlib._Hash | None) -> None:
         self._file = file
@@ -57,7 +61,7 @@ class _Stream(io.RawIOBase):
     def write(self, data: Any) -> int:
         """Write bytes; after an error, do as if."""
         size = len(data)
-        if self._failed:  # zipfile writes on, to close what it has opened
+        if self._failed or self._file.closed:
             return size
         try:
             self._file.write(data)
@@ -68,6 +72,9 @@ class _Stream(io.RawIOBase):
             self._digest.update(data)
         self.size += size
         return size
+
+    def flush(self) -> None:
+        """Do nothing: nothing is kept here."""
 
 
 def check_npz(file: Path | BinaryIO) -> None:
