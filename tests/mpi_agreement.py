@@ -138,11 +138,12 @@ class Agreement:
 
     def abort(self, what, text) -> NoReturn:
         """End the job, saying why."""
-        message = f"\n==== rank {self.comm.rank} {what} ====\n{text}\n==== aborting the job ====\n"
+        who = f"rank {self.comm.rank} {what}"
+        message = f"\n==== {who} ====\n{text}\n==== aborting the job ====\n"
         os.write(self.stderr, message.encode(errors="replace"))
         if self.result_file is not None:
             where = self.result_file.with_suffix(WHERE)
-            where.write_text(f"rank {self.comm.rank} {what}\n{text}", encoding="utf-8")
+            where.write_text(f"{who}\n{text}", encoding="utf-8")
         time.sleep(0.5)  # the launcher may drop what it has not read when the job ends
         self.world.Abort(1)
         os._exit(1)

@@ -75,7 +75,7 @@ def test_seconds_add_up_to_wall_time(any_comm, tmp_path, capfd):
         assert seconds["forward"] >= asleep
     else:  # the others wait for it
         assert seconds["forward"] < asleep
-        assert seconds["waiting"] + seconds["exchange"] > asleep / 2
+        assert seconds["waiting"] + seconds["exchange"] > asleep * 0.8
     error = capfd.readouterr().err
     if any_comm.rank == 0:
         rows = [line.split() for line in error.splitlines()]

@@ -189,7 +189,7 @@ def closed_form(schedule: Schedule, cluster: Cluster, design: Design) -> float:
 
 def _is_direct(nodes: int, design: Design) -> bool:
     """Tell whether nodes send each other their parts of a message, as in ``DirectSum``."""
-    return design.by_node and nodes <= MOST_NODES
+    return design.by_node and 1 < nodes <= MOST_NODES
 
 
 def _direct_steps(nodes: int, nbytes: float) -> list[float]:
@@ -200,7 +200,7 @@ def _direct_steps(nodes: int, nbytes: float) -> list[float]:
 def _exchange(cluster: Cluster, design: Design, nbytes: float) -> float:
     """Return the seconds that gradients take to be summed up, in closed form."""
     nodes, network = cluster.nodes, cluster.network
-    if nodes == 1 or not _is_direct(nodes, design):
+    if not _is_direct(nodes, design):
         return _allreduce_seconds(cluster, design, nbytes)
     bandwidth = network.bandwidth / cluster.oversubscription
     sent = _direct_steps(nodes, nbytes)
@@ -391,7 +391,7 @@ def _compute(seconds: float) -> str:
 def _direct(rank: int, size: int, nbytes: float, tag: int, first: int) -> Iterator[str]:
     """Yield what a process does in a direct sum; arguments as of :func:`_allreduce`."""
     others = [first + other for other in range(size) if other != rank]
-    for part in _direct_steps(size, nbytes) if others else []:
+    for part in _direct_steps(size, nbytes):
         for other in others:
             yield f"isend {other} {tag} {part:.0f}"
             yield f"irecv {other} {tag} {part:.0f}"

@@ -174,13 +174,10 @@ def ask(
     request = (address.token + identity + ("!" if full else "?")).encode()
     refused = False
     for host in hosts:  # until one is this rank's: of other interfaces there may be many
-        for _ in range(_ATTEMPTS):
-            reply = _exchange(host, port, request, seconds)
-            if isinstance(reply, bytes) and reply:
-                answer: dict[str, Any] = json.loads(reply)
-                return answer
-            if reply != b"" and not isinstance(reply, ConnectionResetError):
-                break
+        reply = _exchange(host, port, request, seconds)
+        if isinstance(reply, bytes) and reply:
+            answer: dict[str, Any] = json.loads(reply)
+            return answer
         refused = refused or isinstance(reply, ConnectionError)
     if refused:
         return Silence("listens no more: it has left the script, or ended")
@@ -188,7 +185,16 @@ def ask(
 
 
 def _exchange(host: str, port: int, request: bytes, seconds: float) -> bytes | OSError:
-    """Send a request and return the reply; or why there is none."""
+    """Send a request, again where that took too long, and return the reply; or why there is none."""
+    reply: bytes | OSError = b""
+    for _ in range(_ATTEMPTS):
+        reply = _try_to_exchange(host, port, request, seconds)
+        if reply and not isinstance(reply, ConnectionResetError):
+            break
+    return reply
+
+
+def _try_to_exchange(host: str, port: int, request: bytes, seconds: float) -> bytes | OSError:
     try:
         # While a process stands still, the kernel still accepts connections for it.
         with socket.create_connection((host, port), seconds) as connection:

@@ -108,8 +108,9 @@ class timeline(contextlib.AbstractContextManager["timeline"]):  # noqa: N801 - u
     rank, the main thread and others as its threads, and in them forward, backward, packing and
     unpacking, waiting for other ranks, exchange and update of every step, and whatever else a
     communicator is asked for. Clocks of nodes are compared at the beginning and at the end, by messages
-    to and fro, and times are rank 0's. A table of where the time goes is written to rank 0's standard error: in percent, each moment
-    counted once, under the innermost operation, and what is in none under "other".
+    to and fro, and times are rank 0's. A table of where the time goes is written to rank 0's standard
+    error: in percent, each moment counted once, under the innermost operation, and what is in none
+    under "other".
 
     Forward and backward are seen where ``optimizer.update`` is given the loss function, as a Trainer
     does. Waiting is what a rank waits before gradients can be exchanged, and for blocks of other
