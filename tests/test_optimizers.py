@@ -165,7 +165,7 @@ def test_lazily_initialized_layers(comm, zero_fill):
 
 
 def test_running_statistics_count_the_first_step_once(comm):
-    """Repeating the first forward pass does not update batch statistics twice."""
+    """Batch statistics are updated once, also where a layer below gets its shape in that pass."""
 
     def make():
         return L.Classifier(chainer.Sequential(L.Linear(None, 4), L.BatchNormalization(4)))

@@ -65,10 +65,10 @@ class DoubleBufferingOptimizer(MultiNodeOptimizer):
         with self._equal_randomness():
             self.actual_optimizer.update(None)
 
-    def _make_equal(self) -> None:
+    def _make_equal(self, *, has_gradients: bool, kept: frozenset[str] = frozenset()) -> None:
         self.wait()
         self._pending = None  # of parameters that are no more
-        super()._make_equal()
+        super()._make_equal(has_gradients=has_gradients, kept=kept)
 
 
 class _Pending(NamedTuple):

@@ -10,11 +10,8 @@ import numpy as np
 from chainer_dist import exchange
 from chainer_dist.communicators.agreement import agree, digest, raise_mismatch
 from chainer_dist.communicators.operation import EXCHANGE, Kind, Operation
-from chainer_dist.optimizers.multi_node_optimizer import (
-    MultiNodeOptimizer,
-    Options,
-    describe_states,
-)
+from chainer_dist.optimizers.consensus import describe_states
+from chainer_dist.optimizers.multi_node_optimizer import MultiNodeOptimizer, Options
 
 if TYPE_CHECKING:
     import chainer
@@ -66,9 +63,7 @@ class LocalSGDOptimizer(MultiNodeOptimizer):
         Raises:
             RankMismatchError: On every rank, naming the rank and the parameter, if ranks differ.
         """
-        _, _, changed = self._agree()
-        if changed:
-            self._make_equal()
+        self._agree()
         self._average()
 
     def _exchanges(self) -> bool:
@@ -126,21 +121,22 @@ class LocalSGDOptimizer(MultiNodeOptimizer):
             ("average_state", str(self.average_state)),
         ]
 
-    def _make_equal(self) -> None:
+    def _make_equal(self, *, has_gradients: bool, kept: frozenset[str] = frozenset()) -> None:
         """Make parameters equal that were not updated or loaded yet; others are each rank's own."""
-        known = set() if self._structure is None or not self.t else {*self._structure}
         parameters = exchange.ParameterSet(self.target)
-        kept = [
-            (param, param.array.copy(), param.update_rule and param.update_rule._fp32_param)
-            for (name, spec) in parameters.structure
-            if spec is not None and (self._loaded or (name, spec) in known)
-            for param in [parameters.all[name]]
+        own = [
+            (name, param, param.array.copy(), param.update_rule and param.update_rule._fp32_param)
+            for name, param in zip(parameters.names, parameters.params)
+            if self._replicas.is_loaded or (self.t and self._replicas.knows(name, parameters))
         ]
-        super()._make_equal()
-        for param, array, wide in kept:
-            np.copyto(param.array, array)
-            if param.update_rule is not None:
-                param.update_rule._fp32_param = wide
+        names = kept.union(name for name, *_ in own)
+        try:
+            super()._make_equal(has_gradients=has_gradients, kept=names)
+        finally:
+            for _, param, array, wide in own:
+                np.copyto(param.array, array)
+                if param.update_rule is not None:
+                    param.update_rule._fp32_param = wide
 
 
 def _is_float(value: Any) -> bool:

@@ -24,7 +24,15 @@ from chainer_dist.communicators.operation import (
 from chainer_dist.communicators.shared_memory import SharedMemoryCommunicator
 from chainer_dist.compression.quantized import as_code
 from chainer_dist.optimizers.accumulation import Accumulation
+from chainer_dist.optimizers.consensus import (
+    Report,
+    Settings,
+    Verdict,
+    describe_states,
+)
+from chainer_dist.optimizers.descriptions import name_of
 from chainer_dist.optimizers.overlap import Overlap
+from chainer_dist.optimizers.replicas import AS_KNOWN, CHANGED, Replicas
 from chainer_dist.sharding import ShardedUpdate, Signature, obstacle
 
 if TYPE_CHECKING:
@@ -37,7 +45,7 @@ if TYPE_CHECKING:
     from chainer_dist.compression import Compression, Rounded
     from chainer_dist.optimizers.join import Join
 
-__all__ = ["JOB", "MultiNodeOptimizer", "Options", "describe_states"]
+__all__ = ["JOB", "MultiNodeOptimizer", "Options"]
 
 JOB = "job"  # the value of sharded_update that shards over the ranks of all nodes
 
@@ -49,6 +57,10 @@ _BACKWARD = Kind("backward", BACKWARD, waits=False)
 _COMPARE = Kind("comparison of parameters", WAITING)
 _GATHER = Kind("gathering of the state", EXCHANGE)
 _CHOOSE = Kind("choice of the update", EXCHANGE)
+
+# At which comparison of an update a rank is.
+_BEFORE, _AFTER = range(2)
+_STAGES = ("comparing parameters before the loss", "comparing gradients after backward")
 
 
 class Options(NamedTuple):
@@ -84,9 +96,9 @@ class MultiNodeOptimizer:
             "accumulate_steps",
             "_accumulation",
             "_postponed",
-            "_structure",
+            "_replicas",
+            "_settings",
             "_started",
-            "_loaded",
             "_random_state",
             "_options",
             "_shards",
@@ -119,9 +131,9 @@ class MultiNodeOptimizer:
         self.accumulate_steps = options.accumulate_steps
         self._accumulation = Accumulation()  # of batches since the last update
         self._postponed = False  # whether updates are put off, in no_sync
-        self._structure: exchange.Structure | None = None  # of the last parameters made equal
+        self._replicas = Replicas()
+        self._settings = Settings(are_alike=self.alike)
         self._started = False  # whether the first update is over
-        self._loaded = False  # whether a snapshot was loaded since the last update
         self._random_state: Any = None  # numpy.random's during updates, equal on all ranks
         self._options = options
         self._shards: ShardedUpdate | None = None  # None while every rank updates everything
@@ -131,7 +143,7 @@ class MultiNodeOptimizer:
         self._overlap: Overlap | None = None  # None while gradients are exchanged after backward
         self.join: Join | None = None
         if actual_optimizer.target is not None:
-            self._make_equal()
+            self._make_equal(has_gradients=False)
 
     @property
     def overlapped(self) -> bool:
@@ -149,7 +161,7 @@ class MultiNodeOptimizer:
         self.actual_optimizer.setup(link)
         self._accumulation = Accumulation()
         self._started = False
-        self._make_equal()
+        self._make_equal(has_gradients=False)
         return self
 
     def update(self, lossfun: Callable[..., Any] | None = None, *args: Any, **kwds: Any) -> None:
@@ -161,10 +173,13 @@ class MultiNodeOptimizer:
         an accumulation adds its gradients to this rank's sum, and leaves the parameters as they
         are, without a gradient. It is local once parameters are known to be equal and initialized.
 
-        The first update, and every one before which the parameters changed on some rank (layers
-        initialized by this very forward pass, links added, a snapshot loaded), makes them equal
-        to rank 0's. Where that happened after the loss was computed, forward and backward are
-        repeated with the equal parameters, so that no update is lost or computed from others.
+        The loss function is called once. The first update, and every one before which a snapshot was
+        loaded, or parameters or their arrays were added or replaced on some rank, makes the
+        parameters equal to rank 0's before that. A layer that gets its shape in this very forward
+        pass draws the same numbers from ``numpy.random`` on every rank (those of a single process
+        with rank 0's seed, if nothing else is drawn in between); what only some ranks have
+        initialized the others get from the lowest of those. Values changed in place are not
+        noticed, except in the first update.
 
         Args:
             lossfun: Returns the loss; None if the gradients are there already.
@@ -172,7 +187,10 @@ class MultiNodeOptimizer:
             kwds: Passed to ``lossfun``.
 
         Raises:
-            RankMismatchError: On every rank, naming the rank and the parameter, if ranks differ.
+            RankMismatchError: On every rank, naming the rank and the parameter, hook, hyperparameter
+                or option, if ranks differ; also if a rank has computed gradients from parameters
+                that differ from rank 0's: where they were computed by hand after parameters had
+                changed, or an initializer drew other values than on rank 0.
         """
         if self.join is None:
             ranks = self._connected().size
@@ -246,6 +264,7 @@ class MultiNodeOptimizer:
         exchange.check_finite(self._connected(), parameters, look=not dynamic)
         self._allow_missing_grads(parameters, same_grads=same_grads)
         self._step(parameters, same_grads=same_grads)
+        self._replicas.keep(parameters)
 
     def _exchanges(self) -> bool:
         """Tell whether ranks communicate in the next update. Local; the same on every rank."""
@@ -274,43 +293,39 @@ class MultiNodeOptimizer:
             The parameters, and whether the same ones have a gradient on every rank; True if ranks did
             not compare.
         """
-        is_first = not self._started
-        if is_first:
-            self._make_equal()
+        has_gradients = lossfun is None and not stands_by
+        is_new = not self._started
+        if is_new:
+            self._make_equal(has_gradients=has_gradients)
             self._started = True
-        target, persistents = self.target, None
+        elif compare or not self._is_current():
+            self._prepare(has_gradients=has_gradients)
+        target = self.target
         overlap = self._usable_overlap() if compare else None
         if lossfun is not None:
-            if any(spec is None for _, spec in self._structure or ()):
-                persistents = _persistent_values(target)
             self._backward(lossfun, args, kwds, overlap, is_whole=is_whole)
         elif stands_by:
             target.cleargrads()
         elif overlap is not None:
             overlap.meet(None, exchange.ParameterSet(target), is_usual=False)
-        settled = None if compare or is_first else self._settled()
-        if settled is not None:
-            return settled, True
-        parameters, same_grads, changed = self._agree(stands_by=stands_by)
-        if changed:
-            self._make_equal()
-            if lossfun is not None:
-                if persistents is not None:
-                    _restore(persistents)
-                self._backward(lossfun, args, kwds, None)
-            parameters, same_grads, _ = self._agree(stands_by=stands_by)
-        return parameters, same_grads
+        if not (compare or is_new) and self._is_current():
+            return exchange.ParameterSet(target), True
+        return self._agree(stands_by=stands_by)
 
-    def _settled(self) -> exchange.ParameterSet | None:
-        """Return the parameters, or None if ranks have to compare them before gradients can count. Local.
+    def _is_current(self) -> bool:
+        """Tell whether parameters need not be compared before gradients can count. Local.
 
         Every rank comes to the same answer, or to an error in the next comparison: what is not
         initialized is known to all of them, as some batches may use it and others not.
         """
-        parameters = exchange.ParameterSet(self.target)
-        waits = any(spec is None for _, spec in self._structure or ())
-        changed = self._loaded or parameters.structure != self._structure
-        return None if waits or changed else parameters
+        state, _ = self._replicas.compare(exchange.ParameterSet(self.target))
+        return state == AS_KNOWN and not self._replicas.is_waiting
+
+    def _prepare(self, *, has_gradients: bool) -> None:
+        """Make parameters equal that were changed since the last update. Collective."""
+        report = Report(_BEFORE, t=self.t, calls=self._accumulation.calls)
+        if self._compare(exchange.ParameterSet(self.target), report).differ:
+            self._make_equal(has_gradients=has_gradients)
 
     def _step(self, parameters: exchange.ParameterSet, *, same_grads: bool) -> None:
         """Average the gradients and update the parameters. Collective."""
@@ -379,7 +394,7 @@ class MultiNodeOptimizer:
 
         if isinstance(serializer, chainer.Deserializer):
             self._unshare()
-            self._loaded = True
+            self._replicas.invalidate()
             self._accumulation = Accumulation()
         with contextlib.ExitStack() as stack:
             if self._shards is not None:
@@ -456,8 +471,7 @@ class MultiNodeOptimizer:
             parameters = exchange.ParameterSet(target)
             is_usual = (
                 is_whole
-                and not self._loaded
-                and parameters.structure == self._structure
+                and self._replicas.has_structure_of(parameters)
                 and self._is_settled(parameters, Signature(optimizer, parameters))
             )
             overlap.meet(loss, parameters, is_usual=is_usual)
@@ -478,70 +492,81 @@ class MultiNodeOptimizer:
             and not (self._overlap is not None and self._overlap.is_stale)
         )
 
-    def _agree(self, *, stands_by: bool = False) -> tuple[exchange.ParameterSet, bool, bool]:
-        """Compare the ranks' parameters before a step. Collective.
+    def _agree(self, *, stands_by: bool = False) -> tuple[exchange.ParameterSet, bool]:
+        """Compare what the ranks have come to after backward. Collective.
 
         Returns:
-            The parameters, whether the same ones have a gradient on every rank, and whether any
-            rank's parameters are not those that were last made equal.
+            The parameters, which are equal, and whether the same ones have a gradient on every rank.
         """
-        comm, optimizer, calls = self._connected(), self.actual_optimizer, self._accumulation.calls
         parameters = exchange.ParameterSet(self.target)
         self._accumulation.mark(parameters, stands_by=stands_by)
-        changed = self._loaded or parameters.structure != self._structure
-        signature = Signature(optimizer, parameters)
-        settled = self._is_settled(parameters, signature)
-        settings = [*self._own_settings(), *_settings(optimizer, parameters)]
+        signature = Signature(self.actual_optimizer, parameters)
+        planned = self._is_settled(parameters, signature)
         clean = self._overlap is None or self._overlap.is_clean()
+        options = self._own_settings()
+        verdict = self._compare(
+            parameters,
+            Report(
+                _AFTER,
+                grads=parameters.digests[1],
+                t=self.t,
+                calls=self._accumulation.calls,
+                settings=self._settings.digest(options, self.actual_optimizer, parameters),
+                planned=int(planned),
+                clean=int(clean),
+            ),
+        )
+        self._averaged = (
+            self._overlap is not None
+            and self._overlap.settle(is_clean=clean and bool(verdict.same.clean))
+            and not verdict.changed
+        )
+        if verdict.differ:
+            self._make_equal(has_gradients=not stands_by)
+            return self._agree(stands_by=stands_by)
+        parameters.check_supported()
+        if not (planned and verdict.same.planned):
+            self._averaged = False
+            self.consolidate()
+            self._unshare()
+            with Operation(_CHOOSE, self._connected()):
+                self._choose(parameters, signature)
+        return parameters, bool(verdict.same.grads)
+
+    def _compare(self, parameters: exchange.ParameterSet, report: Report) -> Verdict:
+        """Compare the ranks' reports, and whether their parameters are still equal. Collective.
+
+        Raises:
+            RankMismatchError: On every rank, if ranks differ in what they cannot make equal.
+        """
+        comm, replicas = self._connected(), self._replicas
+        state, values = replicas.compare(parameters)
+        report = report._replace(structure=parameters.digest, state=state, values=values)
         with Operation(_COMPARE, comm):
-            (
-                same_structure,
-                same_grads,
-                same_t,
-                same_calls,
-                same_changed,
-                same_settled,
-                same_settings,
-                same_clean,
-            ) = agree(
-                comm,
-                *parameters.digests,
-                optimizer.t,
-                calls,
-                int(changed),
-                int(settled),
-                digest(settings),
-                int(clean),
+            same = Report(*agree(comm, *report))
+        if not same.stage:
+            subject = (
+                "the update (were parameters changed, or a snapshot loaded, on some ranks only, amid "
+                "batches that are accumulated?)"
             )
-        if not same_t:
-            raise_mismatch(
-                comm,
-                [("optimizer.t (was a snapshot loaded on some ranks only?)", str(optimizer.t))],
-            )
-        if not same_settings:
-            raise_mismatch(comm, settings)
-        if not same_calls:
+            raise_mismatch(comm, [(subject, _STAGES[report.stage])])
+        if not same.t:
+            subject = "optimizer.t (was a snapshot loaded on some ranks only?)"
+            raise_mismatch(comm, [(subject, str(report.t))])
+        if not same.settings:
+            lines = self._settings.lines(self._own_settings(), self.actual_optimizer, parameters)
+            raise_mismatch(comm, lines)
+        if not same.calls:
             subject = (
                 "the number of batches accumulated before this one (did only some ranks call update "
                 "in no_sync, add links or load a snapshot?)"
             )
-            raise_mismatch(comm, [(subject, str(calls))])
-        if same_structure:
-            parameters.check_supported()
-        changed = changed or not (same_structure and same_changed)
-        self._averaged = (
-            self._overlap is not None
-            and self._overlap.settle(is_clean=clean and same_clean)
-            and not changed
-        )
-        if not (settled and same_settled):
-            self._averaged = False
-            self.consolidate()
-            self._unshare()
-            if not changed:
-                with Operation(_CHOOSE, comm):
-                    self._choose(parameters, signature)
-        return parameters, same_grads, changed
+            raise_mismatch(comm, [(subject, str(report.calls))])
+        changed = not (state == AS_KNOWN and same.state and same.structure)
+        alike = state == CHANGED and same.state and same.structure and same.values
+        if changed and alike:
+            replicas.accept(comm, self.target)
+        return Verdict(same, changed=changed, differ=changed and not alike)
 
     def _choose(self, parameters: exchange.ParameterSet, signature: Signature) -> None:
         """Choose how parameters are updated, for as long as the signature stays. Collective."""
@@ -616,23 +641,21 @@ class MultiNodeOptimizer:
         """How gradients that are exchanged in the ordinary way are sent between nodes."""
         return as_code(self._options.compression)
 
-    def _make_equal(self) -> None:
-        comm, options = self._connected(), self._options
+    def _make_equal(self, *, has_gradients: bool, kept: frozenset[str] = frozenset()) -> None:
+        """Make parameters equal to rank 0's; see :meth:`Replicas.synchronize`. Collective."""
+        comm = self._connected()
         # Ranks that differ in these would not even communicate at the same time.
-        kind = str(options.compression and type(options.compression).__name__)
+        options = self._options._replace(compression=None, accumulate_steps=0)._asdict()
+        options["zero_fill"] = self.zero_fill
+        options["compression"] = name_of(type(self._options.compression))
         lines = [
-            ("the option compression of create_multi_node_optimizer", kind),
-            ("the option overlap of create_multi_node_optimizer", repr(options.overlap)),
-            (
-                "the option sharded_update of create_multi_node_optimizer",
-                repr(options.sharded_update),
-            ),
+            (f"the option {name} of the multi-node optimizer", repr(value))
+            for name, value in options.items()
         ]
+        lines.append(("the multi-node optimizer", type(self).__name__))
         if not all(agree(comm, digest(lines))):
             raise_mismatch(comm, lines)
-        exchange.bcast_data(comm, self.target)
-        self._structure = exchange.ParameterSet(self.target).structure
-        self._loaded = False
+        self._replicas.synchronize(comm, self.target, has_gradients=has_gradients, kept=kept)
 
     @contextlib.contextmanager
     def _equal_randomness(self) -> Iterator[None]:
@@ -698,50 +721,3 @@ class MultiNodeOptimizer:
         own = {**self.__dict__, **self._FRESH}
         twin.__dict__.update({key: copy_one(value) for key, value in own.items()})
         return twin
-
-
-def _settings(
-    optimizer: chainer.Optimizer, parameters: exchange.ParameterSet
-) -> list[tuple[str, str]]:
-    """Return names and values of all hyperparameters, which must be the same on every rank."""
-    hyperparam = getattr(optimizer, "hyperparam", None)
-    found = [] if hyperparam is None else _described("optimizer", hyperparam.get_dict())
-    for name, param in parameters.all.items():
-        rule = param.update_rule
-        if rule is not None and len(vars(rule.hyperparam)) > 1:  # more than its parent
-            found += _described(f"the update rule of {name}", vars(rule.hyperparam))
-    return found
-
-
-def describe_states(parameters: exchange.ParameterSet) -> list[tuple[str, str]]:
-    """Describe the state of all update rules, which must be of the same kind on every rank."""
-    found = []
-    for name, param in parameters.all.items():
-        rule = param.update_rule
-        if rule is not None:
-            kept = "not there" if rule.state is None else ", ".join(rule.state) or "empty"
-            if not rule.enabled:
-                kept += ", its update disabled"
-            found.append((f"the state of {name}", f"{kept} (after {rule.t} updates)"))
-    return found
-
-
-def _described(owner: str, values: dict[str, Any]) -> list[tuple[str, str]]:
-    return [
-        (f"{owner}.{key}", repr(value)) for key, value in sorted(values.items()) if key != "_parent"
-    ]
-
-
-def _persistent_values(link: chainer.Link) -> list[tuple[chainer.Link, str, Any]]:
-    """Copy the persistent values (such as running statistics) of a link and those below it."""
-    return [
-        (sublink, name, copy.deepcopy(sublink.__dict__[name]))
-        for sublink in link.links()
-        for name in sublink._persistent
-    ]
-
-
-def _restore(persistents: list[tuple[chainer.Link, str, Any]]) -> None:
-    for sublink, name, value in persistents:
-        if value is not None:  # None waited for its shape, as a parameter does
-            sublink.__dict__[name] = value

@@ -1,0 +1,220 @@
+"""What decides what an update does, described so that ranks can compare it.
+
+Ranks that update by different rules or hooks, or freeze different layers, part without a word, or
+wait for one another forever. So all of it is compared in each update, by a digest. Where a value is
+equal it counts as equal: ``1`` and ``numpy.float64(1)`` are, and so are two objects of one class with
+equal attributes, although each rank has its own.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from chainer_dist.communicators.agreement import digest
+from chainer_dist.exchange import same
+from chainer_dist.optimizers.descriptions import describe, is_of_chainer, is_plain, name_of
+
+if TYPE_CHECKING:
+    import chainer
+
+    from chainer_dist.exchange import ParameterSet
+
+__all__ = ["Report", "Settings", "Verdict", "describe_states"]
+
+Lines = list[tuple[str, str]]  # what is compared: subject and description
+_Value = tuple[Any, ...]  # whose it is, its name, the value, and what may change within the value
+
+_MOST_KNOWN = 1000  # objects whose descriptions are kept
+
+# Chainer's attributes of an optimizer; the first is the same even where the others follow the loss.
+_LOSS_SCALING = (
+    "_loss_scaling_is_dynamic",
+    "_loss_scale",
+    "_loss_scale_max",
+    "_loss_scaling_multiplier",
+)
+
+
+class Report(NamedTuple):
+    """What ranks compare in an update: numbers and digests, or for each whether it is the same.
+
+    Attributes:
+        stage: At which of an update's comparisons this rank is.
+        structure: Digest of the names, shapes and dtypes of the parameters.
+        state: Whether parameters were changed since the last comparison, and how.
+        values: Digest of what they were changed to.
+        grads: Digest of which parameters have a gradient.
+        t: How many updates there were.
+        calls: How many batches were accumulated since the last update.
+        settings: Digest of what decides what the update does.
+        planned: Whether the way of updating need not be chosen anew.
+        clean: Whether gradients are still those that were exchanged during backward, if any were.
+    """
+
+    stage: int
+    structure: int = 0
+    state: int = 0
+    values: int = 0
+    grads: int = 0
+    t: int = 0
+    calls: int = 0
+    settings: int = 0
+    planned: int = 0
+    clean: int = 0
+
+
+class Verdict(NamedTuple):
+    """What ranks have found out together; the same on every rank.
+
+    Attributes:
+        same: For each entry of their reports, whether it is the same on every rank.
+        changed: Whether any rank's parameters were changed.
+        differ: Whether the ranks' parameters may differ for that.
+    """
+
+    same: Report
+    changed: bool
+    differ: bool
+
+
+class Settings:
+    """All that must be the same on every rank for an update to be the same.
+
+    Hooks and rules that are Chainer's are looked at in each update, as their numbers may follow a
+    schedule. Other objects are described when they are first met, since they may count, or measure
+    time, in attributes of their own.
+
+    Args:
+        are_alike: Whether the ranks do the same updates. Otherwise (local SGD) each has a loss scale
+            and numbers of updates of its own.
+    """
+
+    def __init__(self, *, are_alike: bool = True) -> None:
+        self._are_alike = are_alike
+        self._known: dict[int, tuple[Any, str]] = {}  # descriptions of users' objects, by id
+        self._rules: list[Any] = []  # whose classes these are:
+        self._classes = 0
+        self._values: list[_Value] = []  # whose descriptions these are:
+        self._described = 0
+
+    def digest(self, options: Lines, optimizer: chainer.Optimizer, parameters: ParameterSet) -> int:
+        """Return a number that is the same on every rank if all of it is. Local.
+
+        Args:
+            options: Those of the multi-node optimizer.
+            optimizer: The wrapped one.
+            parameters: Of its target.
+        """
+        rules = [param.update_rule for param in parameters.all.values()]
+        if not same(rules, self._rules):
+            self._rules = rules
+            self._classes = digest([name_of(type(rule)) for rule in rules])
+        values = self._look(optimizer, parameters)
+        if not _are_equal(values, self._values):
+            self._values = values
+            self._described = digest(self._describe(values))
+        found = [rule for rule in rules if rule is not None]
+        counts = [rule.t for rule in found] if self._are_alike else []
+        return digest(
+            (
+                options,
+                self._classes,
+                self._described,
+                bytes([rule.enabled for rule in found]),
+                bytes([rule._use_fp32_update for rule in found]),
+                counts[:1] if len({*counts}) == 1 else counts,
+            )
+        )
+
+    def lines(
+        self, options: Lines, optimizer: chainer.Optimizer, parameters: ParameterSet
+    ) -> Lines:
+        """Return what :meth:`digest` is of, in words. Local."""
+        found = [*options, *self._describe(self._look(optimizer, parameters))]
+        for name, param in parameters.all.items():
+            rule = param.update_rule
+            if rule is None:
+                found.append((f"the update rule of {name}", "None"))
+                continue
+            found += [
+                (f"the update rule of {name}", name_of(type(rule))),
+                (f"the update of {name}", "enabled" if rule.enabled else "disabled"),
+                (
+                    f"the update of {name} in float32 (use_fp32_update)",
+                    str(bool(rule._use_fp32_update)),
+                ),
+            ]
+            if self._are_alike:
+                found.append((f"the number of updates of {name}", str(rule.t)))
+        return found
+
+    def _look(self, optimizer: chainer.Optimizer, parameters: ParameterSet) -> list[_Value]:
+        """Return hyperparameters, loss scaling and hooks as they are now."""
+        found: list[_Value] = []
+        hyperparam = getattr(optimizer, "hyperparam", None)
+        if hyperparam is not None:
+            found += [("optimizer", *item) for item in hyperparam.get_dict().items()]
+        for key in _LOSS_SCALING if self._are_alike else _LOSS_SCALING[:1]:
+            found.append(("optimizer", key, getattr(optimizer, key, None)))
+        found += _look_at_hooks("optimizer", optimizer._hookable)
+        for name, param in parameters.all.items():
+            rule = param.update_rule
+            if rule is None:
+                continue
+            own = vars(rule.hyperparam)
+            if len(own) > 1:  # more than its parent
+                owner = f"the update rule of {name}"
+                found += [(owner, *item) for item in own.items() if item[0] != "_parent"]
+            hookable = rule._hookable
+            if hookable._pre_update_hooks or hookable._post_update_hooks:
+                found += _look_at_hooks(f"the update rule of {name}", hookable)
+        return found
+
+    def _describe(self, values: list[_Value]) -> Lines:
+        return [(f"{owner}.{key}", self._describe_one(value)) for owner, key, value, *_ in values]
+
+    def _describe_one(self, value: Any) -> str:
+        if is_plain(value) or is_of_chainer(value):
+            return describe(value)
+        known, text = self._known.get(id(value), (None, ""))
+        if known is not value:
+            if len(self._known) == _MOST_KNOWN:
+                self._known.clear()
+            text = describe(value)
+            self._known[id(value)] = value, text  # which keeps the object, and so its id
+        return text
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return functools.partial(Settings, are_alike=self._are_alike), ()
+
+
+def _look_at_hooks(owner: str, hookable: Any) -> list[_Value]:
+    """Return hooks in their order, and the attributes of Chainer's."""
+    found: list[_Value] = []
+    for time in ("_pre_update_hooks", "_post_update_hooks"):
+        hooks = getattr(hookable, time)
+        if hooks:
+            found.append((owner, time[1:], list(hooks)))
+        for name, hook in hooks.items():
+            attributes = dict(vars(hook)) if is_of_chainer(hook) else None
+            found.append((owner, f"hook {name}", hook, attributes))
+    return found
+
+
+def _are_equal(ones: list[_Value], others: list[_Value]) -> bool:
+    try:
+        return ones == others
+    except Exception:  # noqa: BLE001 - arrays, and what users compare as they like
+        return False
+
+
+def describe_states(parameters: ParameterSet) -> Lines:
+    """Describe the state of all update rules, which must be of the same kind on every rank. Local."""
+    found = []
+    for name, param in parameters.all.items():
+        rule = param.update_rule
+        if rule is not None:
+            kept = "not there" if rule.state is None else ", ".join(rule.state) or "empty"
+            found.append((f"the state of {name}", f"{kept} (after {rule.t} updates)"))
+    return found

@@ -1,0 +1,160 @@
+"""Whether the parameters of the ranks are equal, and making them so."""
+
+from __future__ import annotations
+
+import zlib
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from chainer_dist import exchange
+from chainer_dist.communicators.agreement import digest, raise_together
+from chainer_dist.errors import RankMismatchError
+from chainer_dist.exchange import ParameterSet, same
+from chainer_dist.optimizers.first_values import share_draws
+
+if TYPE_CHECKING:
+    from collections.abc import Container
+
+    import chainer
+
+    from chainer_dist.communicators import CommunicatorBase
+    from chainer_dist.communicators.arrays import Array
+
+__all__ = ["AS_KNOWN", "CHANGED", "LOADED", "Replicas"]
+
+# What a rank says of its parameters: they are those that the ranks last had alike; there are others,
+# or other arrays; the optimizer was loaded from a snapshot, and so, presumably, were they.
+AS_KNOWN, CHANGED, LOADED = range(3)
+
+
+class Replicas:
+    """What a rank knows of its parameters being equal to those of the others.
+
+    Values that are changed in place are not noticed, as that would mean to read all of them in
+    each update.
+    """
+
+    def __init__(self) -> None:
+        self._structure: exchange.Structure | None = None
+        self._arrays: list[Array] = []
+        self._is_loaded = False
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "_arrays": []}  # of a copy they are others
+
+    def invalidate(self) -> None:
+        """Take it that all values were loaded. Local."""
+        self._is_loaded = True
+
+    @property
+    def is_waiting(self) -> bool:
+        """Whether a parameter had no shape yet when the ranks last compared; the same on every rank."""
+        return any(spec is None for _, spec in self._structure or ())
+
+    @property
+    def is_loaded(self) -> bool:
+        """Whether a snapshot was loaded on this rank since the ranks last compared."""
+        return self._is_loaded
+
+    def has_structure_of(self, parameters: ParameterSet) -> bool:
+        """Tell whether there are the same parameters as when the ranks last compared. Local."""
+        return parameters.structure == self._structure
+
+    def knows(self, name: str, parameters: ParameterSet) -> bool:
+        """Tell whether a parameter was there, initialized, when the ranks last compared. Local."""
+        return (name, dict(parameters.structure)[name]) in (self._structure or ())
+
+    def compare(self, parameters: ParameterSet) -> tuple[int, int]:
+        """Return what is new since the ranks last compared, and a digest of the new values. Local.
+
+        Two ranks on which nothing is loaded, and whose structures and digests are equal, have equal
+        parameters if they had before. Where a parameter has got its shape the digest is of all,
+        as a link may draw the values of others at the same time.
+        """
+        if self._is_loaded:
+            return LOADED, 0
+        is_new = not self.has_structure_of(parameters)
+        if not is_new and same(self._arrays, parameters.arrays):
+            return AS_KNOWN, 0
+        replaced = [
+            (name, checksum(array))
+            for name, array, before in zip(
+                parameters.names,
+                parameters.arrays,
+                [None] * len(parameters.arrays) if is_new else self._arrays,
+            )
+            if array is not before
+        ]
+        return CHANGED, digest(replaced)
+
+    def keep(self, parameters: ParameterSet) -> None:
+        """Know that all ranks have these alike. Local.
+
+        Arrays that are replaced by the update of these parameters count as well.
+        """
+        self._structure = parameters.structure
+        self._arrays = [param.array for param in parameters.params]
+        self._is_loaded = False
+
+    def accept(self, comm: CommunicatorBase, model: chainer.Link) -> None:
+        """Know that all ranks have changed their parameters alike. Collective."""
+        self.keep(ParameterSet(model))
+        share_draws(comm, model)
+
+    def synchronize(
+        self,
+        comm: CommunicatorBase,
+        model: chainer.Link,
+        *,
+        has_gradients: bool,
+        kept: Container[str] = (),
+    ) -> None:
+        """Make the parameters of all ranks equal to rank 0's. Collective.
+
+        Args:
+            comm: Whose ranks become equal.
+            model: See :func:`~chainer_dist.exchange.bcast_data`.
+            has_gradients: Whether this rank has computed gradients from the values that it has,
+                which are of no use if others take their place.
+            kept: Names of parameters that stay as they are on each rank.
+
+        Raises:
+            RankMismatchError: On every rank, naming the rank and the parameter, if a rank has gradients
+                of other values, or if the ranks' parameters are not of the same structure.
+        """
+        parameters = ParameterSet(model)
+        before = {
+            name: checksum(array)
+            for name, array in zip(parameters.names, parameters.arrays)
+            if has_gradients and comm.size > 1 and name not in kept
+        }
+        exchange.bcast_data(comm, model)
+        parameters = ParameterSet(model)
+        self.keep(parameters)
+        share_draws(comm, model)
+        error = None
+        for name, array in zip(parameters.names, parameters.arrays):
+            if name in before and before[name] != checksum(array):
+                error = RankMismatchError(
+                    f"{name} had other values than on rank 0 when its gradient was computed. It has "
+                    "those of rank 0 now, and nothing was updated. If the layer gets its shape in "
+                    "the first forward pass, its initializer must draw from numpy.random, and all "
+                    "ranks must come to such layers in the same order; or give the layer its size. "
+                    "If parameters were loaded or replaced, do so on every rank, or call "
+                    "comm.bcast_data(model) before the loss is computed"
+                )
+                break
+        raise_together(comm, error)
+
+
+def checksum(array: Array) -> int:
+    """Return a number that is the same for equal values of a dtype. Local.
+
+    Of what is no NumPy array, and cannot be exchanged, it is 0.
+    """
+    if not (isinstance(array, np.ndarray) and array.size):
+        return 0
+    contiguous = array if array.flags.c_contiguous else array.copy(order="C")
+    flat: Any = contiguous.reshape(-1).view(np.uint8)
+    return zlib.crc32(flat)
