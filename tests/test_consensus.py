@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fractions
 import functools
+import io
 import threading
 
 import chainer
@@ -20,6 +21,7 @@ from chainer_dist import (
     create_local_sgd_optimizer,
     create_multi_node_optimizer,
 )
+from chainer_dist.compression import PowerSGD, TopK
 from chainer_dist.optimizers.descriptions import describe
 from conftest import on_nodes
 
@@ -90,8 +92,12 @@ class CountingHook:
     name = "CountingHook"
 
     def __init__(self, comm):
-        self.comm = comm
+        self.group = comm
         self.rank = comm.rank
+        self.file = io.StringIO() if comm.rank == 0 else None
+        self.label = f"rank {comm.rank}"
+        self.data = np.full(2000, comm.rank)
+        self.others = [self, comm.rank, None]
         self.calls = 0
 
     def __call__(self, optimizer):
@@ -281,9 +287,7 @@ ALIKE = {
     "an array of one number": lambda o, comm: setattr(o, "lr", np.array(0.1) if comm.rank else 0.1),
     "a list": lambda o, comm: setattr(o.hyperparam, "betas", [0, 1] if comm.rank else (0.0, 1.0)),
     "a schedule": lambda o, comm: setattr(o.hyperparam, "schedule", Schedule(comm, 0.1, 0.2)),
-    "a function": lambda o, comm: setattr(
-        o.hyperparam, "schedule", lambda t: 0.1 * t * (comm is not None)
-    ),
+    "a function": lambda o, comm: setattr(o.hyperparam, "schedule", lambda t: 0.1 * t * comm.size),
     "a partial function": lambda o, comm: setattr(
         o.hyperparam, "schedule", functools.partial(Schedule, comm, 3)
     ),
@@ -440,6 +444,19 @@ def test_replaced_before_a_backward_by_hand(way):
         assert_equal_on_all_ranks(comm, model)
 
 
+def test_compressions_with_other_numbers_are_named(comm):
+    """One rank would send factors or positions of another number than the others expect."""
+    is_last = comm.rank == comm.size - 1
+    for name, compression in (
+        ("rank", PowerSGD(1 + is_last)),
+        ("density", TopK(0.1 + is_last / 2)),
+    ):
+        optimizer = create_multi_node_optimizer(optimizers.SGD(0.1), comm, compression=compression)
+        if comm.size > 1:
+            with pytest.raises(RankMismatchError, match=f"compression.*{name}"):
+                optimizer.setup(make_model())
+
+
 def test_local_sgd_keeps_loss_scales_of_its_own(comm):
     """There a rank's scale follows its own gradients, and only whether it is dynamic is compared."""
     model = make_model()
@@ -468,7 +485,7 @@ EQUAL = [
     [{"a": 1, "b": 2}, {"b": 2.0, "a": 1}],
     [{1, 2}, frozenset([2.0, 1])],
     [np.arange(3), np.arange(3.0), np.arange(3, dtype=np.float32)],
-    [Slots(1, "a"), Slots(1.0, "a")],
+    [Slots(1, 2), Slots(1.0, 2)],
     [functools.partial(max, 1), functools.partial(max, 1.0)],
 ]
 
@@ -478,7 +495,7 @@ def test_descriptions_tell_values_apart():
     found = [{describe(value) for value in values} for values in EQUAL]
     assert [len(each) for each in found] == [1] * len(EQUAL)
     assert len(set.union(*found)) == len(EQUAL)
-    others = ["1", b"1", None, 1j, Slots(1, "b"), Slots, [1, 3], max, np.float32(0.1), 0.1, 10**400]
+    others = ["1", b"1", None, 1j, Slots(1, 3), Slots, [1, 3], max, np.float32(0.1), 0.1, 10**400]
     assert len({describe(value) for value in others} | set.union(*found)) == len(others) + len(
         found
     )

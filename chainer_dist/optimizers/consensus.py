@@ -3,7 +3,7 @@
 Ranks that update by different rules or hooks, or freeze different layers, part without a word, or
 wait for one another forever. So all of it is compared in each update, by a digest. Where a value is
 equal it counts as equal: ``1`` and ``numpy.float64(1)`` are, and so are two objects of one class with
-equal attributes, although each rank has its own.
+equal numbers, although each rank has its own.
 """
 
 from __future__ import annotations

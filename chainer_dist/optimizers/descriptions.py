@@ -11,16 +11,15 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Mapping
 
 __all__ = ["describe", "is_of_chainer", "is_plain", "name_of"]
 
-_DEEPEST = 5  # objects within objects
+_DEEPEST = 5  # sequences within sequences
+_LONGEST = 1000  # a longer sequence within an object is taken for data
 
 # Attributes of a user's objects that are each rank's own.
-_OF_A_RANK = frozenset(
-    {"comm", "communicator", "rank", "intra_rank", "inter_rank", "local_rank", "logger"}
-)
+_OF_A_RANK = frozenset({"rank", "intra_rank", "inter_rank", "local_rank"})
 
 
 def is_plain(value: Any) -> bool:
@@ -42,8 +41,9 @@ def describe(value: Any, depth: int = 0) -> str:
     """Return a text that is the same for equal values. Local.
 
     Numbers are compared by value, whatever their type, arrays by shape and content, sequences,
-    sets and dicts by what is in them, functions by name, constants and what they enclose, and other
-    objects by class and attributes. What cannot be looked into is compared by its class.
+    sets and dicts by what is in them. Functions and other objects are compared by their class and
+    the numbers in them: what they hold besides, such as a file, a model or a rank's own data, may
+    differ on ranks that do the same.
 
     Args:
         value: Anything.
@@ -54,7 +54,7 @@ def describe(value: Any, depth: int = 0) -> str:
 
 @functools.singledispatch
 def _describe(value: Any, depth: int) -> str:
-    return f"{name_of(type(value))}({_describe_items(_attributes(value).items(), depth)})"
+    return f"{name_of(type(value))}({_describe_items(_attributes(value), depth)})"
 
 
 @_describe.register(str)
@@ -106,7 +106,7 @@ def _describe_set(value: Any, depth: int) -> str:
 
 @_describe.register(dict)
 def _describe_dict(value: dict[Any, Any], depth: int) -> str:
-    return f"{{{_describe_items(value.items(), depth)}}}"
+    return f"{{{_describe_items(value, depth)}}}"
 
 
 @_describe.register(type)
@@ -123,14 +123,13 @@ def _describe_method(value: types.MethodType, depth: int) -> str:
 @_describe.register(types.FunctionType)
 def _describe_function(value: types.FunctionType, depth: int) -> str:
     code = value.__code__
-    items = [
-        ("constants", [each for each in code.co_consts if is_plain(each)]),
-        ("names", code.co_names),
-        ("defaults", value.__defaults__),
-        ("keywords", value.__kwdefaults__),
-        *zip(code.co_freevars, map(_content, value.__closure__ or ())),
-    ]
-    return f"function {name_of(value)}({_describe_items(items, depth)})"
+    items: dict[Any, Any] = {
+        "constants": [each for each in code.co_consts if _is_numeric(each)],
+        **dict(enumerate(value.__defaults__ or ())),
+        **(value.__kwdefaults__ or {}),
+        **dict(zip(code.co_freevars, map(_content, value.__closure__ or ()))),
+    }
+    return f"function {name_of(value)}({_describe_items(_numbers_in(items), depth)})"
 
 
 def _content(cell: types.CellType) -> Any:
@@ -140,28 +139,46 @@ def _content(cell: types.CellType) -> Any:
         return None
 
 
-def _describe_items(items: Iterable[tuple[Any, Any]], depth: int) -> str:
-    named = [(key if isinstance(key, str) else describe(key, depth + 1), it) for key, it in items]
+def _describe_items(items: Mapping[Any, Any], depth: int) -> str:
+    named = [
+        (key if isinstance(key, str) else describe(key, depth + 1), it) for key, it in items.items()
+    ]
     return ", ".join(
         f"{key}={describe(value, depth + 1)}"
         for key, value in sorted(named, key=lambda item: item[0])
-        if key not in _OF_A_RANK
     )
 
 
-def _attributes(value: Any) -> dict[str, Any]:
-    """Return what an object consists of, as far as it can be told."""
-    found = dict(getattr(value, "__dict__", {}))
+def _attributes(value: Any) -> dict[Any, Any]:
+    """Return the numbers that an object holds, as far as they can be told."""
+    found: dict[Any, Any] = dict(getattr(value, "__dict__", {}))
     for kind in type(value).__mro__:
         slots = kind.__dict__.get("__slots__", ())
         for name in (slots,) if isinstance(slots, str) else slots:
             if hasattr(value, name):
                 found[name] = getattr(value, name)
-    if not found:
-        try:  # an object of C, such as functools.partial
-            reduced = value.__reduce_ex__(4)
-        except Exception:  # noqa: BLE001 - what cannot be pickled has its class only
-            return {}
-        if isinstance(reduced, tuple):
-            found["content"] = [each for each in reduced[1:3] if each is not None]
-    return found
+    if isinstance(value, functools.partial):
+        found = {**dict(enumerate(value.args)), **value.keywords}
+    return _numbers_in(found)
+
+
+def _numbers_in(items: Mapping[Any, Any]) -> dict[Any, Any]:
+    return {
+        key: value for key, value in items.items() if key not in _OF_A_RANK and _is_numeric(value)
+    }
+
+
+def _is_numeric(value: Any, depth: int = 0) -> bool:
+    """Tell whether a value is a number, or numbers in a sequence, a set or a dict."""
+    if isinstance(value, (numbers.Number, np.bool_)):
+        return True
+    if isinstance(value, np.ndarray):
+        return value.dtype.kind in "biufc" and value.size <= _LONGEST
+    if isinstance(value, dict):
+        value = list(value.values())
+    return (
+        isinstance(value, (list, tuple, set, frozenset))
+        and len(value) <= _LONGEST
+        and depth < _DEEPEST
+        and all(_is_numeric(each, depth + 1) for each in value)
+    )

@@ -30,7 +30,7 @@ from chainer_dist.optimizers.consensus import (
     Verdict,
     describe_states,
 )
-from chainer_dist.optimizers.descriptions import name_of
+from chainer_dist.optimizers.descriptions import describe, name_of
 from chainer_dist.optimizers.overlap import Overlap
 from chainer_dist.optimizers.replicas import AS_KNOWN, CHANGED, Replicas
 from chainer_dist.sharding import ShardedUpdate, Signature, obstacle
@@ -647,9 +647,9 @@ class MultiNodeOptimizer:
         # Ranks that differ in these would not even communicate at the same time.
         options = self._options._replace(compression=None, accumulate_steps=0)._asdict()
         options["zero_fill"] = self.zero_fill
-        options["compression"] = name_of(type(self._options.compression))
+        options["compression"] = _describe_compression(self._options.compression)
         lines = [
-            (f"the option {name} of the multi-node optimizer", repr(value))
+            (f"the option {name} of the multi-node optimizer", str(value))
             for name, value in options.items()
         ]
         lines.append(("the multi-node optimizer", type(self).__name__))
@@ -721,3 +721,15 @@ class MultiNodeOptimizer:
         own = {**self.__dict__, **self._FRESH}
         twin.__dict__.update({key: copy_one(value) for key, value in own.items()})
         return twin
+
+
+def _describe_compression(compression: Compression | None) -> str:
+    """Return the class and the numbers of a compression, without what it keeps of gradients."""
+    if compression is None:
+        return "None"
+    numbers = {
+        name: value
+        for name, value in vars(compression).items()
+        if not name.startswith("_") and name != "sent"
+    }
+    return f"{name_of(type(compression))} {describe(numbers)}"
