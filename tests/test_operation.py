@@ -127,7 +127,7 @@ def test_an_operation_within_one_of_another_communicator_counts(comm):
 
 
 def test_an_update_has_stages(any_comm, recorder):
-    """Forward, backward, the comparison in which ranks wait, the exchange, and the update."""
+    """Two comparisons in which ranks wait, forward and backward between them, exchange, and update."""
     model = chainer.links.Linear(3, 2)
     optimizer = chainer_dist.create_multi_node_optimizer(chainer.optimizers.SGD(), any_comm)
     optimizer.setup(model)
@@ -136,13 +136,14 @@ def test_an_update_has_stages(any_comm, recorder):
     recorder.seen.clear()
     optimizer.update(lambda: chainer.functions.sum(model(x)))
     names = [(text, category) for text, _, depth, category in recorder.seen if depth == 1]
-    assert names[:3] == [
+    assert names[:4] == [
+        ("comparison of parameters", "waiting"),
         ("forward", "forward"),
         ("backward", "backward"),
-        ("comparison of parameters", "waiting"),
+        ("comparison of gradients", "waiting"),
     ]
     if any_comm.size > 1:
-        assert {category for _, category in names[3:]} == {"exchange"}
+        assert {category for _, category in names[4:]} == {"exchange"}
     text, _, depth, category = recorder.seen[-1]
     assert (text, depth, category) == ("update", 0, "update")
     numbers = [number for _, number, _, _ in recorder.seen if number]

@@ -171,7 +171,7 @@ def test_stalls_that_end(ranks):
         rf"rank 0 in gather\(x=\(3,\) float64\), operation 5 {of}, which waits for rank {last}\n",
         late + r"in no collective, at <string>:\d+ in spinning\n",
         rf"rank 0 in recv_obj\(source={last}\) {of}, which waits for rank {last}\n",
-        rf"rank 0 in comparison of parameters, operation \d+ {of}, which waits for rank {last}\n",
+        rf"rank 0 in comparison of gradients, operation \d+ {of}, which waits for rank {last}\n",
         late + r"in no collective but in forward, at <string>:\d+ in sleeping\n",
         r"over after [\d.]+ s: rank 0 in allgather_obj\(obj=0\), operation 3 ",
     ]:

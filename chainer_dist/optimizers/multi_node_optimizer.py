@@ -53,14 +53,12 @@ _logger = logging.getLogger("chainer_dist")
 
 _FORWARD = Kind("forward", FORWARD, waits=False)
 _BACKWARD = Kind("backward", BACKWARD, waits=False)
-# The first that all ranks do after backward: here they wait for the slowest.
-_COMPARE = Kind("comparison of parameters", WAITING)
+# The first that all ranks do in an update, and after backward: there they wait for the slowest.
+_COMPARISONS = Kind("comparison of parameters", WAITING), Kind("comparison of gradients", WAITING)
 _GATHER = Kind("gathering of the state", EXCHANGE)
 _CHOOSE = Kind("choice of the update", EXCHANGE)
 
-# At which comparison of an update a rank is.
-_BEFORE, _AFTER = range(2)
-_STAGES = ("comparing parameters before the loss", "comparing gradients after backward")
+_BEFORE, _AFTER = range(2)  # at which of an update's comparisons a rank is
 
 
 class Options(NamedTuple):
@@ -542,14 +540,14 @@ class MultiNodeOptimizer:
         comm, replicas = self._connected(), self._replicas
         state, values = replicas.compare(parameters)
         report = report._replace(structure=parameters.digest, state=state, values=values)
-        with Operation(_COMPARE, comm):
+        with Operation(_COMPARISONS[report.stage], comm):
             same = Report(*agree(comm, *report))
         if not same.stage:
             subject = (
                 "the update (were parameters changed, or a snapshot loaded, on some ranks only, amid "
                 "batches that are accumulated?)"
             )
-            raise_mismatch(comm, [(subject, _STAGES[report.stage])])
+            raise_mismatch(comm, [(subject, f"at the {_COMPARISONS[report.stage].name}")])
         if not same.t:
             subject = "optimizer.t (was a snapshot loaded on some ranks only?)"
             raise_mismatch(comm, [(subject, str(report.t))])

@@ -117,9 +117,9 @@ class Design(NamedTuple):
 DESIGNS = {
     "naive": Design(by_tensor=True, overlaps=False, width=1.0, by_node=False, comparisons=0),
     "flat": Design(by_tensor=False, overlaps=False, width=1.0, by_node=False, comparisons=0),
-    "multi-leader": Design(by_tensor=False, overlaps=False, width=1.0, by_node=True, comparisons=1),
-    "overlap": Design(by_tensor=False, overlaps=True, width=1.0, by_node=True, comparisons=2),
-    "float16": Design(by_tensor=False, overlaps=True, width=0.5, by_node=True, comparisons=2),
+    "multi-leader": Design(by_tensor=False, overlaps=False, width=1.0, by_node=True, comparisons=2),
+    "overlap": Design(by_tensor=False, overlaps=True, width=1.0, by_node=True, comparisons=3),
+    "float16": Design(by_tensor=False, overlaps=True, width=0.5, by_node=True, comparisons=3),
 }
 
 
