@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import json
+import pickle
+import subprocess
+import tempfile
 import threading
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+
+from chainer_dist.communicators import agreement
 
 OBJECTS = st.recursive(
     st.none() | st.booleans() | st.integers() | st.text() | st.binary(),
@@ -83,26 +89,194 @@ def test_large_buffers_are_shared_with_nobody(comm):
     ]
 
 
+OPERATIONS = {
+    "bcast": lambda comm, obj, root: comm.bcast_obj(obj, root=root),
+    "gather": lambda comm, obj, _: comm.gather_obj(obj, root=0),
+    "allgather": lambda comm, obj, _: comm.allgather_obj(obj),
+    "scatter": lambda comm, obj, root: comm.scatter_obj([obj] * comm.size, root=root),
+    "allreduce": lambda comm, obj, _: comm.allreduce_obj(obj),
+}
+
+
 @pytest.mark.parametrize("wrong", ["first", "last"])
-@pytest.mark.parametrize("operation", ["bcast", "gather", "allgather", "scatter", "allreduce"])
+@pytest.mark.parametrize("operation", OPERATIONS)
 def test_an_object_that_cannot_be_pickled(comm, operation, wrong):
-    """The error of one rank is raised wherever its object was expected, and nobody hangs."""
+    """The error of one rank is raised on all, and nobody hangs."""
     culprit = 0 if wrong == "first" else comm.size - 1
     obj = threading.Lock() if comm.rank == culprit else 1
-    calls = {
-        "bcast": lambda: comm.bcast_obj(obj, root=culprit),
-        "gather": lambda: comm.gather_obj(obj, root=0),
-        "allgather": lambda: comm.allgather_obj(obj),
-        "scatter": lambda: comm.scatter_obj([obj] * comm.size, root=culprit),
-        "allreduce": lambda: comm.allreduce_obj(obj),
-    }
-    if operation == "gather" and comm.rank not in (0, culprit):
-        calls[operation]()
-    else:
-        match = f"rank {culprit}: cannot pickle" if comm.size > 1 else "cannot pickle"
-        with pytest.raises(TypeError, match=match):
-            calls[operation]()
+    match = f"rank {culprit}: cannot pickle" if comm.size > 1 else "cannot pickle"
+    with pytest.raises(TypeError, match=match):
+        OPERATIONS[operation](comm, obj, culprit)
     assert comm.allgather_obj(comm.rank) == list(range(comm.size))
+
+
+class TwoArgumentsError(LookupError):
+    """One that cannot be made of a text alone."""
+
+    def __init__(self, first, second):
+        super().__init__(f"{first} and {second}")
+
+
+class MuteError(ArithmeticError):
+    """One that has no text."""
+
+    def __str__(self):
+        raise RuntimeError("no text")
+
+    __repr__ = __str__
+
+
+class ForgetfulError(BufferError):
+    """One that says the same whatever it is made of."""
+
+    def __str__(self):
+        return "always the same"
+
+
+class UnpicklableError(OSError):
+    """One whose instances cannot be pickled, nor copied."""
+
+    def __reduce_ex__(self, protocol):
+        raise pickle.PicklingError("never")
+
+
+def strange_errors():
+    """Return errors that are hard to tell of, each with the class and the text that arrive."""
+
+    class Text(str):
+        """A text of a class that nobody else knows."""
+
+        __slots__ = ()
+
+    class LocalError(KeyError):
+        def __str__(self):
+            return Text("its reason")
+
+    class LockedError(Exception):
+        def __init__(self, text):
+            super().__init__(text, threading.Lock())
+            self.file = tempfile.TemporaryFile()  # noqa: SIM115
+
+        def __str__(self):
+            return self.args[0]
+
+    class LocalExit(SystemExit):
+        pass
+
+    class LocalBaseError(BaseException):
+        pass
+
+    return {
+        "plain": (ValueError("why"), ValueError, "why"),
+        "of a module": (json.JSONDecodeError("why", "doc", 2), ValueError, "JSONDecodeError: why"),
+        "exit": (SystemExit("why"), SystemExit, "why"),
+        "interrupt": (KeyboardInterrupt("why"), KeyboardInterrupt, "why"),
+        "local": (LocalError("x"), KeyError, "LocalError: its reason"),
+        "with a lock": (LockedError("why"), RuntimeError, "LockedError: why"),
+        "local exit": (LocalExit(3), SystemExit, "LocalExit: 3"),
+        "local base": (LocalBaseError("why"), RuntimeError, "LocalBaseError: why"),
+        "two arguments": (TwoArgumentsError(1, 2), LookupError, "TwoArgumentsError: 1 and 2"),
+        "two arguments of a library": (
+            subprocess.CalledProcessError(3, "true"),
+            subprocess.SubprocessError,
+            "CalledProcessError: .* status 3",
+        ),
+        "mute": (MuteError("x"), ArithmeticError, r"MuteError: \(no text: .* raises RuntimeError"),
+        "forgetful": (ForgetfulError("x"), BufferError, "ForgetfulError: always the same"),
+        "unpicklable": (UnpicklableError("why"), UnpicklableError, "why"),
+    }
+
+
+class Raising:
+    """An object that raises when it is pickled, or when it is unpickled on some rank."""
+
+    def __init__(self, error, *, sends=False, where=()):
+        self.error, self.sends, self.where = error, sends, where
+
+    def __reduce__(self):
+        if not self.sends:
+            raise self.error
+        return revive, (self.where,)
+
+    def __add__(self, other):
+        return self
+
+
+_here = None  # this rank, and the error that it is to raise
+
+
+def revive(where):
+    """Return such an object, or raise what this rank is to raise."""
+    rank, error = _here
+    if rank in where:
+        raise error
+    return Raising(None, sends=True, where=where)
+
+
+@pytest.mark.parametrize("case", strange_errors())
+def test_errors_of_any_class(comm, case):
+    """Class, or the nearest that can be had, and text reach every rank; the cause stays where it was."""
+    error, kind, text = strange_errors()[case]
+    culprit = comm.size - 1
+    mine = error if comm.rank == culprit else None
+    if comm.size == 1:
+        with pytest.raises(type(error)) as caught:
+            agreement.raise_together(comm, mine)
+        assert caught.value is error
+        return
+    for attempt in (
+        lambda: agreement.raise_together(comm, mine),
+        lambda: comm.allgather_obj(Raising(error) if mine else 1),
+        lambda: comm.bcast_obj(Raising(error) if mine else None, root=culprit),
+    ):
+        with pytest.raises(kind, match=f"rank {culprit}: {text}") as caught:
+            attempt()
+        assert type(caught.value) is kind
+        assert caught.value.__cause__ is mine
+    if comm.rank == culprit:
+        with pytest.raises(kind, match=f"rank {culprit}: {text}"):
+            comm.send_obj(Raising(error), 0)
+    if comm.rank == 0:
+        with pytest.raises(kind, match=f"rank {culprit}: {text}"):
+            comm.recv_obj(culprit)
+    assert comm.allgather_obj(comm.rank) == list(range(comm.size))
+
+
+@pytest.mark.parametrize("case", strange_errors())
+def test_an_error_made_anew_of_its_class(case):
+    """What is raised in the place of another error, with more words, is of its class or the nearest."""
+    error, kind, text = strange_errors()[case]
+    with pytest.raises((type(error), kind), match="more words"):
+        raise agreement.rebuild_error(type(error), f"more words: {text}") from error
+
+
+@pytest.mark.parametrize("wrong", ["first", "last"])
+@pytest.mark.parametrize("operation", OPERATIONS)
+def test_an_object_that_one_rank_cannot_unpickle(comm, operation, wrong, monkeypatch):
+    """All ranks raise what that one has met, and nobody hangs."""
+    receivers = {"gather": [0], "bcast": range(1, comm.size)}.get(operation, range(comm.size))
+    if not receivers:
+        pytest.skip("nobody receives anything")
+    culprit = receivers[0 if wrong == "first" else -1]
+    mine = ValueError("cannot revive")
+    monkeypatch.setattr(f"{__name__}._here", (comm.rank, mine))
+    obj = Raising(None, sends=True, where=[culprit])
+    with pytest.raises(ValueError, match="cannot revive") as caught:
+        OPERATIONS[operation](comm, obj, 0)
+    if comm.size > 1:
+        assert str(caught.value).startswith("rank ")
+        assert f"rank {culprit}: " in str(caught.value)
+        assert caught.value.__cause__ is (mine if comm.rank == culprit else None)
+    assert comm.allgather_obj(comm.rank) == list(range(comm.size))
+
+
+@pytest.mark.parametrize("rank", ["0", MuteError, Raising(None), 10**9, -1, None])
+def test_something_that_is_no_rank(comm, rank):
+    """It is refused on every rank, whatever it is, also if one rank only has it."""
+    if rank is MuteError:
+        rank = MuteError()
+    with pytest.raises(ValueError, match=r"root is .*, expected a rank"):
+        agreement.agreed_rank(comm, rank if comm.rank == 0 else 0, "root")
 
 
 def test_all_ranks_begin_to_send(comm):

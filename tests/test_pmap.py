@@ -212,6 +212,19 @@ class Untransportable:
         return no_way_in, ()
 
 
+def test_results_that_other_ranks_cannot_unpickle(comm):
+    """All ranks raise what those have met, and none waits."""
+    if comm.size == 1:
+        pytest.skip("nothing is unpickled")
+
+    def function(_):
+        return Untransportable() if comm.rank == 0 else 1
+
+    with pytest.raises(ValueError, match="rank 1: no way in"):
+        list(pmap(function, range(comm.size), comm, chunksize=1, everywhere=True))
+    assert comm.allgather_obj(comm.rank) == list(range(comm.size))
+
+
 def test_large_items_and_results(comm):
     """Several megabytes go both ways at once, and nobody waits for ever for the other to receive."""
     arrays = [np.full(400_000 + i, i, np.float64) for i in range(6 * comm.size)]
@@ -262,7 +275,8 @@ def test_errors_of_the_items(comm):
         with pytest.raises(ArithmeticError, match=where):
             list(pmap(triple, items(ArithmeticError), comm, chunksize=3, everywhere=everywhere))
     seen = []
-    with pytest.raises(Exception, match="out of items"):
+    where = "^rank 0: Local: out of items" if comm.rank else "out of items"
+    with pytest.raises(Exception, match=where):
         consume(pmap(triple, items(Local), comm, chunksize=3), seen)
     assert seen == ([0, 3, 6, 9, 12] if comm.rank == 0 else [])
 

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import hashlib
 import operator
-from typing import TYPE_CHECKING, NoReturn, Optional
+import pickle
+from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn, Optional
 
 import numpy as np
 
@@ -17,15 +18,32 @@ from chainer_dist.communicators.operation import WAITING, Kind, Operation
 from chainer_dist.errors import RankMismatchError
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Callable, Iterable, Mapping, Sequence
 
     from chainer_dist.communicators.objects import ObjectCommunicator
 
+
+class ErrorClass(NamedTuple):
+    """The class of an error. Every rank can receive it, whatever the class is.
+
+    Attributes:
+        name: Its name.
+        pickles: Of it and of the classes that it is derived from, nearest first. Empty bytes stand for
+            one that cannot be pickled; one of the others may be unknown to another rank.
+    """
+
+    name: str
+    pickles: list[bytes]
+
+
 # What a rank tells the others of its error: class and text.
-Failure = Optional[tuple[type[BaseException], str]]
+Failure = Optional[tuple[ErrorClass, str]]
 
 # Often the first that ranks do together, so here they wait for the slowest.
 _AGREE = Kind("agreement", WAITING)
+
+# Classes that say nothing of what went wrong.
+_GENERAL = (Exception, BaseException, object)
 
 _MASK = (1 << 62) - 1  # a digest and its negative both fit int64
 
@@ -74,8 +92,8 @@ def agreed_rank(comm: ObjectCommunicator, rank: object, name: str) -> int:
     """
     try:
         mine: int | str = operator.index(rank)  # type: ignore[arg-type]  # the error is caught
-    except TypeError:
-        mine = repr(rank)
+    except Exception:  # noqa: BLE001 - it may be any object
+        mine = _words(rank, repr)
     ranks = comm.allgather_obj(mine)
     for number, each in enumerate(ranks):
         if not isinstance(each, int) or not 0 <= each < comm.size:
@@ -123,31 +141,45 @@ def raise_mismatch(comm: ObjectCommunicator, lines: Sequence[tuple[str, str]]) -
 
 
 def raise_together(comm: ObjectCommunicator, error: BaseException | None) -> None:
-    """Raise on every rank if any rank has an error. Collective.
+    """Raise on every rank if any rank has an error. Collective: one small allreduce if none has.
 
     Args:
         comm: The communicator whose ranks ask.
         error: What went wrong on this rank, or None.
 
     Raises:
-        BaseException: The error of the lowest rank that has one, of the same class where that
-            class takes a message (RuntimeError otherwise), its text preceded by that rank.
-            On a rank that had an error of its own, that one is its cause.
+        BaseException: What :func:`raise_first` raises of the ranks' errors.
     """
+    from mpi4py import MPI
+
     if comm.size == 1:
         if error is not None:
             raise error
         return
-    raise_first(dict(enumerate(comm.allgather_obj(describe_error(error)))), error)
+    has_failed = np.array([error is not None])
+    with Operation(_AGREE, comm):
+        comm.mpi_comm.Allreduce(MPI.IN_PLACE, has_failed, MPI.LOR)
+        if not has_failed[0]:
+            return
+        failures = comm.mpi_comm.allgather(describe_error(error))
+    raise_first(dict(enumerate(failures)), error)
 
 
 def describe_error(error: BaseException | None) -> Failure:
     """Return what other ranks are told of an error, or None. Local."""
-    return None if error is None else (type(error), str(error) or repr(error))
+    if error is None:
+        return None
+    kind = type(error)
+    text = _words(error, str) or _words(error, repr)
+    return ErrorClass(kind.__name__, [_pickled(each) for each in _lineage(kind)]), text
 
 
 def raise_first(failures: Mapping[int, Failure], error: BaseException | None) -> None:
     """Raise what the lowest rank that failed described, if any did. Local.
+
+    It is of the same class if that class can be had here and takes a message. Otherwise it is of the
+    nearest class that it is derived from, RuntimeError in the place of Exception, and its text says the
+    name of the class.
 
     Args:
         failures: For each rank what :func:`describe_error` returned there.
@@ -155,13 +187,51 @@ def raise_first(failures: Mapping[int, Failure], error: BaseException | None) ->
     """
     for rank, failure in failures.items():
         if failure is not None:
-            kind, text = failure
-            raise rebuild_error(kind, f"rank {rank}: {text}") from error
+            (name, pickles), text = failure
+            raise _rebuilt(name, map(_unpickled, pickles), text, f"rank {rank}: ") from error
 
 
 def rebuild_error(kind: type[BaseException], text: str) -> BaseException:
-    """Return an exception of class ``kind`` with message ``text``, or a RuntimeError naming it."""
+    """Return an error with message ``text``, of the class that :func:`raise_first` would take. Local."""
+    return _rebuilt(kind.__name__, _lineage(kind), text, "")
+
+
+def _rebuilt(name: str, kinds: Iterable[Any], text: str, where: str) -> BaseException:
+    message = where + text
+    for kind in kinds:
+        try:
+            error = kind(message)
+            said = str(error)
+            if isinstance(error, BaseException) and (message in said or repr(message) in said):
+                return error
+        except Exception:  # noqa: BLE001, S110 - a class may want any arguments, or refuse in any way
+            pass
+        message = f"{where}{name}: {text}"
+    return RuntimeError(f"{where}{name}: {text}")
+
+
+def _lineage(kind: type[BaseException]) -> list[type]:
+    """Return a class and those that it is derived from, but for the most general ones."""
+    return [kind, *(each for each in kind.__mro__[1:] if each not in _GENERAL)]
+
+
+def _pickled(kind: type) -> bytes:
     try:
-        return kind(text)
-    except Exception:  # noqa: BLE001 - a class may want any arguments, or refuse in any way
-        return RuntimeError(f"{kind.__name__}: {text}")
+        return pickle.dumps(kind)
+    except Exception:  # noqa: BLE001 - such as a class that is made in a function
+        return b""
+
+
+def _unpickled(data: bytes) -> Any:
+    try:
+        return pickle.loads(data)
+    except Exception:  # noqa: BLE001 - its module may be missing here, or raise anything
+        return None
+
+
+def _words(value: object, way: Callable[[object], str]) -> str:
+    """Return what ``str`` or ``repr`` makes of an object, or that it makes nothing."""
+    try:
+        return str.__str__(way(value))  # that of a derived class might not be pickled
+    except Exception as error:  # noqa: BLE001 - methods of users may raise anything
+        return f"(no text: its __{way.__name__}__ raises {type(error).__name__})"

@@ -45,7 +45,7 @@ class ArrayCommunicator(ObjectCommunicator):
         """
         message, error = self._attempt(lambda: _checked_arrays(data, "send"))
         self._pkl5.send(message, dest=dest, tag=tag)
-        self._raise_if_failed(message, error)
+        self._raise_failure(message, error)
 
     @point_to_point
     def recv(self, source: int, tag: int) -> ArrayOrTuple:
@@ -77,11 +77,9 @@ class ArrayCommunicator(ObjectCommunicator):
             TypeError: On every rank, if ``x`` is not an array on root.
         """
         del max_buf_len
+        received = self._bcast(lambda: _checked_array(x, "bcast"), root)
         if self.rank != root:
-            return _writable(self._opened(self._pkl5.bcast(None, root=root)))
-        message, error = self._attempt(lambda: _checked_array(x, "bcast"))
-        self._pkl5.bcast(message, root=root)
-        self._raise_if_failed(message, error)
+            return _writable(received)
         assert x is not None  # noqa: S101 - for the type checker: None was refused above
         return x
 
@@ -97,7 +95,7 @@ class ArrayCommunicator(ObjectCommunicator):
             A tuple of ``size`` new arrays in the order of rank on root, None elsewhere.
 
         Raises:
-            TypeError: If a rank passes no array: there, and on root.
+            TypeError: On every rank, if any rank passes no array.
         """
         arrays = self._gather(lambda: _checked_array(x, "gather"), root)
         return None if arrays is None else _writable_all(arrays)

@@ -1,8 +1,8 @@
 """Python objects between ranks.
 
 mpi4py's pkl5 does the transport: pickle protocol 5, with large buffers sent as they lie in
-memory, and any size beyond 2 GiB. What is added here is that an object which cannot be pickled
-raises on the ranks that would have received it as well, instead of leaving them waiting.
+memory, and any size beyond 2 GiB. What is added here is that an object which cannot be pickled, or
+unpickled on some rank, raises on all ranks, instead of leaving some of them waiting.
 """
 
 from __future__ import annotations
@@ -10,9 +10,14 @@ from __future__ import annotations
 import functools
 import operator
 import pickle
-from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn, cast
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
-from chainer_dist.communicators.agreement import rebuild_error
+from chainer_dist.communicators.agreement import (
+    Failure,
+    describe_error,
+    raise_first,
+    raise_together,
+)
 from chainer_dist.communicators.group import Group
 from chainer_dist.communicators.operation import collective, point_to_point
 
@@ -34,8 +39,7 @@ class _Failed(NamedTuple):
     """What travels instead of an object that its rank could not send."""
 
     rank: int
-    kind: type[BaseException]
-    text: str
+    failure: Failure
 
 
 class ObjectCommunicator(Group):
@@ -55,7 +59,7 @@ class ObjectCommunicator(Group):
         """
         message, error = self._attempt(lambda: obj)
         self._pkl5.send(message, dest=dest, tag=tag)
-        self._raise_if_failed(message, error)
+        self._raise_failure(message, error)
 
     def isend_obj(self, obj: Any, dest: int, tag: int = 0) -> pkl5.Request:
         """Begin to send an object to rank ``dest``, which must call :meth:`recv_obj`. Returns at once.
@@ -76,7 +80,7 @@ class ObjectCommunicator(Group):
         request = self._pkl5.isend(message, dest=dest, tag=tag)
         if error is not None:
             request.wait()
-        self._raise_if_failed(message, error)
+        self._raise_failure(message, error)
         return request
 
     @point_to_point
@@ -91,7 +95,8 @@ class ObjectCommunicator(Group):
             tag: Message tag; None or ``MPI.ANY_TAG`` takes any.
 
         Raises:
-            Exception: If the sender could not pickle its object, with its error.
+            Exception: If the sender could not pickle its object, with its error; or if the object
+                cannot be unpickled here, of which the sender learns nothing.
         """
         from mpi4py import MPI
 
@@ -112,15 +117,11 @@ class ObjectCommunicator(Group):
             The object itself on root, a copy elsewhere.
 
         Raises:
-            Exception: On every rank, if root's object cannot be pickled.
+            Exception: On every rank, if root's object cannot be pickled, or unpickled on some rank.
         """
         del max_buf_len
-        if self.rank != root:
-            return self._opened(self._pkl5.bcast(None, root=root))
-        message, error = self._attempt(lambda: obj)
-        self._pkl5.bcast(message, root=root)
-        self._raise_if_failed(message, error)
-        return obj
+        received = self._bcast(lambda: obj, root)
+        return obj if self.rank == root else received
 
     @collective("root")
     def gather_obj(self, obj: Any, root: int = 0) -> list[Any] | None:
@@ -130,7 +131,7 @@ class ObjectCommunicator(Group):
             A list in the order of rank on root, None elsewhere.
 
         Raises:
-            Exception: If a rank's object cannot be pickled: there, and on root.
+            Exception: On every rank, if any rank's object cannot be pickled, or unpickled on root.
         """
         return self._gather(lambda: obj, root)
 
@@ -142,7 +143,7 @@ class ObjectCommunicator(Group):
             A list in the order of rank, on every rank.
 
         Raises:
-            Exception: On every rank, if any rank's object cannot be pickled.
+            Exception: On every rank, if any rank's object cannot be pickled, or unpickled on some.
         """
         return self._allgather(lambda: obj)
 
@@ -159,7 +160,7 @@ class ObjectCommunicator(Group):
 
         Raises:
             ValueError: On every rank, if root's sequence is not of length ``size``.
-            Exception: On every rank, if one of the objects cannot be pickled.
+            Exception: On every rank, if one of the objects cannot be pickled, or unpickled.
         """
 
         def checked() -> Sequence[Any]:
@@ -181,7 +182,7 @@ class ObjectCommunicator(Group):
             ``((x0 + x1) + x2) + ...``, the same on every rank.
 
         Raises:
-            Exception: On every rank, if an object cannot be pickled or added.
+            Exception: On every rank, if an object cannot be pickled, unpickled or added.
         """
         message, error = self._attempt(lambda: obj)
         messages = self._pkl5.gather(message, root=0)
@@ -195,7 +196,8 @@ class ObjectCommunicator(Group):
                     lambda: functools.reduce(operator.add, map(self._opened, messages))
                 )
             )
-        return self._opened(self._pkl5.bcast(message, root=0), cause=error)
+        (total,) = self._settled([self._pkl5.bcast(message, root=0)], error)
+        return total
 
     @property
     def _pkl5(self) -> pkl5.Intracomm:
@@ -203,63 +205,87 @@ class ObjectCommunicator(Group):
 
         return pkl5.Intracomm(self.mpi_comm)
 
-    # The four below are shared with arrays: `make` returns the object, or raises what is wrong
-    # with it, and the ranks that wait for the object are told.
+    # The five below are shared with arrays: `make` returns the object, or raises what is wrong
+    # with it, and all ranks are told.
+
+    def _bcast(self, make: Callable[[], Any], root: int) -> Any:
+        """Return root's object; None on root itself."""
+        if self.rank != root:
+            return self._settled([self._pkl5.bcast(None, root=root)], None)[0]
+        message, error = self._attempt(make)
+        self._pkl5.bcast(message, root=root)
+        self._settled([], error)
+        return None
 
     def _gather(self, make: Callable[[], Any], root: int) -> list[Any] | None:
         message, error = self._attempt(make)
-        messages = self._pkl5.gather(message, root=root)
-        self._raise_if_failed(message, error)
-        return None if messages is None else [self._opened(each) for each in messages]
+        opened = self._settled(self._pkl5.gather(message, root=root) or [], error)
+        return opened if self.rank == root else None
 
     def _allgather(self, make: Callable[[], Any]) -> list[Any]:
         message, error = self._attempt(make)
-        return [self._opened(each, cause=error) for each in self._pkl5.allgather(message)]
+        return self._settled(self._pkl5.allgather(message), error)
 
     def _scatter(self, make: Callable[[], Sequence[Any]], root: int) -> Any:
         messages, error = None, None
         if self.rank == root:
             messages, error = self._attempt_each(make)
-        return self._opened(self._pkl5.scatter(messages, root=root), cause=error)
+        return self._settled([self._pkl5.scatter(messages, root=root)], error)[0]
 
     def _alltoall(self, make: Callable[[], Sequence[Any]]) -> list[Any]:
         messages, error = self._attempt_each(make)
-        return [self._opened(each, cause=error) for each in self._pkl5.alltoall(messages)]
+        return self._settled(self._pkl5.alltoall(messages), error)
 
-    def _attempt(self, make: Callable[[], Any]) -> tuple[_Pickled | _Failed, Exception | None]:
+    def _settled(
+        self, messages: Sequence[_Pickled | _Failed], error: BaseException | None
+    ) -> list[Any]:
+        """Return the objects that came; raise on every rank what went wrong on one. Collective.
+
+        Args:
+            messages: That this rank has received.
+            error: Why this rank could not send its own.
+        """
+        opened = []
+        if error is None and not any(isinstance(each, _Failed) for each in messages):
+            try:
+                opened = [self._opened(each) for each in messages]
+            except BaseException as caught:  # noqa: BLE001 - it is raised on every rank
+                error = caught
+        raise_together(self, error)
+        return opened
+
+    def _attempt(self, make: Callable[[], Any]) -> tuple[_Pickled | _Failed, BaseException | None]:
         from mpi4py.util import pkl5
 
         try:
             data, buffers = pkl5.pickle.dumps_oob(make())
-        except Exception as error:  # noqa: BLE001 - reduce methods may raise anything
-            return _Failed(self.rank, type(error), str(error)), error
+        except BaseException as error:  # noqa: BLE001 - others wait for what reduce methods raise
+            return _Failed(self.rank, describe_error(error)), error
         wrapped = [pickle.PickleBuffer(cast("bytes", each)) for each in (data, *buffers)]
         return _Pickled(wrapped[0], wrapped[1:]), None
 
     def _attempt_each(
         self, make: Callable[[], Sequence[Any]]
-    ) -> tuple[list[_Pickled | _Failed], Exception | None]:
+    ) -> tuple[list[_Pickled | _Failed], BaseException | None]:
         """Pickle one object for each rank; if one fails, every rank is told of the failure."""
         try:
             attempts = [self._attempt(lambda each=each: each) for each in make()]  # type: ignore[misc]
-        except Exception as error:  # noqa: BLE001 - `make` raises what is wrong with its input
-            return [_Failed(self.rank, type(error), str(error))] * self.size, error
+        except BaseException as error:  # noqa: BLE001 - `make` raises what is wrong with its input
+            return [_Failed(self.rank, describe_error(error))] * self.size, error
         for message, failure in attempts:
             if failure is not None:
                 return [message] * self.size, failure
         return [message for message, _ in attempts], None
 
-    def _opened(self, message: _Pickled | _Failed, cause: Exception | None = None) -> Any:
+    def _opened(self, message: _Pickled | _Failed) -> Any:
+        """Return the object of a message, or raise why it was not sent."""
         from mpi4py.util import pkl5
 
-        if isinstance(message, _Failed):
-            self._raise_failed(message, cause)
+        self._raise_failure(message, None)
+        assert not isinstance(message, _Failed)  # noqa: S101 - for the type checker
         return pkl5.pickle.loads_oob(message.data, message.buffers)
 
-    def _raise_if_failed(self, message: _Pickled | _Failed, cause: Exception | None) -> None:
+    def _raise_failure(self, message: _Pickled | _Failed, cause: BaseException | None) -> None:
+        """Raise why a message was not sent, if it was not."""
         if isinstance(message, _Failed):
-            self._raise_failed(message, cause)
-
-    def _raise_failed(self, message: _Failed, cause: Exception | None) -> NoReturn:
-        where = f"rank {message.rank}: " if self.size > 1 else ""
-        raise rebuild_error(message.kind, where + message.text) from cause
+            raise_first({message.rank: message.failure}, cause)

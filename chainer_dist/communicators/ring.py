@@ -140,7 +140,7 @@ class Ring:
         self.scratch = np.empty(BLOCK_BYTES, dtype=np.uint8)
         self.patient = False
         self._done = 0  # blocks in all calls so far
-        self._error: Exception | None = None
+        self._error: BaseException | None = None
         self._members = node.allgather(comm.rank)
 
     def cut(
@@ -630,7 +630,7 @@ class Run:
         try:
             with Operation(self._caller):  # whose work it is
                 self._deliver_one(index, total, self._scale, out)
-        except Exception as error:  # noqa: BLE001 - the others wait for the blocks to come
+        except BaseException as error:  # noqa: BLE001 - the others wait for the blocks to come
             ring._error = ring._error or error
             ring._counters[ring._rank][_FAILED] = 1
 

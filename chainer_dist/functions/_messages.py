@@ -147,10 +147,7 @@ def post_gradient(
         error: Why there is no gradient; ``dest`` then raises it.
     """
     answer = (number, [np.array(each) for each in gradients], describe_error(error))
-    message, failure = comm._attempt(lambda: answer)
-    if failure is not None:  # the error's class cannot be pickled
-        text = f"{type(error).__name__}: {error}"
-        message, _ = comm._attempt(lambda: (number, [], (RuntimeError, text)))
+    message, _ = comm._attempt(lambda: answer)
     _start(comm, message, dest, _gradient_tag(comm))
 
 

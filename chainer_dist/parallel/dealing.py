@@ -249,8 +249,6 @@ class Dealer:
         for request in self._sending:
             request.wait()
         failure = describe_error(self.error)
-        if self._comm._attempt(lambda: failure)[1] is not None:  # of a class within a function
-            failure = RuntimeError, f"{type(self.error).__name__}: {self.error}"
         end = End(sorted(failed, key=lambda each: each.index), failure, None)
         for rank in range(1, self._comm.size):
             self._comm.send_obj(end, rank, _TAG)
@@ -355,7 +353,14 @@ def collect(
         end = serve(comm, work)
         if not everywhere:
             return None, end
-        return [comm._opened(message) for message in comm.bcast_obj(None)], end
+        error: BaseException | None = None
+        opened = []
+        try:
+            opened = [comm._opened(message) for message in comm.bcast_obj(None)]
+        except ITEM_ERRORS as caught:
+            error = caught
+        raise_together(comm, error)
+        return opened, end
     dealer = make_dealer()
     blocks = []
     while (block := dealer.next_block()) is not None:
@@ -370,6 +375,7 @@ def collect(
         dealer.failed += failed
     end = dealer.dismiss(dealer.failed)
     comm.bcast_obj(messages)
+    raise_together(comm, None)  # what others cannot unpickle
     return collected, end
 
 
@@ -386,6 +392,8 @@ def pack(comm: CommunicatorBase, first: int, values: Sequence[Any]) -> tuple[Any
     for index, value in enumerate(values, start=first):
         _, error = comm._attempt(lambda value=value: value)  # type: ignore[misc]
         if error is not None:
+            if not isinstance(error, ITEM_ERRORS):
+                raise error
             failed.append(failed_item(comm, index, error))
         kept.append(value if error is None else failed[-1])
     return comm._attempt(lambda: kept)[0], failed
