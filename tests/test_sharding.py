@@ -675,6 +675,68 @@ CHANGES = [
 ]
 
 
+def pickled(protocol):
+    """Return a way of copying by pickle."""
+    return lambda thing, _: pickle.loads(pickle.dumps(thing, protocol))
+
+
+def out_of_band(thing, _):
+    """Copy by pickle, with large buffers apart."""
+    buffers = []
+    data = pickle.dumps(thing, 5, buffer_callback=buffers.append)
+    return pickle.loads(data, buffers=[bytearray(each) for each in buffers])
+
+
+def broadcast(thing, comm):
+    """Copy to other ranks; rank 0 gets the thing itself."""
+    received = comm.bcast_obj(thing)
+    return received if comm.rank else copy.deepcopy(received)
+
+
+COPIES = {
+    "deepcopy": lambda thing, _: copy.deepcopy(thing),
+    "link.copy": lambda thing, _: (
+        thing.copy(mode="copy") if isinstance(thing, chainer.Link) else copy.deepcopy(thing)
+    ),
+    **{f"protocol {number}": pickled(number) for number in (2, pickle.HIGHEST_PROTOCOL)},
+    "out of band": out_of_band,
+    "bcast_obj": broadcast,
+    "allgather_obj": lambda thing, comm: comm.allgather_obj(thing)[-1],
+}
+
+
+def arrays_in(thing):
+    """Return the arrays of a model, an optimizer, an update rule or a state."""
+    if isinstance(thing, np.ndarray):
+        return [thing]
+    if isinstance(thing, list):
+        return thing
+    if isinstance(thing, dict):
+        return [array for _, array in sorted(thing.items())]
+    if isinstance(thing, chainer.UpdateRule):
+        return arrays_in(thing.state)
+    if not isinstance(thing, chainer.Link):
+        thing = thing.target
+    found = []
+    for _, param in sorted(thing.namedparams()):
+        found += [param.array, param.grad, *arrays_in(param.update_rule)]
+    return [array for array in found if array is not None]
+
+
+def check_copy(original, copied):
+    """A copy is equal, of ordinary arrays, and shares nothing."""
+    ours, theirs = arrays_in(original), arrays_in(copied)
+    assert len(ours) == len(theirs) > 0
+    before = [array.copy() for array in ours]
+    for mine, array in zip(ours, theirs):
+        assert type(array) is np.ndarray
+        assert not np.may_share_memory(mine, array)
+        np.testing.assert_array_equal(mine, array)
+        array[...] = 1
+    for mine, array in zip(ours, before):
+        np.testing.assert_array_equal(mine, array)
+
+
 class TestWhatUsersDoBetweenUpdates:
     """Whatever every rank does to the model counts once."""
 
@@ -717,6 +779,35 @@ class TestWhatUsersDoBetweenUpdates:
         revived.communicator = comm
         train(optimizer, 1, 5)
         assert_same(optimizer, train(revived, 1, 5))
+
+    @pytest.mark.parametrize(
+        "options",
+        [{}, {"share_parameters": True, "mean_grad": True}],
+        ids=str,
+    )
+    @pytest.mark.parametrize("way", COPIES)
+    def test_copies_have_arrays_of_their_own(self, comm, way, options):
+        """However a copy is made, it is equal, and can be written without the original noticing."""
+        optimizer, other = (train(prepared(comm, **options)) for _ in range(2))
+        if not options:  # gradients are each rank's own
+            optimizer.target.cleargrads()
+        for original in (optimizer, optimizer.target, optimizer.actual_optimizer):
+            check_copy(original, COPIES[way](original, comm))
+        assert_same(train(optimizer, 1, 3), train(other, 1, 3))
+
+    @pytest.mark.parametrize("way", COPIES)
+    def test_copies_of_what_is_read_only(self, comm, way):
+        """Update rules, their state, and single arrays are copied so as well."""
+        optimizer = train(prepared(comm, mean_grad=True))
+        param = next(optimizer.target.params())
+        rule = param.update_rule
+        for original in (rule, rule.state, [*rule.state.values()], rule.state["m"], param.grad):
+            check_copy(original, COPIES[way](original, comm))
+        for original in (rule.state["m"], param.grad):
+            for array in (original.copy(), original + 1, original * original, np.array(original)):
+                assert type(array) is np.ndarray
+                assert array.flags.writeable
+            assert type(original[0, 0]) is type(original.sum()) is np.float32
 
     def test_setting_up_again(self, comm):
         """Another setup starts anew."""

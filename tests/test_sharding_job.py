@@ -23,7 +23,7 @@ from chainer_dist import (
 from chainer_dist.extensions import multi_node_snapshot
 from conftest import NODES, on_nodes
 from test_compression import rounded_mean
-from test_sharding import Branches, assert_same, batch, everywhere, prepared, saved, train
+from test_sharding import Branches, assert_same, batch, everywhere, mlp, prepared, saved, train
 
 OPTIONS = [{}, {"overlap": False}, {"share_parameters": True}]
 
@@ -80,6 +80,77 @@ def test_on_any_nodes(layout, options):
         assert one.overlapped == (comm.inter_size > 1 and options.get("overlap", True))
         assert is_spread(one) == (comm.inter_size > 1)
         same_as_replicated(one, comm, rtol=rtol(comm), **options)
+
+
+def begin(optimizer):
+    """Postpone the first update, so that the second batch comes before any."""
+    with optimizer.no_sync():
+        train(optimizer, 1, 90)
+
+
+def replace_arrays(optimizer):
+    """Let a user set other arrays."""
+    for param in optimizer.target.params():
+        param.array = param.array * np.float32(0.5)
+
+
+def load_model(optimizer):
+    """Load other parameters."""
+    model = mlp()
+    for param, other in zip(optimizer.target.params(), model.params()):
+        param.copydata(other)
+
+
+def freeze(optimizer):
+    """Disable a layer, so that the update is shared out anew, after one more batch."""
+    next(optimizer.target.params()).update_rule.enabled = False
+    begin(optimizer)
+
+
+def copy_and_clip(optimizer):
+    """Write to a copy, and what does not depend on how often it is written to the parameters."""
+    optimizer.consolidate()
+    for param in copy.deepcopy(optimizer).target.params():
+        param.array[...] = 7
+        param.update_rule.state["v"][...] = 7
+    optimizer.communicator.mpi_comm.Barrier()
+    for param in optimizer.target.params():
+        np.clip(param.array, -0.1, 0.1, out=param.array)
+    optimizer.communicator.mpi_comm.Barrier()
+
+
+@pytest.mark.parametrize("share_parameters", [False, True])
+@pytest.mark.parametrize("layout", NODES)
+def test_the_model_is_whole_at_any_time(layout, share_parameters):
+    """Every batch sees parameters that are those of the replicated update, whatever comes between."""
+    with on_nodes("shared_memory", layout) as comm:
+        one, other = (
+            prepared(
+                comm,
+                "MomentumSGD",
+                sharded_update=sharded,
+                share_parameters=share_parameters,
+                accumulate_steps=2,
+            )
+            for sharded in ("job", False)
+        )
+        for number, change in enumerate(
+            [begin, train, replace_arrays, begin, load_model, freeze, copy_and_clip, replace_arrays]
+        ):
+            for optimizer in (one, other):
+                change(optimizer)
+            for step in range(3):
+                for (name, got), (_, want) in zip(
+                    sorted(one.target.namedparams()), sorted(other.target.namedparams())
+                ):
+                    text = f"{name}, {step} batches after {number}, {change.__name__}"
+                    np.testing.assert_allclose(
+                        got.array, want.array, rtol(comm), 1e-7 if rtol(comm) else 0, err_msg=text
+                    )
+                for optimizer in (one, other):
+                    train(optimizer, 1, step)
+        assert one.sharded
+        assert everywhere(comm, saved(one.target))
 
 
 @pytest.mark.parametrize("layout", NODES)

@@ -14,7 +14,7 @@ import mmap
 import os
 import tempfile
 from pathlib import Path
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any, Literal, SupportsIndex, cast
 
 import numpy as np
 
@@ -60,6 +60,38 @@ def share_memory(comm: CommunicatorBase, nbytes: int) -> Array:
         )
     raise_together(comm, error)
     return np.frombuffer(cast("mmap.mmap", shared), dtype=np.uint8)[:nbytes]
+
+
+class _ReadOnlyView(np.ndarray[Any, np.dtype[Any]]):
+    """A view that cannot be written; see :func:`read_only`. What is computed from it is an ordinary array."""
+
+    def copy(self, order: Literal["K", "A", "C", "F"] | None = "C") -> Array:
+        """Return an ordinary array of its own."""
+        return np.array(self, order=order)
+
+    def __copy__(self) -> Array:
+        return np.array(self)
+
+    def __deepcopy__(self, memo: dict[int, Any] | None) -> Array:
+        return np.array(self)
+
+    def __reduce_ex__(self, protocol: SupportsIndex) -> str | tuple[Any, ...]:
+        # A pickle of protocol 5 would be read-only as well, and might be of this very memory.
+        return np.array(self).__reduce_ex__(protocol)
+
+    def __array_wrap__(self, array: Any, context: Any = None, return_scalar: bool = False) -> Any:
+        del context, return_scalar
+        return np.asarray(array)[()] if array.ndim == 0 else np.asarray(array)
+
+
+def read_only(array: Array) -> Array:
+    """Return a view that cannot be written, of memory that ranks share. Local.
+
+    Copies and pickles of it are ordinary arrays of their own, which can.
+    """
+    view = array.view(_ReadOnlyView)
+    view.flags.writeable = False
+    return view
 
 
 @functools.cache

@@ -49,10 +49,6 @@ class Chunk:
         """Make ``grad``, 1-dimensional, the gradient of this part."""
         self.param.grad = grad.reshape(self._shape)
 
-    def copy_from(self, array: Array) -> None:
-        """Copy this part of another array of the parameter's shape."""
-        self._array[...] = self._own(array)
-
     def take_state(self) -> None:
         """Copy this part of the rule's state, or initialize it, to where it is from now on."""
         rule = self._rule

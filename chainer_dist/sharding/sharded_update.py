@@ -21,7 +21,7 @@ import numpy as np
 from chainer_dist.communicators import _reduction
 from chainer_dist.communicators.agreement import raise_together
 from chainer_dist.communicators.blocks import cut
-from chainer_dist.communicators.node_memory import share_memory
+from chainer_dist.communicators.node_memory import read_only, share_memory
 from chainer_dist.communicators.operation import EXCHANGE, Kind, Operation
 from chainer_dist.exchange import same
 from chainer_dist.sharding.chunk import Chunk, state_keys
@@ -57,7 +57,8 @@ class ShardedUpdate:
     """The update of one optimizer, shared out to the ranks of each node. Creating one is collective.
 
     From then on the state of the update rules is in memory that the ranks of the node share: every
-    rank sees all of it, and can save it; nobody can change it but :meth:`update`.
+    rank sees all of it, and can save it; nobody can change it but :meth:`update`. Copies of it are
+    ordinary arrays of their own.
 
     Args:
         comm: Over whose ranks gradients are averaged.
@@ -151,12 +152,13 @@ class ShardedUpdate:
             )
             for indices, place in zip(members.values(), planned_means)
         ]
+        self._pieces = self._pieces_of_node() if self._shared else []
         error: Exception | None = None
         try:
-            for array, chunks in zip(found, self._chunks):
-                for chunk in chunks:
-                    if self._shared:
-                        chunk.copy_from(array)
+            for index, array in enumerate(found):
+                if self._shared:
+                    self._copy_to_node(index, array)
+                for chunk in self._chunks[index]:
                     chunk.take_state()
         except Exception as caught:  # noqa: BLE001 - whatever a rule raises, all ranks raise
             error = caught
@@ -215,10 +217,7 @@ class ShardedUpdate:
             else:
                 mean = scratch[:size]
             chunks = []
-            begin = part.begin
-            for index, inside in zip(indices[part.arrays], part.inside):
-                elements = slice(begin, begin + inside.stop - inside.start)
-                begin = 0
+            for index, elements, inside in _elements(indices, part):
                 chunk = self._make_chunk(index, elements, states[index])
                 if not alone:
                     chunk.take_grad(mean[inside])
@@ -227,8 +226,7 @@ class ShardedUpdate:
         if means is not None and keep:
             for index, size, end in zip(indices, sizes, itertools.accumulate(sizes)):
                 mean = means[end - size : end].reshape(self._arrays[index].shape)
-                mean.flags.writeable = False
-                self._means[index] = mean
+                self._means[index] = read_only(mean)
         return _Group(indices, wire, blocks, slices)
 
     def _make_chunk(self, index: int, elements: slice, whole: dict[str, Array]) -> Chunk:
@@ -252,10 +250,29 @@ class ShardedUpdate:
             spread = rule._state = _SpreadState()
             return spread
         whole = {key: value.reshape(array.shape) for key, value in state.items()}
-        for value in whole.values():  # a rank that changed it would change it for the others
-            value.flags.writeable = self._comm.intra_size == 1
+        if self._comm.intra_size > 1:  # a rank that changed it would change it for the others
+            whole = {key: read_only(value) for key, value in whole.items()}
         rule._state = whole
         return whole
+
+    def _pieces_of_node(self) -> list[list[slice]]:
+        """Share all elements of each parameter out to the ranks of the node, and return this rank's.
+
+        They are its chunks, and with slices over nodes those of the ranks of equal number as well.
+        """
+        pieces: list[list[slice]] = [[] for _ in self._params]
+        for group in self._groups:
+            for block in group.blocks:
+                for part in self._comm.ring.of_rank(block, self._comm.intra_rank):
+                    for index, elements, _ in _elements(group.indices, part):
+                        pieces[index].append(elements)
+        return pieces
+
+    def _copy_to_node(self, index: int, array: Array) -> None:
+        """Copy this rank's pieces of a parameter to the memory that the ranks of the node share."""
+        shared, flat = self._arrays[index].reshape(-1), array.reshape(-1)
+        for elements in self._pieces[index]:
+            shared[elements] = flat[elements]
 
     def _attach(self) -> None:
         for param, array in zip(self._params, self._arrays):
@@ -337,14 +354,14 @@ class ShardedUpdate:
         if same(self._arrays, arrays):
             return
         for index, array in enumerate(arrays):
-            if array is not self._arrays[index]:
+            if array is self._arrays[index]:
+                continue
+            if self._shared:
+                self._copy_to_node(index, array)
+            else:
                 for chunk in self._chunks[index]:
-                    if self._shared:
-                        chunk.copy_from(array)
-                    else:
-                        chunk.bind(array)
-                if not self._shared:
-                    self._arrays[index] = array
+                    chunk.bind(array)
+                self._arrays[index] = array
 
     def _run(
         self,
@@ -448,10 +465,8 @@ class ShardedUpdate:
             if state is not None:
                 shape = self._arrays[index].shape
                 self._states[index] = rule._state = {
-                    key: value.reshape(shape) for key, value in whole[index].items()
+                    key: read_only(value.reshape(shape)) for key, value in whole[index].items()
                 }
-                for value in rule._state.values():
-                    value.flags.writeable = False
         self._state_arrays = self._states_now()
 
     def _gather_state(self, group: _Group, key: str, whole: list[dict[str, Array]]) -> None:
@@ -589,6 +604,14 @@ def _work(chunks: Iterable[Chunk], hooks: list[Any], *, last: bool) -> None:
         chunk.prepare(hooks)
         if last:
             chunk.update()
+
+
+def _elements(indices: Sequence[int], part: Slice) -> Iterator[tuple[int, slice, slice]]:
+    """Yield the number of each parameter in a slice, which of its elements, and where they are there."""
+    begin = part.begin
+    for index, inside in zip(indices[part.arrays], part.inside):
+        yield index, slice(begin, begin + inside.stop - inside.start), inside
+        begin = 0
 
 
 def _size(param: chainer.Parameter) -> int:
