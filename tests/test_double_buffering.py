@@ -14,7 +14,9 @@ import pytest
 from chainer import optimizers
 from mpi4py import MPI
 
-from chainer_dist import create_multi_node_optimizer
+from chainer_dist import compression, create_communicator, create_multi_node_optimizer
+from chainer_dist.communicators import operation
+from chainer_dist.optimizers import double_buffering
 
 BATCH = 12
 STEPS = 5
@@ -103,8 +105,8 @@ def test_the_exchange_is_in_the_background(comm):
     optimizer = create_multi_node_optimizer(optimizers.SGD(), comm, double_buffering=True)
     optimizer.setup(model)
     optimizer.update(model, *own(batch(0), comm))  # starts the thread
-    background = optimizer._background
-    averaging = background._comm.mean_arrays
+    background = double_buffering.background(comm)
+    averaging = background.comm.mean_arrays
 
     gate = threading.Event()
 
@@ -112,7 +114,7 @@ def test_the_exchange_is_in_the_background(comm):
         gate.wait()
         averaging(arrays)
 
-    background._comm.mean_arrays = late
+    background.comm.mean_arrays = late
     try:
         optimizer.update(model, *own(batch(1), comm))
         assert not optimizer._pending.done.done()
@@ -155,6 +157,105 @@ def test_copies_exchange_on_their_own(comm):
     assert_same(comm, model, train_stale(optimizers.SGD))
     assert (twin.t, optimizer.t) == (STEPS - 2, STEPS - 1)
     assert pickle.loads(pickle.dumps(optimizer))._pending is None
+
+
+def dynamic(optimizer, step):
+    """Scale dynamically: doubled at each update at first."""
+    if step == 0:
+        optimizer.loss_scaling()
+
+
+def static(optimizer, step):
+    """Set another scale at each step."""
+    optimizer.set_loss_scale([16.0, 2.0, 0.25, 8.0, 8.0][step % 5])
+
+
+def on_and_off(optimizer, step):
+    """Scale every second step."""
+    optimizer._loss_scale = 64.0 if step % 2 else None
+
+
+@pytest.mark.parametrize("change", [dynamic, static, on_and_off])
+def test_each_gradient_has_its_own_loss_scale(comm, change):
+    """It is divided by the one that it was computed with; hooks know that one, too."""
+    hook = chainer.optimizer_hooks.WeightDecay(0.1)
+    model = make_model(0)
+    momentum = optimizers.MomentumSGD(0.1)
+    optimizer = create_multi_node_optimizer(momentum, comm, double_buffering=True)
+    optimizer.setup(model)
+
+    optimizer.add_hook(hook)
+    for step in range(8):
+        change(optimizer, step)
+        optimizer.update(model, *own(batch(step), comm))
+
+    class WithHook(optimizers.MomentumSGD):
+        def setup(self, link):
+            super().setup(link)
+            self.add_hook(hook)
+            return self
+
+    assert_same(comm, model, train_stale(lambda: WithHook(0.1), 8))
+
+
+@pytest.mark.filterwarnings("ignore:Non finite")
+@pytest.mark.parametrize("bad", [np.inf, np.nan])
+def test_overflow_is_that_of_the_stale_gradient(comm, bad):
+    """The update by a gradient that is not finite is left out, and no other; then the scale is halved."""
+    model = make_model(0)
+    optimizer = create_multi_node_optimizer(optimizers.SGD(), comm, double_buffering=True)
+    optimizer.setup(model).loss_scaling()
+    scales, skipped = [], []
+    for step in range(7):
+        x, t = own(batch(step), comm)
+        if step == 3 and comm.rank == comm.size - 1:
+            x = np.full_like(x, bad)
+        before = model.predictor[0].W.array.copy()
+        with np.errstate(all="ignore"):
+            optimizer.update(model, x, t)
+        skipped.append(np.array_equal(before, model.predictor[0].W.array))
+        scales.append(optimizer._loss_scale)
+    assert skipped == [True, False, False, False, True, False, False]
+    assert scales[:5] == [1, 2, 4, 8, 4]
+
+    want, plain, stale = make_model(0), optimizers.SGD(), None
+    plain.setup(want)
+    for step in range(7):
+        want.cleargrads()
+        want(*batch(step)).backward()
+        fresh = [param.grad for param in want.params()]
+        if stale is not None:
+            for param, grad in zip(want.params(), stale):
+                param.grad = grad
+            plain.update()
+        stale = None if step == 3 else fresh
+    assert_same(comm, model, want)
+
+
+@pytest.mark.parametrize("way", ["double_buffering", "compression"])
+@pytest.mark.parametrize("kind", ["naive", "shared_memory"])
+def test_many_optimizers_in_one_process(kind, way, monkeypatch):
+    """They share what MPI has few of, in any order; a communicator gives it back with itself."""
+    options = {
+        "double_buffering": lambda: {"double_buffering": True},
+        "compression": lambda: {"compression": compression.SparseRows()},
+    }[way]
+    made = []
+    monkeypatch.setattr(operation, "creation_hooks", [*operation.creation_hooks, made.append])
+    x = np.ones((1, 2), np.float32)
+    threads = threading.active_count()
+    with create_communicator(kind) as comm:
+        kept = []
+        for _ in range(4):
+            model = L.Linear(2, 1, nobias=True, initialW=0)
+            optimizer = create_multi_node_optimizer(optimizers.SGD(1), comm, **options())
+            kept = [*kept[-1:], optimizer.setup(model)]
+            for each in kept:
+                each.update(lambda target=each.target: F.sum(target(x)))
+        assert [each._mpi_comm is None for each in made] == [False, False]
+        assert (kept[0].target.W.array < 0).all()
+    assert all(each._mpi_comm is None for each in made)
+    assert threading.active_count() <= threads
 
 
 def test_what_does_not_go_together(comm, monkeypatch):

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import contextlib
-from typing import TYPE_CHECKING, Any, ClassVar, cast
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar, cast
 
 from chainer_dist.communicators import operation
 from chainer_dist.errors import FinalizedCommunicatorError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
     from types import TracebackType
 
     from mpi4py import MPI
     from typing_extensions import Self
+
+Made = TypeVar("Made")
 
 _FINALIZE = operation.Kind("finalize", operation.EXCHANGE)
 
@@ -42,6 +44,7 @@ class Group:
         self._configs: dict[str, Any] = {"batched_copy": True}
         self._within_config_scope = False
         self._log = operation.Log()
+        self._derived: dict[str, tuple[Any, Callable[[Any], object]]] = {}
         self._mpi_comm: MPI.Intracomm | None = mpi_comm
         mpi_comm.Set_errhandler(MPI.ERRORS_RETURN)
         # Host names lie in containers; what counts is who can share memory.
@@ -124,6 +127,23 @@ class Group:
         child._configs.update(self._configs)
         return child
 
+    def derived(self, name: str, make: Callable[[], Made], free: Callable[[Made], object]) -> Made:
+        """Return something that is made once and goes with this group. Collective at first.
+
+        That is for whoever needs another communicator over these ranks. MPI has only some thousand, and
+        one is freed by all of its ranks together, which garbage collectors would not do; so it is the
+        same for all who ask, and is given back with this group.
+
+        Args:
+            name: What is wanted, the same on every rank.
+            make: Called at first, by all ranks.
+            free: Called by :meth:`finalize` with what ``make`` returned, by all ranks.
+        """
+        if name not in self._derived:
+            self._derived[name] = make(), free
+        made: Made = self._derived[name][0]
+        return made
+
     def set_config(self, name: str, value: Any = True, **kwargs: Any) -> None:
         """Set a configuration value on this rank. Local.
 
@@ -178,6 +198,9 @@ class Group:
             return
         if not MPI.Is_finalized():
             with operation.Operation(_FINALIZE, self):
+                while self._derived:
+                    _, (made, free) = self._derived.popitem()  # the last one first
+                    free(made)
                 self._node_comm.Free()
                 self._mpi_comm.Free()
         self._mpi_comm = None

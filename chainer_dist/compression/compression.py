@@ -78,18 +78,11 @@ class Compression(abc.ABC):
         del serializer, comm  # nothing is kept
 
     def _connect(self, comm: CommunicatorBase) -> None:
-        """Find out who speaks for each node. Collective."""
-        from mpi4py import MPI
-
+        """Find out who speaks for each node. Collective at first."""
         self._comm = comm
-        self._node = comm.split(comm.inter_rank, comm.rank)
-        is_first = comm.intra_rank == 0
-        mpi_comm = cast(
-            "MPI.Intracomm", comm.mpi_comm.Split(0 if is_first else MPI.UNDEFINED, comm.rank)
+        self._node, self._nodes = comm.derived(
+            "compression", lambda: _split_by_node(comm), _free_both
         )
-        if is_first:
-            sizes = mpi_comm.allgather(comm.intra_size)
-            self._nodes = Nodes(mpi_comm, [size / comm.size for size in sizes])
 
     def __getstate__(self) -> dict[str, Any]:
         # The copy of an optimizer finds its communicators anew.
@@ -99,6 +92,29 @@ class Compression(abc.ABC):
         twin = type(self).__new__(type(self))
         twin.__dict__.update(copy.deepcopy(self.__getstate__(), memo))
         return twin
+
+
+def _split_by_node(comm: CommunicatorBase) -> tuple[CommunicatorBase | None, Nodes | None]:
+    """Return the ranks of this node, and one rank of each node if this rank is one. Collective."""
+    from mpi4py import MPI
+
+    node = comm.split(comm.inter_rank, comm.rank)
+    is_first = comm.intra_rank == 0
+    mpi_comm = cast(
+        "MPI.Intracomm", comm.mpi_comm.Split(0 if is_first else MPI.UNDEFINED, comm.rank)
+    )
+    if not is_first:
+        return node, None
+    sizes = mpi_comm.allgather(comm.intra_size)
+    return node, Nodes(mpi_comm, [size / comm.size for size in sizes])
+
+
+def _free_both(made: tuple[CommunicatorBase | None, Nodes | None]) -> None:
+    node, nodes = made
+    if nodes is not None:
+        nodes.mpi_comm.Free()
+    if node is not None:
+        node.finalize()
 
 
 class NodeCompression(Compression):

@@ -54,7 +54,8 @@ def create_multi_node_optimizer(
     - ``param.grad`` stays this rank's own gradient (of ChainerMN's updates it is the average); see
       ``mean_grad``. Hooks see the average in any case.
     - The state of the update rules exists once per node, in arrays that cannot be written. (Deep copies
-      and pickles of it, of the model and of the optimizer can.) Any rank can save it. Load it on every rank, through this optimizer. Once per job: ``sharded_update="job"``.
+      and pickles of it, of the model and of the optimizer can.) Any rank can save it. Load it on every
+      rank, through this optimizer. Once per job: ``sharded_update="job"``.
     - Parameters are updated in place in each rank's own arrays; see ``share_parameters``.
 
     Args:

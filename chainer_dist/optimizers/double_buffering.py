@@ -20,16 +20,13 @@ __all__ = ["DoubleBufferingOptimizer"]
 class DoubleBufferingOptimizer(MultiNodeOptimizer):
     """A multi-node optimizer whose gradients are one step old.
 
-    A thread of its own, on a communicator of its own, averages the gradients of one step while the
-    main thread computes those of the next. ChainerMN's ``double_buffering=True``, there with GPUs.
+    A second thread, on a second communicator, averages the gradients of one step while the main thread
+    computes those of the next. All optimizers of a communicator have both in common, until that is
+    finalized. ChainerMN's ``double_buffering=True``, there with GPUs.
     """
 
-    _OWN = MultiNodeOptimizer._OWN | {"_background", "_pending"}
-    _FRESH: ClassVar[dict[str, Any]] = {
-        **MultiNodeOptimizer._FRESH,
-        "_background": None,
-        "_pending": None,
-    }
+    _OWN = MultiNodeOptimizer._OWN | {"_pending"}
+    _FRESH: ClassVar[dict[str, Any]] = {**MultiNodeOptimizer._FRESH, "_pending": None}
 
     def __init__(self, *args: Any) -> None:
         from mpi4py import MPI
@@ -39,7 +36,6 @@ class DoubleBufferingOptimizer(MultiNodeOptimizer):
                 "double_buffering needs MPI started with THREAD_MULTIPLE; leave mpi4py.rc.threads "
                 "and mpi4py.rc.thread_level as they are, or use another MPI library"
             )
-        self._background: _Background | None = None
         self._pending: _Pending | None = None
         super().__init__(*args)
 
@@ -49,19 +45,20 @@ class DoubleBufferingOptimizer(MultiNodeOptimizer):
             self._pending.done.result()
 
     def _step(self, parameters: exchange.ParameterSet, *, same_grads: bool) -> None:
-        if self._background is None:
-            self._background = _Background(self._connected())
         if not same_grads:
             parameters.fill_zeros()
         grads = exchange.private_grads(parameters)
         having = [param for param, has in zip(parameters.params, parameters.has_grad) if has]
         self.wait()
-        stale, self._pending = self._pending, self._background.start(having, grads)
+        done = background(self._connected()).start(grads)
+        scales = [param._loss_scale for param in having]
+        stale, self._pending = self._pending, _Pending(having, grads, scales, done)
         if stale is None:
             return
-        means = dict(zip(map(id, stale.params), stale.grads))
+        means = dict(zip(map(id, stale.params), zip(stale.grads, stale.scales)))
         for param in parameters.params:
-            param.grad = means.get(id(param))
+            # The rules divide a gradient by the scale that it was computed with.
+            param.grad, param._loss_scale = means.get(id(param), (None, param._loss_scale))
         with self._equal_randomness():
             self.actual_optimizer.update(None)
 
@@ -76,6 +73,7 @@ class _Pending(NamedTuple):
 
     params: list[chainer.Parameter]
     grads: list[Array]
+    scales: list[float | None]  # what the loss was multiplied by
     done: concurrent.futures.Future[None]
 
 
@@ -83,9 +81,19 @@ class _Background:
     """A thread that averages arrays over ranks of its own. Creating one is collective."""
 
     def __init__(self, comm: CommunicatorBase) -> None:
-        self._comm = comm.background()
+        self.comm = comm.background()
         self._thread = concurrent.futures.ThreadPoolExecutor(1, "chainer_dist exchange")
 
-    def start(self, params: list[chainer.Parameter], grads: list[Array]) -> _Pending:
+    def start(self, arrays: list[Array]) -> concurrent.futures.Future[None]:
         """Begin to average arrays in place. Collective: as often, and in the same order, everywhere."""
-        return _Pending(params, grads, self._thread.submit(self._comm.mean_arrays, grads))
+        return self._thread.submit(self.comm.mean_arrays, arrays)
+
+    def finalize(self) -> None:
+        """Give thread and communicator back, when all is averaged. Collective."""
+        self._thread.shutdown()
+        self.comm.finalize()
+
+
+def background(comm: CommunicatorBase) -> _Background:
+    """Return what averages arrays in the background of a communicator. Collective at first."""
+    return comm.derived("background", lambda: _Background(comm), _Background.finalize)
