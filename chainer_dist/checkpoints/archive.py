@@ -8,17 +8,18 @@ import time
 import warnings
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-import numpy as np
-
+from chainer_dist._files import open_regular
 from chainer_dist.checkpoints import generations
 from chainer_dist.checkpoints.generations import COMMON_FILE, File, Manifest, rank_file
 from chainer_dist.checkpoints.state import restore
 from chainer_dist.communicators.agreement import describe_error, raise_first, raise_together
+from chainer_dist.extensions._npz_files import ArrayFile, PickleRefusedError
 
 if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
 
+    from chainer_dist.checkpoints.attributes import Attributes
     from chainer_dist.checkpoints.state import State
     from chainer_dist.communicators import CommunicatorBase
 
@@ -44,12 +45,16 @@ class Archive:
         comm: Of the ranks.
         directory: Which they share.
         keep: How many generations to keep.
+        allow_pickle: Whether arrays of objects may be written and read.
     """
 
-    def __init__(self, comm: CommunicatorBase, directory: Path, keep: int) -> None:
+    def __init__(
+        self, comm: CommunicatorBase, directory: Path, keep: int, *, allow_pickle: bool = False
+    ) -> None:
         self.directory = directory
         self._comm = comm
         self._keep = keep
+        self._allow_pickle = allow_pickle
         # Names of what is to be removed, on rank 0. Not what a later job may be writing.
         self._damaged: set[str] = set()
         self._leftovers: list[str] = []
@@ -75,7 +80,8 @@ class Archive:
             self._thread = concurrent.futures.ThreadPoolExecutor(1, "chainer_dist checkpoint")
         written = self._thread.submit(
             lambda: {
-                name: generations.write_file(path / name, values) for name, values in files.items()
+                name: generations.write_file(path / name, values, allow_pickle=self._allow_pickle)
+                for name, values in files.items()
             }
         )
         return Pending(iteration, path, written)
@@ -191,28 +197,40 @@ class Archive:
             )
         return None
 
-    def load(self, name: str, manifest: Manifest, target: Any) -> None:
+    def load(self, name: str, manifest: Manifest, target: Any, attributes: Attributes) -> None:
         """Load a generation that is whole. Collective.
 
         Raises:
-            RuntimeError: If it does not fit to the target.
+            RuntimeError: If it does not fit to the target, or needs pickle, and that is not allowed.
         """
         comm, path = self._comm, self.directory / name
         new_place = None if manifest.ranks == comm.size else (comm.rank, comm.size)
         ranks = [comm.rank] if new_place is None else range(manifest.ranks)
         error: Exception | None = None
+        notes: list[str] = []
         try:
             with contextlib.ExitStack() as stack:
                 common, *own = [
-                    stack.enter_context(np.load(path / file, allow_pickle=True))
+                    ArrayFile(
+                        stack.enter_context(open_regular(path / file)),
+                        allow_pickle=self._allow_pickle,
+                        compressed=False,
+                    )
                     for file in (COMMON_FILE, *map(rank_file, ranks))
                 ]
-                restore(target, common, own, new_place)
+                notes = restore(target, common, own, attributes, new_place)
+        except PickleRefusedError as caught:
+            error = RuntimeError(f"the checkpoint {path} is not loaded: {caught}")
+            error.__cause__ = caught
         except Exception as caught:  # noqa: BLE001 - targets may raise anything
             text = f"it has no {caught}" if isinstance(caught, KeyError) else str(caught)
             error = RuntimeError(f"the checkpoint {path} does not fit: {text}")
             error.__cause__ = caught
         raise_together(comm, error)
+        everyone = comm.allgather_obj(notes)
+        if comm.rank == 0:
+            for note in dict.fromkeys(note for theirs in everyone for note in theirs):
+                warnings.warn(f"the checkpoint {path}: {note}", stacklevel=4)
         if new_place is not None and comm.rank == 0:
             warnings.warn(
                 f"the checkpoint {path} was saved by {manifest.ranks} ranks, and there are "

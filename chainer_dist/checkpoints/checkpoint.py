@@ -15,6 +15,7 @@ from chainer.training import extension
 from chainer_dist._files import replacing
 from chainer_dist.checkpoints.agreed_trigger import AgreedTrigger
 from chainer_dist.checkpoints.archive import Archive
+from chainer_dist.checkpoints.attributes import Attributes
 from chainer_dist.checkpoints.preemption import STATUS, Preempted, Rounds, Signals
 from chainer_dist.checkpoints.state import check_target, collect, prepare
 from chainer_dist.checkpoints.workers import shield
@@ -28,6 +29,7 @@ from chainer_dist.communicators.agreement import (
 from chainer_dist.extensions._npz_files import consolidate
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
     from types import TracebackType
 
     import chainer
@@ -124,12 +126,13 @@ class Checkpoint(extension.Extension):  # type: ignore[misc]  # Chainer has no t
         asynchronous: bool = True,
         on_error: str = "raise",
         preemption: bool = True,
+        allow_pickle: bool = False,
     ) -> None:
         error: Exception | None = None
         lines: list[tuple[str, str]] = []
         try:
             self.directory = Path(directory).absolute()
-            lines = _describe_options(keep, asynchronous, on_error, preemption)
+            lines = _describe_options(keep, asynchronous, on_error, preemption, allow_pickle)
         except Exception as caught:  # noqa: BLE001 - a path may be any object
             error = caught
         raise_together(comm, error)
@@ -141,7 +144,10 @@ class Checkpoint(extension.Extension):  # type: ignore[misc]  # Chainer has no t
         self._on_error = on_error
         self.preemption = bool(preemption)
 
-        self._archive = Archive(comm, self.directory, self.keep)
+        self.allow_pickle = bool(allow_pickle)
+
+        self._archive = Archive(comm, self.directory, self.keep, allow_pickle=self.allow_pickle)
+        self._attributes = Attributes()
         self._looked = False  # whether all ranks know what is in the directory
         self._newest: int | None = None  # iteration of the newest complete checkpoint
         self._pending: Pending | None = None
@@ -169,6 +175,10 @@ class Checkpoint(extension.Extension):  # type: ignore[misc]  # Chainer has no t
             OSError: On every rank, if this checkpoint, or with ``asynchronous`` the one before, cannot
                 be written, and ``on_error`` is ``"raise"``.
         """
+        self._save(target, iteration)
+
+    def _save(self, target: Any, iteration: Any, called: Sequence[str] = ()) -> None:
+        """Do what :meth:`save` does; some extensions were called before training. Collective."""
         self._settle()
         number = self._agree_on(iteration)
         error: Exception | None = None
@@ -180,7 +190,14 @@ class Checkpoint(extension.Extension):  # type: ignore[misc]  # Chainer has no t
         raise_together(self.comm, error)
         consolidate(target)
         try:
-            state = collect(target, self.comm, copy=self.asynchronous)
+            state = collect(
+                target,
+                self.comm,
+                self._attributes,
+                copy=self.asynchronous,
+                called=called,
+                allow_pickle=self.allow_pickle,
+            )
         except Exception as caught:  # noqa: BLE001 - targets may raise anything
             error = caught
         raise_together(self.comm, error)
@@ -228,7 +245,7 @@ class Checkpoint(extension.Extension):  # type: ignore[misc]  # Chainer has no t
         for name in reversed(names):
             manifest = self._archive.check(name)
             if manifest is not None:
-                self._archive.load(name, manifest, target)
+                self._archive.load(name, manifest, target, self._attributes)
                 self._newest = manifest.iteration
                 if self.comm.rank == 0:  # the job before may have been killed before it told
                     _tell_progress(manifest.iteration)
@@ -308,7 +325,7 @@ class Checkpoint(extension.Extension):  # type: ignore[misc]  # Chainer has no t
         self._refuse_other_runs()
         error: Exception | None = None
         try:
-            self._prepare(trainer)
+            self._prepare(trainer, is_late=True)
         except Exception as caught:  # noqa: BLE001 - iterators may raise anything
             error = caught
         raise_together(self.comm, error)
@@ -322,7 +339,16 @@ class Checkpoint(extension.Extension):  # type: ignore[misc]  # Chainer has no t
         iteration = trainer.updater.iteration
         if self._preempted:
             self.leave(trainer, iteration)
-        self.save(trainer, iteration)
+        self._save(trainer, iteration, self._called_before_training(trainer))
+
+    def _called_before_training(self, trainer: chainer.training.Trainer) -> list[str]:
+        """Return the names of the extensions that were, if that is what happens just now. Local."""
+        if not trainer.is_before_training:
+            return []
+        entries = trainer._extensions
+        order = sorted(entries, key=lambda name: entries[name].priority, reverse=True)
+        upto = order.index(self.name) + 1
+        return [name for name in order[:upto] if entries[name].call_before_training]
 
     def finalize(self) -> None:
         """Complete what is being written, unless an exception is on its way. Collective."""
@@ -401,9 +427,10 @@ class Checkpoint(extension.Extension):  # type: ignore[misc]  # Chainer has no t
         if self.comm.rank == 0:
             warnings.warn(message, stacklevel=4)
 
-    def _prepare(self, target: Any) -> None:
-        """Let iterators with workers be saved exactly, and bear signals. Local."""
+    def _prepare(self, target: Any, *, is_late: bool = False) -> None:
+        """Let iterators with workers be saved exactly, and bear signals, and see what is there. Local."""
         prepare(target)
+        self._attributes.look(target, is_late=is_late)
         if self.preemption:
             shield(target)
 
@@ -440,7 +467,7 @@ class Checkpoint(extension.Extension):  # type: ignore[misc]  # Chainer has no t
 
 
 def _describe_options(
-    keep: Any, asynchronous: Any, on_error: Any, preemption: Any
+    keep: Any, asynchronous: Any, on_error: Any, preemption: Any, allow_pickle: Any
 ) -> list[tuple[str, str]]:
     """Return what all ranks must say alike, or raise what is wrong. Local."""
     if operator.index(keep) < 1:
@@ -452,6 +479,7 @@ def _describe_options(
         ("asynchronous", str(bool(asynchronous))),
         ("on_error", on_error),
         ("preemption", str(bool(preemption))),
+        ("allow_pickle", str(bool(allow_pickle))),
     ]
 
 

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import chainer
 import numpy as np
 
-from chainer_dist._files import replacing
+from chainer_dist._files import open_regular, read_regular, replacing
 from chainer_dist._version import __version__
 from chainer_dist.extensions._npz_files import write_npz
 
@@ -51,7 +51,9 @@ __all__ = [
 COMMON_FILE = "common.npz"
 
 _MANIFEST = "manifest.json"
-_FORMAT = 1
+_FORMAT = 2
+_KNOWN_FORMATS = (1, 2)  # the first had None as a pickle, and no description of what it is of
+_LARGEST_MANIFEST = 1 << 27  # bytes; a rank takes about 150
 _NAME = re.compile(r"(0|[1-9]\d*)-([0-9a-f]{16})", re.ASCII)
 _UNFINISHED = ".tmp"
 _CHUNK = 1 << 20  # bytes read at a time
@@ -96,10 +98,10 @@ def begin(folder: Path, iteration: int) -> Path:
     return path
 
 
-def write_file(path: Path, values: dict[str, Array]) -> File:
+def write_file(path: Path, values: dict[str, Array], *, allow_pickle: bool = False) -> File:
     """Write arrays, and wait until they are on disk. Local."""
     digest = hashlib.sha256()
-    size = write_npz(path, values, digest)
+    size = write_npz(path, values, digest, allow_pickle=allow_pickle)
     return File(size, digest.hexdigest())
 
 
@@ -135,21 +137,25 @@ def read_manifest(path: Path) -> Manifest:
         OSError: If it cannot be read.
     """
     try:
-        outer = json.loads((path / _MANIFEST).read_bytes())
+        outer = json.loads(read_regular(path / _MANIFEST, limit=_LARGEST_MANIFEST))
         content = outer["content"]
         intact = outer["sha256"] == _digest(content)
-    except (ValueError, KeyError, TypeError):  # no JSON, or of another structure
+    except (ValueError, KeyError, TypeError, RecursionError):  # no JSON, or of another structure
         intact = False
     if not intact:
         raise ValueError(f"{_MANIFEST} is damaged")
-    if content["format"] != _FORMAT:
+    if content["format"] not in _KNOWN_FORMATS:
         raise ValueError(
             f"{_MANIFEST} has format {content['format']}, which this version does not know"
         )
     if not path.name.startswith(f"{content['iteration']}-"):
         raise ValueError(f"{_MANIFEST} is of iteration {content['iteration']}")
+    ranks = content["ranks"]
     files = {name: File(**file) for name, file in content["files"].items()}
-    return Manifest(content["iteration"], content["ranks"], files)
+    # Its checksum tells of damage only: anyone can make a manifest.
+    if {*files} != {COMMON_FILE, *map(rank_file, range(ranks))}:
+        raise ValueError(f"{_MANIFEST} does not list one file of each rank and {COMMON_FILE}")
+    return Manifest(content["iteration"], ranks, files)
 
 
 def check_files(path: Path, manifest: Manifest, names: Iterable[str]) -> None:
@@ -163,12 +169,13 @@ def check_files(path: Path, manifest: Manifest, names: Iterable[str]) -> None:
         expected = manifest.files[name]
         digest = hashlib.sha256()
         size = 0
-        with (path / name).open("rb") as file:
-            while chunk := file.read(_CHUNK):
+        with open_regular(path / name) as file:
+            length = os.fstat(file.fileno()).st_size
+            while size < expected.size and (chunk := file.read(_CHUNK)):
                 digest.update(chunk)
                 size += len(chunk)
-        if size != expected.size:
-            raise ValueError(f"{name} has {size} bytes, and {expected.size} were written")
+        if length != expected.size or size != expected.size:
+            raise ValueError(f"{name} has {length} bytes, and {expected.size} were written")
         if digest.hexdigest() != expected.sha256:
             raise ValueError(f"{name} is damaged: its SHA-256 is not that of what was written")
 
@@ -195,7 +202,7 @@ def token_in(folder: Path) -> Iterator[Path]:
 
 def _directories(folder: Path) -> list[str]:
     with os.scandir(folder) as entries:
-        return [entry.name for entry in entries if entry.is_dir()]
+        return [entry.name for entry in entries if entry.is_dir(follow_symlinks=False)]
 
 
 def _digest(content: Mapping[str, Any]) -> str:

@@ -1,8 +1,9 @@
 """What of a training is saved, and how it is put back: all that Chainer saves, and what it leaves out.
 
 Chainer's own serialization leaves out the random states, from which dropout and shuffling draw; dynamic
-loss scales; the float32 copies of float16 parameters; and the orders that iterators with workers have
-drawn ahead; and gradients that are being accumulated. Nothing here communicates.
+loss scales; the float32 copies of float16 parameters; the orders that iterators with workers have
+drawn ahead; gradients that are being accumulated; and what ``attributes.py`` finds. What is written are
+arrays that need no pickle. Nothing here communicates.
 """
 
 from __future__ import annotations
@@ -20,13 +21,22 @@ from chainer.backends import _cpu
 from chainer.iterators._statemachine import IteratorState
 from chainer.serializers import NpzDeserializer
 
-from chainer_dist.extensions._npz_files import parts, rank_bound
+from chainer_dist.checkpoints.attributes import Attributes, put_off, serialize_trainer, trainers
+from chainer_dist.checkpoints.description import compare, describe, without_state
+from chainer_dist.extensions._npz_files import (
+    NONE,
+    ArrayFile,
+    PickleRefusedError,
+    is_none,
+    parts,
+    rank_bound,
+)
 from chainer_dist.iterators.multi_node_iterator import _MultiNodeIterator
 from chainer_dist.iterators.synchronized_iterator import _Order, _SynchronizedSampler
 from chainer_dist.optimizers.multi_node_optimizer import MultiNodeOptimizer
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping, Sequence
+    from collections.abc import Container, Iterator, Mapping, Sequence
 
     from chainer_dist.communicators import CommunicatorBase
     from chainer_dist.communicators.arrays import Array
@@ -38,6 +48,8 @@ _BESIDE = "+"
 _RANDOM = f"{_BESIDE}random"
 _OWN = f"{_BESIDE}own:"  # and what a rank has alone, though it belongs to something all have alike
 _OWN_PARAMETERS = f"{_BESIDE}own_parameters"
+_DESCRIPTION = f"{_BESIDE}description"
+_SCALARS = f"{_BESIDE}scalars"  # names of what were numbers of Python, not of NumPy
 
 _GENERATOR = "MT19937"
 
@@ -96,23 +108,40 @@ def prepare(target: Any) -> None:
                 iterator._next = None
 
 
-def collect(target: Any, comm: CommunicatorBase, *, copy: bool) -> State:
+def collect(
+    target: Any,
+    comm: CommunicatorBase,
+    attributes: Attributes,
+    *,
+    copy: bool,
+    called: Sequence[str] = (),
+    allow_pickle: bool = False,
+) -> State:
     """Return the state of a target. Local.
 
     Args:
         target: What to save.
         comm: Of the ranks that save theirs.
+        attributes: That know what the target's objects were at first.
         copy: Whether arrays are copied, so that training can go on while they are written.
+        called: Names of a trainer's extensions that were called before training, and are not to be again.
+        allow_pickle: Whether arrays of objects may be saved.
+
+    Raises:
+        PickleRefusedError: If there are such arrays, though they may not be.
     """
     check_target(target)
     prepare(target)
-    collector = _Collector(target, comm, copy=copy)
+    collector = _Collector(target, comm, copy=copy, allow_pickle=allow_pickle)
     _serialize_beside(collector, target)
-    _serialize(collector, target)
+    attributes.save(collector, target)
+    _serialize(collector, target, {})
     for path, optimizer in _multi_node_optimizers(target):
         optimizer.serialize_own(collector[f"{_OWN}{path}"])
     collector.own[_RANDOM] = _encode(_random_state())
     collector.own[_OWN_PARAMETERS] = _encode(collector.own_parameters)
+    collector.own[_DESCRIPTION] = _encode({**describe(target), "called": [*called]})
+    collector.own[_SCALARS] = _encode(collector.scalars)
     return State(collector.common, collector.own)
 
 
@@ -120,44 +149,97 @@ def restore(
     target: Any,
     common: Mapping[str, Array],
     own: Sequence[Mapping[str, Array]],
+    attributes: Attributes,
     new_place: tuple[int, int] | None = None,
-) -> None:
+) -> list[str]:
     """Put a state back. Local.
 
     Args:
         target: Of the same kind as what was saved; changed in place.
         common: What all ranks had alike.
         own: What this rank had of its own, alone in a list.
+        attributes: That know what the target's objects are before anything is loaded.
         new_place: This rank and the number of ranks, if another number of ranks has saved. Then
             ``own`` is what each of those had; iterators over a rank's part of the data begin the
             epoch again, and random states follow from rank 0's.
 
+    Returns:
+        What was left out, for the user to know.
+
     Raises:
         ValueError, KeyError: If the state does not fit to the target.
+        PickleRefusedError: If it has what only pickle can load, and that is not allowed.
     """
     check_target(target)
     prepare(target)
     if new_place is not None:
         _check_own_parameters(own)
+    notes: list[str] = []
+    saved = [_decode(each[_DESCRIPTION]) for each in own if _DESCRIPTION in each]
+    now = describe(target, with_states=False)
+    if saved:
+        found = compare(saved[0], now)
+        notes += found if new_place is None or new_place[0] == 0 else []
     # What rank 0 lacks, as others lack the logs that it writes, may be there on others.
     loader = _Loader([common, *own], ignored=rank_bound(target) if new_place else None)
+    skipped = _unknown_pieces(loader, saved, now)
     _serialize_beside(loader, target)
-    _serialize(loader, target)
+    _begin_without_state(loader, target, saved)
+    _serialize(loader, target, skipped)
     for path, optimizer in _multi_node_optimizers(target):
         # Of another number of ranks the first goes on for all that have saved.
         sources = [_Loader([each])[f"{_OWN}{path}"] for each in own]
         optimizer.load_own(sources, takes_over=new_place is None or new_place[0] == 0)
+    settings, more = attributes.load(loader, target, own, skipped)
+    put_off(settings, target)
+    for _, trainer in trainers(target):
+        for name in saved[0]["called"] if saved else ():
+            if name in trainer._extensions:
+                trainer._extensions[name].call_before_training = False
     # At last, as initializing parameters draws numbers.
     if new_place is None:
         _set_random_state(_decode(own[0][_RANDOM]))
     else:
         _derive_random_state(own[0][_RANDOM].tobytes(), *new_place)
+    return notes + more
 
 
-def _serialize(serializer: Any, target: Any) -> None:
+def _begin_without_state(loader: _Loader, target: Any, saved: list[dict[str, Any]]) -> None:
+    """Let update rules that had no state yet when they were saved have none."""
+    for path, part in parts(target):
+        optimizer = getattr(part, "actual_optimizer", part)
+        if not isinstance(optimizer, chainer.Optimizer) or optimizer.target is None:
+            continue
+        for name, param in optimizer.target.namedparams():
+            prefix = f"{path}{name.strip('/')}/"
+            if saved:
+                had_none = without_state(saved[0], path, name)
+            else:  # earlier versions do not say so
+                had_none = loader.has_nothing_but(prefix, "t") and not loader(f"{prefix}t", 0)
+            if had_none and param.update_rule is not None:
+                loader.stateless.add(prefix)
+                param.update_rule._state = None
+
+
+def _unknown_pieces(
+    loader: _Loader, saved: Sequence[dict[str, Any]], now: dict[str, Any]
+) -> set[str]:
+    """Return the paths of extensions and triggers that are there now, and have not saved anything."""
+    unknown = set()
+    for path, pieces in now["trainers"].items():
+        for key, kind in pieces.items():
+            kinds = {each["trainers"].get(path, {}).get(key) for each in saved}
+            if kind not in kinds and (saved or loader.has_nothing_but(f"{path}{key}/", "")):
+                unknown.add(f"{path}{key}/")
+    return unknown
+
+
+def _serialize(serializer: Any, target: Any, skipped: Container[str], path: str = "") -> None:
     if isinstance(target, dict):
         for key, value in target.items():
-            _serialize(serializer[key], value)
+            _serialize(serializer[key], value, skipped, f"{path}{key}/")
+    elif isinstance(target, chainer.training.Trainer):
+        serialize_trainer(serializer, target, path, skipped)
     else:
         target.serialize(serializer)
 
@@ -264,7 +346,9 @@ class _Collector(serializers.Serializer):  # type: ignore[misc]  # Chainer has n
     Persistent values of links, such as the running mean of an ordinary batch normalization, are not.
     """
 
-    def __init__(self, target: Any, comm: CommunicatorBase, *, copy: bool) -> None:
+    def __init__(
+        self, target: Any, comm: CommunicatorBase, *, copy: bool, allow_pickle: bool
+    ) -> None:
         optimizers: list[tuple[str, Any]] = []
         links: list[chainer.Link] = []
         for path, part in parts(target):
@@ -285,6 +369,8 @@ class _Collector(serializers.Serializer):  # type: ignore[misc]  # Chainer has n
         self.common: dict[str, Array] = {}
         self.own: dict[str, Array] = {}
         self.own_parameters: list[str] = []
+        self.scalars: list[str] = []  # what is a number of Python, not of NumPy
+        self._allow_pickle = allow_pickle
 
     def __getitem__(self, key: str) -> _Collector:
         child = type(self).__new__(type(self))
@@ -294,6 +380,8 @@ class _Collector(serializers.Serializer):  # type: ignore[misc]  # Chainer has n
 
     def __call__(self, key: str, value: Any) -> Any:
         key = self._path + key.lstrip("/")
+        if type(value) in (bool, int, float, str):
+            self.scalars.append(key)
         values = self.own
         if not key.startswith(_OWN) and (
             key.startswith(self._common_paths) or id(value) in self._common_arrays
@@ -304,6 +392,12 @@ class _Collector(serializers.Serializer):  # type: ignore[misc]  # Chainer has n
         elif id(value) in self._arrays:
             self.own_parameters.append(key)
         array = np.asarray(None if value is None else _cpu._to_cpu(value))
+        if is_none(array):
+            array = NONE
+        elif array.dtype.hasobject and not self._allow_pickle:
+            raise PickleRefusedError(
+                f"{key} is an array of objects, which only pickle can store; allow_pickle=True does so"
+            )
         values[key] = array.copy() if self._copy and array is value else array
         return value
 
@@ -316,34 +410,66 @@ def _arrays(links: Any) -> set[int]:
 
 
 class _Loader(NpzDeserializer):  # type: ignore[misc]  # Chainer has no types
-    """Loads from several files, and only into arrays of the shape that was saved.
+    """Loads from several files, only into arrays of the shape that was saved, and numbers of the same type.
 
-    Chainer's own would broadcast: one number into a whole array.
+    Chainer's own would broadcast one number into a whole array, and makes Python's numbers of NumPy's: sums
+    of these would be rounded otherwise.
     """
 
     def __init__(self, sources: Any, path: str = "", ignored: Any = None) -> None:
         super().__init__(sources, path)
         self._ignored = ignored
+        # The paths of update rules that had no state.
+        self.stateless: set[str] = set()
+        # None where an earlier version has saved, which did not tell.
+        self._scalars: set[str] | None = None
+        for source in sources:
+            if _SCALARS in source:
+                self._scalars = (self._scalars or set()) | {*_decode(source[_SCALARS])}
 
     def __getitem__(self, key: str) -> _Loader:
-        return _Loader(self.npz, f"{self.path}{key.strip('/')}/", self._ignored)
+        child = type(self).__new__(type(self))
+        child.__dict__.update(self.__dict__)
+        child.path = f"{self.path}{key.strip('/')}/"
+        return child
 
     def __call__(self, key: str, value: Any) -> Any:
         key = self.path + key.lstrip("/")
         if self._ignored is not None and self._ignored(key[key.startswith(_BESIDE) :]):
             return value
-        saved = _look_up(self.npz, key)
-        is_none = saved.dtype == object and saved[()] is None
-        if isinstance(value, np.ndarray) and saved.shape != value.shape and not is_none:
-            raise ValueError(f"{key} was saved as {saved.shape}, and is {value.shape} now")
+        for source in self.npz:
+            if key in source:
+                return self._load(source, key, value)
+        if self.path in self.stateless:
+            return None
+        raise KeyError(key)
+
+    def _load(self, source: Mapping[str, Array], key: str, value: Any) -> Any:
+        if isinstance(value, np.ndarray) and isinstance(source, ArrayFile):
+            self._check(key, source.shape(key), value, may_be_none=True)
+        saved = source[key]
+        if is_none(saved):
+            return None
+        if isinstance(value, np.ndarray):
+            self._check(key, saved.shape, value)
+        if self._scalars is not None and type(value) in (bool, int, float, str):
+            return saved.item() if key in self._scalars else saved[()]
         return NpzDeserializer({key: saved})(key, value)
 
+    @staticmethod
+    def _check(
+        key: str, shape: tuple[int, ...], value: Array, *, may_be_none: bool = False
+    ) -> None:
+        if shape != value.shape and (shape or not may_be_none):
+            raise ValueError(f"{key} was saved as {shape}, and is {value.shape} now")
 
-def _look_up(sources: Sequence[Mapping[str, Array]], key: str) -> Array:
-    for source in sources:
-        if key in source:
-            return source[key]
-    raise KeyError(key)
+    def has_nothing_but(self, prefix: str, name: str) -> bool:
+        """Tell whether of all that begins in one way at most one thing was saved. Local."""
+        return not any(
+            key.startswith(prefix) and key != f"{prefix}{name}"
+            for source in self.npz
+            for key in source
+        )
 
 
 def _check_own_parameters(own: Sequence[Mapping[str, Array]]) -> None:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from chainer.dataset import DatasetMixin
 
+from chainer_dist._files import open_regular
 from chainer_dist.communicators.agreement import rebuild_error
 
 if TYPE_CHECKING:
@@ -91,9 +92,12 @@ def open_arrays(path: str | os.PathLike[str]) -> Any:
         Rows are new, writable arrays of shape ``(...)`` (scalars for arrays of shape ``(n,)``).
 
     Raises:
-        OSError, ValueError, TypeError: If there is no such file, or it is no such array.
+        OSError, ValueError, TypeError: If there is no such file, or it is no such array. Arrays of objects
+            are refused, as loading them can run any code.
     """
-    loaded = np.load(path, mmap_mode="r")
+    with open_regular(path, follow=True):
+        pass  # a named pipe would wait for a writer
+    loaded = np.load(path, mmap_mode="r", allow_pickle=False)
     if isinstance(loaded, np.ndarray):
         return _Rows(np.asarray(loaded))  # plain arrays travel in a data loader's shared memory
     with loaded:
@@ -131,7 +135,7 @@ class _Columns:
 
     @functools.cached_property
     def _columns(self) -> dict[str, _Rows]:
-        with np.load(self._path) as loaded:
+        with np.load(self._path, allow_pickle=False) as loaded:
             return {name: _Rows(loaded[name]) for name in loaded.files}
 
 

@@ -5,14 +5,15 @@ from __future__ import annotations
 import contextlib
 import io
 import operator
+import re
 import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 from chainer.training import extension
 from chainer.training.extensions._snapshot import _find_snapshot_files
 
+from chainer_dist._files import read_regular
 from chainer_dist.communicators.agreement import (
     agree,
     describe_error,
@@ -20,7 +21,7 @@ from chainer_dist.communicators.agreement import (
     raise_mismatch,
     raise_together,
 )
-from chainer_dist.extensions._npz_files import check_npz, consolidate, load_npz
+from chainer_dist.extensions._npz_files import ArrayFile, check_npz, consolidate, load_npz
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -31,7 +32,11 @@ if TYPE_CHECKING:
 
 
 def multi_node_snapshot(
-    comm: CommunicatorBase, snapshot: Any, replica_sets: Iterable[int | Iterable[int]]
+    comm: CommunicatorBase,
+    snapshot: Any,
+    replica_sets: Iterable[int | Iterable[int]],
+    *,
+    allow_pickle: bool = False,
 ) -> _MultiNodeSnapshot:
     """Make a snapshot extension save and load the trainers of all ranks. Collective.
 
@@ -67,6 +72,8 @@ def multi_node_snapshot(
         replica_sets: The sets, each a rank or some ranks. Ranks in none of them are one more set.
             The same on every rank. For example, on 4 ranks: ``[]`` is ``{0, 1, 2, 3}``; ``[0]`` is
             ``{0}`` and ``{1, 2, 3}``; ``[[0, 1], [2, 3]]`` is just that.
+        allow_pickle: Whether ``autoload`` loads objects that need pickle. That can run any code: only with
+            files from those whom you trust. Nothing that Chainer serializes needs it.
 
     Returns:
         The extension, for the trainers of all ranks. The same as ChainerMN's.
@@ -78,7 +85,7 @@ def multi_node_snapshot(
         RuntimeError: On every rank, when training begins, if there are files to load from but
             none that all sets have and that is whole.
     """
-    return _MultiNodeSnapshot(comm, snapshot, replica_sets)
+    return _MultiNodeSnapshot(comm, snapshot, replica_sets, allow_pickle=allow_pickle)
 
 
 class _MultiNodeSnapshot(extension.Extension):  # type: ignore[misc]  # Chainer has no types
@@ -89,8 +96,11 @@ class _MultiNodeSnapshot(extension.Extension):  # type: ignore[misc]  # Chainer 
         comm: CommunicatorBase,
         snapshot: Any,
         replica_sets: Iterable[int | Iterable[int]],
+        *,
+        allow_pickle: bool,
     ) -> None:
         self.comm = comm
+        self.allow_pickle = allow_pickle
         self.snapshot = snapshot
         error: Exception | None = None
         sets: list[set[int]] = []
@@ -193,16 +203,22 @@ class _MultiNodeSnapshot(extension.Extension):  # type: ignore[misc]  # Chainer 
         target = trainer if self.snapshot._target is None else self.snapshot._target
         error: Exception | None = None
         try:
-            load_npz(io.BytesIO(data), target, restart_epoch=restart_epoch)
+            load_npz(
+                io.BytesIO(data),
+                target,
+                restart_epoch=restart_epoch,
+                allow_pickle=self.allow_pickle,
+            )
         except Exception as caught:  # noqa: BLE001 - targets may raise anything
             error = caught
         raise_together(comm, error)
 
     def _saved_by_others(self, data: bytes) -> bool:
         """Tell whether a snapshot is known to be of another number of ranks. Local."""
-        key = f"extensions/{self.name}/ranks"
-        with np.load(io.BytesIO(data)) as arrays:
-            return key in arrays and int(arrays[key]) != self.comm.size
+        arrays = ArrayFile(io.BytesIO(data))
+        # The extension may have had another name.
+        found = [key for key in arrays if re.fullmatch("(.*/)?extensions/[^/]+/ranks", key)]
+        return any(int(arrays[key]) != self.comm.size for key in found)
 
     def _read_newest(self, out: str, found: dict[int, list[str]]) -> bytes | None:
         """Return this rank's file of the newest whole generation, None if it has none."""
@@ -216,7 +232,7 @@ class _MultiNodeSnapshot(extension.Extension):  # type: ignore[misc]  # Chainer 
             error: Exception | None = None
             if comm.rank in found:
                 try:
-                    data = (Path(out) / f"{name}.{comm.rank}").read_bytes()
+                    data = read_regular(Path(out) / f"{name}.{comm.rank}")
                     check_npz(io.BytesIO(data))
                 except Exception as caught:  # noqa: BLE001 - zipfile raises many kinds
                     error = caught

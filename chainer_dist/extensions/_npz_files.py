@@ -1,16 +1,27 @@
-"""Files of a trainer's state: written whole or not at all, checked, and loaded on other ranks."""
+"""Files of a trainer's state: written whole or not at all, checked, and loaded without pickle.
+
+A pickle can run any code when it is loaded. Files of arrays need none, but for one thing: Chainer saves
+None as an array of objects. That is recognized by what its pickle spells out, which is never run.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import io
+import math
+import pickle
+import pickletools
+import struct
 import zipfile
-from typing import TYPE_CHECKING, Any
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, BinaryIO, cast
 
 import chainer
 import numpy as np
-from chainer import serializers
+from chainer.serializers import NpzDeserializer
 
-from chainer_dist._files import replacing
+from chainer_dist._files import open_regular, replacing
 from chainer_dist.iterators.distributed_iterator import DistributedIterator
 from chainer_dist.iterators.multi_node_iterator import _MultiNodeIterator
 from chainer_dist.iterators.synchronized_iterator import _SynchronizedIterator
@@ -19,14 +30,41 @@ from chainer_dist.optimizers.multi_node_optimizer import MultiNodeOptimizer
 if TYPE_CHECKING:
     import hashlib
     from collections.abc import Callable, Iterator
-    from pathlib import Path
-    from typing import IO, BinaryIO
+    from typing import IO
+
+    from chainer_dist.communicators.arrays import Array
 
 # Their state is the same on all ranks, and means the same on any number of ranks.
 RANK_FREE_ITERATORS = (DistributedIterator, _MultiNodeIterator, _SynchronizedIterator)
 
+# What a Checkpoint has in the place of None: an array that needs no pickle.
+NONE = np.zeros((), dtype=[("None", np.bool_)])
 
-def write_npz(path: Path, values: dict[str, Any], digest: hashlib._Hash | None = None) -> int:
+_NPY = ".npy"
+_LONGEST_NONE = 1000  # bytes of the pickle of an array with None
+_LOCAL_HEADER = struct.Struct("<4s5H3I2H")
+_LONGEST_DESCRIPTOR = 24  # bytes that may follow a member
+
+
+class PickleRefusedError(ValueError):
+    """A file has, or would get, what only pickle can store, and nobody has allowed that."""
+
+
+def is_none(array: Any) -> bool:
+    """Tell whether an array stands for None. Local."""
+    dtype = getattr(array, "dtype", None)
+    if dtype is None or not dtype.hasobject:
+        return bool(dtype == NONE.dtype)
+    return bool(array.ndim == 0 and array[()] is None)
+
+
+def write_npz(
+    path: Path,
+    values: Mapping[str, Any],
+    digest: hashlib._Hash | None = None,
+    *,
+    allow_pickle: bool = False,
+) -> int:
     """Write a file that ``numpy.load`` reads. Whatever happens, an older file is not lost. Local.
 
     Not compressed: weights are hardly smaller compressed, and take many times as long.
@@ -35,10 +73,21 @@ def write_npz(path: Path, values: dict[str, Any], digest: hashlib._Hash | None =
         path: Of the file.
         values: Arrays by name.
         digest: Updated with what is written, if given.
+        allow_pickle: Whether there may be arrays of objects other than None.
 
     Returns:
         The size in bytes.
+
+    Raises:
+        PickleRefusedError: If there are, though they must not.
     """
+    if not allow_pickle:
+        for name, value in values.items():
+            if np.asarray(value).dtype.hasobject and not is_none(np.asarray(value)):
+                raise PickleRefusedError(
+                    f"{name} is an array of objects, which only pickle can store: save numbers, or give "
+                    "allow_pickle=True"
+                )
     with replacing(path, text=False) as file:
         stream = _Stream(file, digest)
         np.savez(stream, **values)
@@ -77,15 +126,163 @@ class _Stream(io.RawIOBase):
         """Do nothing: nothing is kept here."""
 
 
+class ArrayFile(Mapping[str, "Array"]):
+    """The arrays of a file that ``numpy.savez`` wrote, each read when it is asked for; None as such an array.
+
+    Args:
+        file: To read from; left open.
+        allow_pickle: Whether arrays of objects other than None are loaded, which can run any code.
+        compressed: Whether there may be compressed arrays. What is not takes no more memory than the
+            file has bytes.
+
+    Raises:
+        zipfile.BadZipFile: If it is no such file.
+    """
+
+    def __init__(
+        self, file: BinaryIO, *, allow_pickle: bool = False, compressed: bool = True
+    ) -> None:
+        self.allow_pickle = allow_pickle
+        self._archive = zipfile.ZipFile(file)
+        self._members: dict[str, zipfile.ZipInfo] = {}
+        for info in self._archive.infolist():
+            if not compressed and (
+                info.compress_type != zipfile.ZIP_STORED or info.file_size != info.compress_size
+            ):
+                raise zipfile.BadZipFile(f"{info.filename} is compressed")
+            if info.filename.endswith(_NPY):
+                self._members[info.filename[: -len(_NPY)]] = info
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._members)
+
+    def __len__(self) -> int:
+        return len(self._members)
+
+    def __contains__(self, key: object) -> bool:
+        return key in self._members
+
+    def shape(self, key: str) -> tuple[int, ...]:
+        """Return the shape of an array, without reading more of it than that."""
+        with self._archive.open(self._members[key]) as member:
+            return _header(member)[0]
+
+    def __getitem__(self, key: str) -> Array:
+        info = self._members[key]
+        with self._archive.open(info) as member:
+            shape, fortran_order, dtype = _header(member)
+            if dtype.hasobject:
+                return self._objects(key, shape, member.read(_LONGEST_NONE))
+            left, size = info.file_size - member.tell(), math.prod(shape) * dtype.itemsize
+            if size != left or any(length < 0 for length in shape):
+                raise ValueError(f"{key} has {left} bytes, and {shape} {dtype} takes {size}")
+            array = np.empty(shape, dtype, order="F" if fortran_order else "C")
+            flat: Any = array.reshape(-1, order="A").view(np.uint8) if size else b""
+            view, done = memoryview(flat), 0
+            while done < array.nbytes:
+                count = cast("io.BufferedIOBase", member).readinto(view[done:])
+                if not count:
+                    raise ValueError(f"{key} ends after {done} bytes of {array.nbytes}")
+                done += count
+        return NONE_ARRAY if dtype == NONE.dtype else array
+
+    def _objects(self, key: str, shape: tuple[int, ...], pickled: bytes) -> Array:
+        if not shape and _spelled(pickled) in _spelled_none():
+            return NONE_ARRAY
+        if not self.allow_pickle:
+            raise PickleRefusedError(
+                f"{key} was saved as a pickle, which can run any code when it is loaded; if you trust "
+                "whoever wrote the file, allow_pickle=True loads it"
+            )
+        with self._archive.open(self._members[key]) as member:
+            array: Array = np.lib.format.read_array(member, allow_pickle=True)
+        return array
+
+
+NONE_ARRAY = np.asarray(None)
+NONE_ARRAY.flags.writeable = False
+
+
+def _header(member: Any) -> tuple[tuple[int, ...], bool, np.dtype[Any]]:
+    """Read what an array is, up to where its elements begin."""
+    version = np.lib.format.read_magic(member)
+    if version == (1, 0):
+        shape, fortran_order, dtype = np.lib.format.read_array_header_1_0(member)
+    elif version == (2, 0):
+        shape, fortran_order, dtype = np.lib.format.read_array_header_2_0(member)
+    else:
+        raise ValueError(f"arrays of format {version} cannot be read")
+    return shape, fortran_order, dtype
+
+
+_MEMO = {
+    "PROTO",
+    "FRAME",
+    "PUT",
+    "BINPUT",
+    "LONG_BINPUT",
+    "MEMOIZE",
+    "GET",
+    "BINGET",
+    "LONG_BINGET",
+}
+
+
+def _spelled(pickled: bytes) -> tuple[Any, ...] | None:
+    """Return all that a pickle says, without running it; None if it is none."""
+    found: list[Any] = []
+    try:
+        for opcode, argument, _ in pickletools.genops(pickled):
+            if opcode.name == "GLOBAL":
+                found += str(argument).split(" ")
+            elif opcode.name not in (*_MEMO, "STACK_GLOBAL"):
+                found.append(opcode.name if argument is None else argument)
+    except Exception:  # noqa: BLE001 - it raises many kinds
+        return None
+    return tuple(
+        each.replace("numpy._core", "numpy.core") if isinstance(each, str) else each
+        for each in found
+    )
+
+
+def _spelled_none() -> list[Any]:
+    """Return what pickles of an array with None say, of all protocols that NumPy has used."""
+    return [_spelled(pickle.dumps(NONE_ARRAY, protocol)) for protocol in (2, 3, 4)]
+
+
 def check_npz(file: Path | BinaryIO) -> None:
-    """Raise an error if the file is not the whole of what was written. Local; reads all of it."""
-    with zipfile.ZipFile(file) as archive:
+    """Raise an error if the file is not the whole of what was written. Local; reads all of it.
+
+    Checksums tell of damage within the arrays. That no array has vanished from the list at the file's end
+    is told by arrays that follow one another without a gap.
+    """
+    with contextlib.ExitStack() as stack:
+        if isinstance(file, Path):
+            file = stack.enter_context(open_regular(file))
+        archive = stack.enter_context(zipfile.ZipFile(file))
+        position = 0
+        for info in sorted(archive.infolist(), key=lambda info: info.header_offset):
+            _check_follows(info.header_offset, position, info.filename)
+            file.seek(info.header_offset)
+            header = _LOCAL_HEADER.unpack(file.read(_LOCAL_HEADER.size))
+            position = (
+                info.header_offset + _LOCAL_HEADER.size + sum(header[-2:]) + info.compress_size
+            )
+        _check_follows(archive.start_dir, position, "the list of arrays")
         damaged = archive.testzip()
     if damaged is not None:
         raise zipfile.BadZipFile(f"{damaged} is damaged")
 
 
-def load_npz(file: Path | BinaryIO, target: Any, *, restart_epoch: bool) -> None:
+def _check_follows(begin: int, end_before: int, name: str) -> None:
+    # The first member begins the file; a descriptor may stand between two.
+    if not end_before <= begin <= end_before + (_LONGEST_DESCRIPTOR if end_before else 0):
+        raise zipfile.BadZipFile(f"something is missing before {name}")
+
+
+def load_npz(
+    file: Path | BinaryIO, target: Any, *, restart_epoch: bool, allow_pickle: bool = False
+) -> None:
     """Load a file into a trainer, an updater, or whatever else it was saved from. Local.
 
     Args:
@@ -93,10 +290,36 @@ def load_npz(file: Path | BinaryIO, target: Any, *, restart_epoch: bool) -> None
         target: To load into, in place.
         restart_epoch: Whether iterators over a part of the data go back to the beginning of the
             epoch, in an order of their own, because the parts are not those that they were.
+        allow_pickle: Whether objects are loaded that need pickle, which can run any code.
+
+    Raises:
+        PickleRefusedError: If there are such objects where it is not allowed.
     """
     ignored = rank_bound(target) if restart_epoch else None
-    name = file if hasattr(file, "read") else str(file)
-    serializers.load_npz(name, target, ignore_names=ignored)
+    with contextlib.ExitStack() as stack:
+        if isinstance(file, Path):
+            file = stack.enter_context(open_regular(file))
+        arrays = ArrayFile(file, allow_pickle=allow_pickle)
+        _Loader(arrays, ignore_names=ignored).load(target)
+
+
+class _Loader(NpzDeserializer):  # type: ignore[misc]  # Chainer has no types
+    """Chainer's, that reads no array which is larger than the place for it."""
+
+    def __getitem__(self, key: str) -> _Loader:
+        return _Loader(self.npz, f"{self.path}{key.strip('/')}/", self.strict, self.ignore_names)
+
+    def __call__(self, key: str, value: Any) -> Any:
+        name = self.path + key.lstrip("/")
+        if callable(self.ignore_names) and self.ignore_names(name):
+            return value
+        if value is not None and name in self.npz:
+            shape = self.npz.shape(name)
+            if math.prod(shape) > np.size(value):
+                raise ValueError(
+                    f"could not broadcast {name} of shape {shape} into {np.shape(value)}"
+                )
+        return super().__call__(key, value)
 
 
 def parts(target: Any, path: str = "") -> Iterator[tuple[str, Any]]:

@@ -16,10 +16,19 @@ import numpy as np
 from chainer.serializers import npz
 from chainer.training import extension
 
+from chainer_dist._files import open_regular, read_regular
 from chainer_dist.communicators.agreement import agree, raise_mismatch, raise_together
-from chainer_dist.extensions._npz_files import check_npz, consolidate, load_npz, write_npz
+from chainer_dist.extensions._npz_files import (
+    ArrayFile,
+    check_npz,
+    consolidate,
+    load_npz,
+    write_npz,
+)
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     import chainer
 
     from chainer_dist.communicators import CommunicatorBase
@@ -55,7 +64,8 @@ class _Generation(NamedTuple):
     @property
     def is_complete(self) -> bool:
         """Whether the files of all ranks are there."""
-        return self.readers.keys() >= set(range(self.n_ranks))
+        n_ranks = self.n_ranks  # which a damaged file may claim to be any number
+        return len(self.readers) >= n_ranks and self.readers.keys() >= {*range(n_ranks)}
 
 
 def create_multi_node_checkpointer(
@@ -64,6 +74,8 @@ def create_multi_node_checkpointer(
     cp_interval: int = 5,
     gc_interval: int = 5,
     path: str | os.PathLike[str] | None = None,
+    *,
+    allow_pickle: bool = False,
 ) -> _MultiNodeCheckpointer:
     """Make an extension that saves the trainers of all ranks, each to its own file. Local.
 
@@ -88,6 +100,8 @@ def create_multi_node_checkpointer(
             ``cp_interval + gc_interval - 1`` are there.
         path: Directory, made where missing; None is the trainer's ``out``. Ranks on different
             machines may have different ones behind the same name.
+        allow_pickle: Whether objects are saved, and loaded, that need pickle. Loading them can run any code:
+            only with files from those whom you trust. Nothing that Chainer serializes needs it.
 
     Returns:
         The extension, for the trainers of all ranks.
@@ -109,7 +123,9 @@ def create_multi_node_checkpointer(
     for key, value in (("cp_interval", cp_interval), ("gc_interval", gc_interval)):
         if value < 1:
             raise ValueError(f"{key} is {value}, expected 1 or more")
-    return _MultiNodeCheckpointer(name, comm, cp_interval, gc_interval, path)
+    return _MultiNodeCheckpointer(
+        name, comm, cp_interval, gc_interval, path, allow_pickle=allow_pickle
+    )
 
 
 class _MultiNodeCheckpointer(extension.Extension):  # type: ignore[misc]  # Chainer has no types
@@ -125,13 +141,17 @@ class _MultiNodeCheckpointer(extension.Extension):  # type: ignore[misc]  # Chai
         cp_interval: int,
         gc_interval: int,
         path: str | os.PathLike[str] | None,
+        *,
+        allow_pickle: bool,
     ) -> None:
-        self.name = name
+        self.name = name  # a Trainer sets it to that under which it knows the extension
+        self._run = name
+        self._found = name  # how the names of the files that are read begin
         self.comm = comm
         self.cp_interval = cp_interval
         self.gc_interval = gc_interval
         self.path = None if path is None else Path(path)
-        self._pattern = re.compile(re.escape(name) + r"\.(0|[1-9]\d*)\.(0|[1-9]\d*)", re.ASCII)
+        self.allow_pickle = allow_pickle
         self._complete: list[int] = []  # iterations of complete checkpoints, the same on all ranks
         self._job: int | None = None
         self._n_saves = 0
@@ -166,7 +186,7 @@ class _MultiNodeCheckpointer(extension.Extension):  # type: ignore[misc]  # Chai
             file = self._new_file(iteration)
             values = npz.serialize(target)
             values[_ORIGIN] = np.array([self.comm.size, self._job], dtype=np.int64)
-            write_npz(file, values)
+            write_npz(file, values, allow_pickle=self.allow_pickle)
         except Exception as caught:  # noqa: BLE001 - targets may raise anything
             error = caught
         self._seconds.append(time.perf_counter() - started)
@@ -209,17 +229,20 @@ class _MultiNodeCheckpointer(extension.Extension):  # type: ignore[misc]  # Chai
         """
         del optimizer
         error: Exception | None = None
-        visible: list[_File] = []
+        visible: list[list[_File]] = []
         folder = Path()
         try:
             folder = Path(path or self.path or trainer.out)
-            visible = self._visible(folder)
+            visible = [self._visible(folder, name) for name in (self._run, self.name)]
         except Exception as caught:  # noqa: BLE001 - a target may have no `out`
             error = caught
         raise_together(self.comm, error)
         if self.path is None:
             self.path = folder
-        if not any(everyone := self.comm.allgather_obj(visible)):
+        by_run, by_extension = zip(*self.comm.allgather_obj(visible))
+        # ChainerMN names files by the extension.
+        self._found, everyone = (self._run, by_run) if any(by_run) else (self.name, by_extension)
+        if not any(everyone):
             return
 
         files = self._look_into(folder, everyone)
@@ -239,7 +262,7 @@ class _MultiNodeCheckpointer(extension.Extension):  # type: ignore[misc]  # Chai
                 return
             files = {file: found for file, found in files.items() if file not in damaged}
         raise RuntimeError(
-            f"no checkpoint of {self.name} in {folder} can be read; remove them to start anew"
+            f"no checkpoint of {self._found} in {folder} can be read; remove them to start anew"
         )
 
     def finalize(self) -> None:
@@ -266,30 +289,33 @@ class _MultiNodeCheckpointer(extension.Extension):  # type: ignore[misc]  # Chai
         if iteration < 0:
             raise ValueError(f"iteration is {iteration}, expected 0 or more")
         self.path.mkdir(parents=True, exist_ok=True)
-        return self._file(self.path, self.comm.rank, iteration)
+        return self.path / f"{self._run}.{self.comm.rank}.{iteration}"
 
     def _file(self, folder: Path, rank: int, iteration: int) -> Path:
-        return folder / f"{self.name}.{rank}.{iteration}"
+        """Return where a file is that was found."""
+        return folder / f"{self._found}.{rank}.{iteration}"
 
-    def _visible(self, folder: Path) -> list[_File]:
-        """Return the files that this rank sees. Local."""
+    def _visible(self, folder: Path, name: str) -> list[_File]:
+        """Return the files of a name that this rank sees. Local."""
         if not folder.is_dir():
             return []
-        matches = (self._pattern.fullmatch(path.name) for path in folder.iterdir())
+        pattern = re.compile(re.escape(name) + r"\.(0|[1-9]\d*)\.(0|[1-9]\d*)", re.ASCII)
+        matches = (pattern.fullmatch(path.name) for path in folder.iterdir())
         return sorted(_File(int(match[1]), int(match[2])) for match in matches if match)
 
     def _remove(self, is_old: Any) -> None:
         """Remove old files of this rank, and of ranks that there are no more. Local."""
         if self.path is None:
             return
-        for rank, iteration in self._visible(self.path):
-            if rank % self.comm.size == self.comm.rank and is_old(iteration):
-                try:
-                    self._file(self.path, rank, iteration).unlink(missing_ok=True)
-                except OSError as error:
-                    warnings.warn(f"could not remove a checkpoint: {error}", stacklevel=2)
+        for name in dict.fromkeys((self._run, self._found)):
+            for rank, iteration in self._visible(self.path, name):
+                if rank % self.comm.size == self.comm.rank and is_old(iteration):
+                    try:
+                        (self.path / f"{name}.{rank}.{iteration}").unlink(missing_ok=True)
+                    except OSError as error:
+                        warnings.warn(f"could not remove a checkpoint: {error}", stacklevel=2)
 
-    def _look_into(self, folder: Path, everyone: list[list[_File]]) -> dict[_File, _Found]:
+    def _look_into(self, folder: Path, everyone: Sequence[list[_File]]) -> dict[_File, _Found]:
         """Return all files that can be opened, whoever sees them. Collective."""
         comm = self.comm
         readers: dict[_File, int] = {}
@@ -349,14 +375,14 @@ class _MultiNodeCheckpointer(extension.Extension):  # type: ignore[misc]  # Chai
             data = None
             try:
                 if reader == comm.rank:
-                    data = self._file(folder, lowest, generation.iteration).read_bytes()
+                    data = read_regular(self._file(folder, lowest, generation.iteration))
             except OSError as caught:
                 error = caught
             raise_together(comm, error)
             source = io.BytesIO(comm.bcast_obj(data, root=reader))
             if comm.rank == 0:
                 warnings.warn(
-                    f"checkpoint {self.name} of iteration {generation.iteration} was saved by "
+                    f"checkpoint {self._found} of iteration {generation.iteration} was saved by "
                     f"{generation.n_ranks} ranks, of which {len(generation.readers)} files are "
                     f"there; all ranks load that of rank {lowest}, and iterators over a part of "
                     "the data begin the epoch again",
@@ -364,7 +390,7 @@ class _MultiNodeCheckpointer(extension.Extension):  # type: ignore[misc]  # Chai
                     stacklevel=3,
                 )
         try:
-            load_npz(source, target, restart_epoch=not is_own)
+            load_npz(source, target, restart_epoch=not is_own, allow_pickle=self.allow_pickle)
         except Exception as caught:  # noqa: BLE001 - targets may raise anything
             error = caught
         raise_together(comm, error)
@@ -373,7 +399,7 @@ class _MultiNodeCheckpointer(extension.Extension):  # type: ignore[misc]  # Chai
         if self.comm.rank == 0:
             for file, text in failures.items():
                 warnings.warn(
-                    f"checkpoint {self.name}.{file.rank}.{file.iteration} is damaged ({text}) "
+                    f"checkpoint {self._found}.{file.rank}.{file.iteration} is damaged ({text}) "
                     "and left out",
                     UserWarning,
                     stacklevel=4,
@@ -381,10 +407,8 @@ class _MultiNodeCheckpointer(extension.Extension):  # type: ignore[misc]  # Chai
 
 
 def _origin(path: Path) -> Origin:
-    with path.open("rb") as file:
-        if file.read(2) != b"PK":  # numpy would take it for a pickle
-            raise ValueError("not a zip file")
-    with np.load(path) as arrays:
+    with open_regular(path) as file:
+        arrays = ArrayFile(file)
         if _ORIGIN not in arrays:
             return None
         n_ranks, job = arrays[_ORIGIN].tolist()

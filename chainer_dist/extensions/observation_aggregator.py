@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import io
+import json
 import pickle
 import warnings
 from typing import TYPE_CHECKING, Any
@@ -13,6 +15,7 @@ from chainer import serializer as serializers
 from chainer.training import extension, util
 
 from chainer_dist.communicators.agreement import describe_error, raise_first
+from chainer_dist.extensions._plain_values import pack, unpack
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -103,10 +106,14 @@ class ObservationAggregator(extension.Extension):  # type: ignore[misc]  # Chain
         Args:
             serializer: Chainer's.
             unseen: More values to save.
+
+        Raises:
+            TypeError: If a value to save is neither numbers nor arrays.
+            ValueError: If values were saved by an earlier version, and need a pickle that can run code.
         """
         if isinstance(serializer, serializers.Deserializer):
             try:
-                self.observation_history = pickle.loads(serializer("values", None).tobytes())
+                content = serializer("values", None).tobytes()
             except KeyError:
                 warnings.warn(
                     f"there are no values of {self.original_key} in this snapshot, so the next "
@@ -115,11 +122,36 @@ class ObservationAggregator(extension.Extension):  # type: ignore[misc]  # Chain
                     stacklevel=2,
                 )
                 return
+            self.observation_history = _load(content, serializer)
         else:
-            values = pickle.dumps([*self.observation_history, *unseen])
-            serializer("values", np.frombuffer(values, dtype=np.uint8))
+            packed, arrays = pack([*self.observation_history, *unseen])
+            serializer("values", np.frombuffer(json.dumps(packed).encode(), dtype=np.uint8))
+            serializer("n_arrays", len(arrays))
+            for number, array in enumerate(arrays):
+                serializer(f"array_{number}", array)
         if hasattr(self.comm_trigger, "serialize"):
             self.comm_trigger.serialize(serializer["comm_trigger"])
+
+
+def _load(content: bytes, serializer: Any) -> list[Any]:
+    """Return values that were saved."""
+    if content.startswith(b"\x80"):  # earlier versions saved a pickle
+        values: list[Any] = _NumbersOnly(io.BytesIO(content)).load()
+        return values
+    arrays = [serializer(f"array_{i}", None) for i in range(int(serializer("n_arrays", 0)))]
+    loaded: list[Any] = unpack(json.loads(content), arrays)
+    return loaded
+
+
+class _NumbersOnly(pickle.Unpickler):
+    """Loads what has nothing in it but numbers, text and lists of these: no pickle of that can run code."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        """Refuse everything."""
+        raise ValueError(
+            f"the observations in this snapshot are a pickle with {module}.{name}, which could run any "
+            "code; remove the extension for this resume, so that its next summary begins anew"
+        )
 
 
 def plain_value(value: Any) -> Any:

@@ -19,6 +19,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from chainer_dist._files import open_appending, read_regular
 from chainer_dist.scaling import contenders, workloads
 from chainer_dist.scaling.worker import Task
 
@@ -148,7 +149,7 @@ def read(folder: Path) -> tuple[dict[str, Any] | None, dict[Job, dict[str, Any]]
         ValueError: If the file is none of ours.
     """
     try:
-        lines = (folder / RUNS).read_text(encoding="utf-8").split("\n")
+        lines = read_regular(folder / RUNS).split(b"\n")
     except FileNotFoundError:
         return None, {}
     lines.pop()  # what a stop has cut off, or nothing
@@ -157,7 +158,7 @@ def read(folder: Path) -> tuple[dict[str, Any] | None, dict[Job, dict[str, Any]]
     try:
         header, *records = map(json.loads, lines)
         return header["plan"], {Job(*each["job"]): each["result"] for each in records}
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise ValueError(f"{folder / RUNS} has no results of a measurement: {error!r}") from error
 
 
@@ -185,7 +186,7 @@ def run(plan: Plan, folder: Path, *, quiet: bool = False) -> dict[Job, dict[str,
             "folder with --out, or begin anew with --restart"
         )
     planned = list(jobs(plan))
-    with (folder / RUNS).open("a+b") as file:
+    with open_appending(folder / RUNS) as file:
         if header is None:
             _append(file, {"plan": described})
         else:

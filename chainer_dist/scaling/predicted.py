@@ -6,6 +6,7 @@ import html
 import json
 from typing import TYPE_CHECKING, Any
 
+from chainer_dist._files import read_regular
 from chainer_dist.scaling import answers, validation
 from chainer_dist.scaling.answers import ANNOUNCED, WORKERS, Prediction
 from chainer_dist.scaling.page import figure, wrapped
@@ -32,7 +33,7 @@ def section(folder: Path) -> str:
     """
     path = folder / FILE
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(read_regular(path, follow=True))
         schedules = {
             name: [Schedule(**each) for each in steps]
             for name, steps in content["schedules"].items()
@@ -42,7 +43,7 @@ def section(folder: Path) -> str:
         lines = content["answers"]
     except FileNotFoundError:
         return ""
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(
             f"{path} has no predictions of this version: {error!r}; remove it, or predict again"
         ) from error
