@@ -159,30 +159,27 @@ class Attributes:
         notes: list[str] = []
         for holder in _holders(target):
             prefix = f"{_PREFIX}{holder.path}"
-            is_plain = isinstance(holder, _Holder)
-            if holder.path.startswith((*skipped,)) or not _are_alike(
-                own, prefix, deep=not is_plain
-            ):
+            if holder.path.startswith((*skipped,)):
                 continue
             if isinstance(holder, _Holder):
-                self._load(holder, own[0], settings, notes)
-            elif any(key.startswith(prefix) for key in own[0]):
+                self._load(holder, own, settings, notes)
+            elif any(key.startswith(prefix) for key in own[0]) and _are_alike(own, prefix):
                 holder.owner.serialize(loader[prefix])
         for path, trainer in trainers(target):
             prefix = f"{_PREFIX}{path}observation/"
-            if _are_alike(own, prefix):
-                trainer.observation = {name: value for name, value, _ in _read(own[0], prefix, {})}
+            found = {name: value for name, value, _ in _read_alike(own, prefix, {})}
+            trainer.observation = found or trainer.observation
         return settings, notes
 
     def _load(
         self,
         holder: _Holder,
-        source: Mapping[str, Array],
+        own: Sequence[Mapping[str, Array]],
         settings: list[PutOff],
         notes: list[str],
     ) -> None:
         first = self._of(holder) or {}
-        for name, value, was in _read(source, f"{_PREFIX}{holder.path}", vars(holder.owner)):
+        for name, value, was in _read_alike(own, f"{_PREFIX}{holder.path}", vars(holder.owner)):
             if not holder.is_setting:
                 vars(holder.owner)[name] = value
             elif was in (None, first.get(name)):
@@ -212,9 +209,8 @@ class _Setter(extension.Extension):  # type: ignore[misc]  # Chainer has no type
         self._settings = settings
 
     def initialize(self, trainer: chainer.training.Trainer) -> None:
-        del trainer
         _set(self._settings)
-        self._settings = []
+        del trainer._extensions[self.name]  # it has nothing to save
 
 
 def _set(settings: list[PutOff]) -> None:
@@ -414,18 +410,27 @@ def _read(
         yield name, unpack(packed, arrays, current.get(name)), content["was"].get(name)
 
 
-def _are_alike(own: Sequence[Mapping[str, Array]], prefix: str, *, deep: bool = False) -> bool:
-    """Tell whether all ranks have saved the same below a prefix, and with ``deep`` below that."""
+def _read_alike(
+    own: Sequence[Mapping[str, Array]], prefix: str, current: Mapping[str, Any]
+) -> Iterator[tuple[str, Any, str | None]]:
+    """Do what :func:`_read` does, for what all ranks have saved alike."""
     if len(own) == 1:
-        return True
-    keys = [
-        {
-            key
-            for key in source
-            if key.startswith(prefix) and (deep or "/" not in key[len(prefix) :])
-        }
+        yield from _read(own[0], prefix, current)
+        return
+    known = [
+        {name: (_describe(value), was) for name, value, was in _read(source, prefix, {})}
         for source in own
     ]
+    for name, value, was in _read(own[0], prefix, {}):
+        if all(theirs.get(name) == known[0][name] for theirs in known):
+            yield name, value, was
+
+
+def _are_alike(own: Sequence[Mapping[str, Array]], prefix: str) -> bool:
+    """Tell whether all ranks have saved the same below a prefix."""
+    if len(own) == 1:
+        return True
+    keys = [{key for key in source if key.startswith(prefix)} for source in own]
     return all(
         theirs == keys[0] and all(np.array_equal(source[key], own[0][key]) for key in theirs)
         for source, theirs in zip(own, keys)

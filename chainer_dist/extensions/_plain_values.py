@@ -82,7 +82,9 @@ def _pack_items(value: Any, arrays: list[Array]) -> list[Any]:
 
 def _pack_variable(value: Any, arrays: list[Array]) -> list[Any]:
     array = value.array
-    return [None if array is None else _keep(array, arrays), value.requires_grad]
+    number = None if array is None else _keep(array, arrays)
+    # Backward adds gradients up in an order that the ranks in the graph decide.
+    return [number, value.requires_grad, value.rank]
 
 
 def _keep(array: Any, arrays: list[Array]) -> int:
@@ -98,9 +100,11 @@ def _each(content: Any, arrays: Sequence[Array]) -> list[Any]:
 
 def _variable(content: Any, arrays: Sequence[Array], current: Any) -> Any:
     del current
-    number, requires_grad = content
+    number, requires_grad, rank = content
     array = None if number is None else np.array(arrays[number])
-    return chainer.Variable(array, requires_grad=requires_grad)
+    variable = chainer.Variable(array, requires_grad=requires_grad)
+    variable.node._rank = int(rank)
+    return variable
 
 
 def _random_state(content: Any, arrays: Sequence[Array], current: Any) -> Any:
