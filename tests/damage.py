@@ -20,3 +20,14 @@ def damage(path, how):
     else:
         del content[len(content) // 2 if how == "truncated" else 0 :]
     path.write_bytes(content)
+
+
+class Attack:
+    """What creates a file when it is unpickled."""
+
+    def __init__(self, marker) -> None:
+        """Keep which one."""
+        self.marker = str(marker)
+
+    def __reduce__(self):
+        return open, (self.marker, "w")

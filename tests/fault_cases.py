@@ -61,6 +61,9 @@ CASES = {
     "sys.exit(0)": Case("exit 0", 1, ENDED_BY_STALL, STALLS),
     "sys.exit(3)": Case("exit 3", 3, r"rank {rank} on \S+ failed first: exit status 3"),
     "SIGKILL": Case("killed", 137, r"rank {rank} on \S+ failed first: killed by SIGKILL"),
+    "SIGKILL before updates": Case(
+        "killed at first", 137, r"rank {rank} on \S+ failed first: killed by SIGKILL"
+    ),
     "SIGSTOP": Case("stopped", 1, ENDED_BY_STALL, STALLS),
     "segmentation fault": Case(
         "segfault", 139, r"rank {rank} on \S+ failed first: killed by SIGSEGV"

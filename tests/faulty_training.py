@@ -36,6 +36,7 @@ EVERY = 5  # iterations from one checkpoint to the next
 SPARE_BYTES = 256 << 20  # of the address space, where memory is short
 OVERSLEPT = 4.0  # seconds, of the slow rank
 CHUNK = 1 << 16
+EARLY = "killed at first"  # when there is a checkpoint that was taken before the first update
 
 # File names in the directory of the job.
 PLANTED, CALM, BALLAST, CHECKPOINTS = "planted", "calm", "checkpoints/ballast", "checkpoints"
@@ -87,7 +88,8 @@ class Fault:
         args, comm = self.args, self.comm
         if args.fault == "killed often" and not (args.out / CALM).exists():
             time.sleep(0.1)
-        if args.fault == "none" or iteration != args.step or not self.is_first:
+        step = 0 if args.fault == EARLY else args.step
+        if args.fault == "none" or iteration != step or not self.is_first:
             return
         if comm.rank == args.rank:
             (args.out / PLANTED).write_text(repr(time.time()))
@@ -117,6 +119,8 @@ class Fault:
     def killed(self):
         """Be killed."""
         os.kill(os.getpid(), signal.SIGKILL)
+
+    killed_at_first = killed
 
     def stopped(self):
         """Stand still for ever."""
@@ -249,8 +253,9 @@ def main():
     args = parse_args()
     comm = chainer_dist.create_communicator()
     trainer, step = make_trainer(args, comm)
-    checkpoint = chainer_dist.Checkpoint(comm, args.out / CHECKPOINTS)
-    trainer.extend(checkpoint, trigger=(EVERY, "iteration"))
+    is_early = args.fault == EARLY
+    checkpoint = chainer_dist.Checkpoint(comm, args.out / CHECKPOINTS, asynchronous=not is_early)
+    trainer.extend(checkpoint, trigger=(EVERY, "iteration"), call_before_training=is_early)
     step.iteration = checkpoint.resume(trainer)
     print("begins at", step.iteration, flush=True)
     trainer.run()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import warnings
 from pathlib import Path
@@ -15,8 +16,9 @@ from chainer.training import extensions
 
 from chainer_dist import RankMismatchError, create_multi_node_optimizer, scatter_dataset
 from chainer_dist.extensions import create_multi_node_checkpointer
+from chainer_dist.extensions._npz_files import write_npz
 from chainer_dist.iterators import DistributedIterator
-from damage import DAMAGES, damage
+from damage import DAMAGES, Attack, damage
 
 DATA = [(np.array([i, i * i % 7], np.float32), i % 3) for i in range(24)]
 
@@ -215,6 +217,104 @@ def test_an_older_complete_checkpoint_is_loaded(comm, out, how):
     assert [f"run.{rank}.3 is damaged" in text for text in told] == (
         [True] if comm.rank == 0 and how != "gone" else []
     )
+
+
+def test_any_bit_that_flips_takes_all_back(comm, out):
+    """Or nothing depends on it: never is there an error, nor anything else in the parameters."""
+    if comm.size > 2:
+        pytest.skip("two ranks tell as much")
+    link, last = L.Linear(1, 1), comm.size - 1
+    checkpointer = make("run", comm, path=out)
+    for i in (1, 2):
+        link.W.array[...] = i
+        checkpointer.save(link, i)
+    path = out / f"run.{last}.2"
+    content = path.read_bytes()
+    members = content.index(b"PK\x01\x02")  # from here on there are no checksums
+    draw = np.random.RandomState(0)
+    places = [*draw.randint(members, size=30), *range(members, len(content), 3)]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for place in places:
+            damaged = bytearray(content)
+            damaged[place] ^= 1 << draw.randint(8)
+            comm.mpi_comm.Barrier()
+            if comm.rank == 0:
+                path.write_bytes(damaged)
+            comm.mpi_comm.Barrier()
+            again = L.Linear(1, 1, initialW=9)
+            make("run", comm, path=out).maybe_load(again)
+            assert again.W.array in (1, 2)
+            assert len({*comm.allgather_obj(again.W.array.item())}) == 1
+
+
+@pytest.mark.parametrize("theirs", [False, True])
+def test_extended_under_another_name(comm, out, theirs):
+    """A Trainer renames its extensions; files that are ours, or ChainerMN's, are found all the same."""
+    import chainermn
+
+    def trained(checkpointer, stop):
+        trainer = make_trainer(comm, out, stop)
+        trainer.extend(checkpointer, name="other", trigger=(1, "iteration"))
+        checkpointer.maybe_load(trainer)
+        begun = trainer.updater.iteration
+        checkpointer.finalize = lambda: None  # so that the files stay
+        trainer.run()
+        comm.mpi_comm.Barrier()
+        return begun
+
+    first = make("run", comm)
+    if theirs:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", DeprecationWarning)
+            first = chainermn.create_multi_node_checkpointer(
+                "run", chainermn.create_communicator("naive"), path=str(out)
+            )
+    assert trained(first, 3) == 0
+    assert trained(make("run", comm), 5) == 3
+    assert trained(make("run", comm), 5) == 5
+
+
+def test_no_pickle_is_loaded(comm, out):
+    """It is refused on every rank, unless asked for, and objects are not saved either."""
+    marker = out / "marker"
+    last = comm.size - 1
+    link = L.Linear(1, 1)
+    make("run", comm, path=out).save(link, 1)
+    if comm.rank == last:
+        values = chainer.serializers.npz.serialize(link)
+        values["W"] = np.array(Attack(marker), object)
+        with (out / f"run.{last}.1").open("r+b") as file:
+            origin = np.load(file)["chainer_dist/origin"]
+        write_npz(
+            out / f"run.{last}.1", {**values, "chainer_dist/origin": origin}, allow_pickle=True
+        )
+    comm.mpi_comm.Barrier()
+    with pytest.raises(ValueError, match=r"W was saved as a pickle.*allow_pickle=True"):
+        make("run", comm, path=out).maybe_load(link)
+    assert not marker.exists()
+    comm.mpi_comm.Barrier()
+    with pytest.raises(Exception, match=r"rank|float|array"):
+        make("run", comm, path=out, allow_pickle=True).maybe_load(link)
+    comm.mpi_comm.Barrier()
+    assert marker.exists()
+
+
+@pytest.mark.parametrize("kind", ["pipe", "link"])
+def test_only_plain_files_are_read(comm, out, kind):
+    """A pipe would wait for a writer, and a link leads elsewhere: both count as damaged."""
+    interrupted(comm, out, 3)
+    path = out / f"run.{comm.size - 1}.3"
+    if comm.rank == 0:
+        path.rename(out / "elsewhere")
+        if kind == "pipe":
+            os.mkfifo(path)
+        else:
+            path.symlink_to(out / "elsewhere")
+    comm.mpi_comm.Barrier()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)
+        assert resumed(comm, out).updater.iteration == 2
 
 
 def test_nothing_whole_is_an_error(comm, out):

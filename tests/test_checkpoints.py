@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import hashlib
 import json
 import multiprocessing
+import os
 import pickle
 import random
 import resource
@@ -29,9 +31,11 @@ from chainer_dist import (
     create_multi_node_updater,
     scatter_dataset,
 )
-from chainer_dist.checkpoints import Checkpoint
-from chainer_dist.extensions._npz_files import write_npz
+from chainer_dist._files import open_regular
+from chainer_dist.checkpoints import Checkpoint, generations
+from chainer_dist.extensions._npz_files import ArrayFile, write_npz
 from chainer_dist.iterators import DistributedIterator
+from damage import Attack
 
 DATA = [(np.array([i, i * i % 7, 1], np.float32) / 24, np.int32(i % 3)) for i in range(24)]
 
@@ -606,6 +610,130 @@ def test_directories_that_are_not_shared(comm, tmp_path, monkeypatch):
             checkpoint.resume(link)
             checkpoint.save(link, 1)
         alone.finalize()
+
+
+# What others may have written
+
+
+def forge(path, change, change_content=None):
+    """Change a checkpoint as somebody would who can compute checksums."""
+    for name, values in change.items():
+        generations.write_file(path / name, values, allow_pickle=True)
+    content = json.loads((path / "manifest.json").read_bytes())["content"]
+    for name in change:
+        data = (path / name).read_bytes()
+        content["files"][name] = {"size": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+    content.update(change_content or {})
+    text = json.dumps({"content": content, "sha256": generations._digest(content)})
+    (path / "manifest.json").write_text(text)
+
+
+def arrays_of(path):
+    """Return the arrays of a file of a checkpoint."""
+    with open_regular(path) as file:
+        return dict(ArrayFile(file))
+
+
+def test_no_pickle_is_loaded(comm, two, out, tmp_path):
+    """A forged file is refused on every rank, with a word on what would load it, and does not run."""
+    marker = Path(comm.bcast_obj(str(tmp_path))) / "marker"
+    last = comm.size - 1
+    if comm.rank == 0:
+        values = {**arrays_of(two[1] / f"rank-{last}.npz"), "W": np.array(Attack(marker), object)}
+        forge(two[1], {f"rank-{last}.npz": values})
+    comm.mpi_comm.Barrier()
+    with pytest.raises(RuntimeError, match=r"is not loaded: W was saved as a pickle.*allow_pickle"):
+        Checkpoint(comm, out).resume(L.Linear(40, 100))
+    assert not marker.exists()
+    comm.mpi_comm.Barrier()
+    with pytest.raises(RuntimeError, match="does not fit"):
+        Checkpoint(comm, out, allow_pickle=True).resume(L.Linear(40, 100))
+    comm.mpi_comm.Barrier()
+    assert marker.exists()
+
+
+def test_objects_are_saved_if_asked_for(comm, out):
+    """Otherwise they are refused when they are saved, on every rank, by name."""
+
+    class Words(chainer.Link):
+        def __init__(self, words):
+            super().__init__()
+            self.words = words
+            self.register_persistent("words")
+
+    link = Words(np.array([{"a": comm.rank}, "b"], object))
+    with pytest.raises(ValueError, match=r"words is an array of obj"):
+        Checkpoint(comm, out).save({"link": link}, 1)
+    with Checkpoint(comm, out, allow_pickle=True) as checkpoint:
+        checkpoint.save({"link": link}, 1)
+    again = Words(np.array([None, None]))
+    with pytest.raises(RuntimeError, match="link/words was saved as a pickle"):
+        Checkpoint(comm, out).resume({"link": again})
+    Checkpoint(comm, out, allow_pickle=True).resume({"link": again})
+    assert again.words.tolist() == [{"a": comm.rank}, "b"]
+
+
+@pytest.mark.parametrize(
+    "how",
+    [
+        "a name outside",
+        "a name too many",
+        "a pipe",
+        "a pipe as manifest",
+        "a link",
+        "a folder elsewhere",
+        "many ranks",
+    ],
+)
+def test_only_plain_files_within_are_read(comm, two, out, tmp_path, how):
+    """What leads elsewhere, or would wait for ever, is left out like what is damaged."""
+    newest = two[-1]
+    name = f"rank-{comm.size - 1}.npz"
+    if comm.rank == 0:
+        if how == "a pipe":
+            (newest / name).unlink()
+            os.mkfifo(newest / name)
+        elif how == "a pipe as manifest":
+            (newest / "manifest.json").unlink()
+            os.mkfifo(newest / "manifest.json")
+        elif how == "a link":
+            (newest / name).rename(tmp_path / name)
+            (newest / name).symlink_to(tmp_path / name)
+        elif how == "a folder elsewhere":
+            newest.rename(tmp_path / newest.name)
+            newest.symlink_to(tmp_path / newest.name)
+        else:
+            content = json.loads((newest / "manifest.json").read_bytes())["content"]
+            files = content["files"]
+            if how == "many ranks":
+                forge(newest, {}, {"ranks": 10**12})
+            else:
+                files["../x.npz" if how == "a name outside" else "x.npz"] = files[name]
+                forge(newest, {}, {"files": files})
+    comm.mpi_comm.Barrier()
+    iteration, texts = resume_link(comm, out)
+    assert iteration == 1
+    assert len(texts) == (1 if comm.rank == 0 and how != "a folder elsewhere" else 0)
+
+
+def test_files_of_the_version_before(comm, out):
+    """They had None as a pickle, which is recognized, and did not say what they are of."""
+    trainer = run(comm, out, 3)
+    comm.mpi_comm.Barrier()
+    (path,) = out.iterdir()
+    if comm.rank == 0:
+        files = {}
+        for name in ("common.npz", *(f"rank-{rank}.npz" for rank in range(comm.size))):
+            values = arrays_of(path / name)
+            ours = ("+description", "+scalars", "+attributes")
+            files[name] = {key: each for key, each in values.items() if not key.startswith(ours)}
+            files[name]["updater/nothing"] = np.asarray(None)
+        forge(path, files, {"format": 1})
+    comm.mpi_comm.Barrier()
+    again = make_trainer(comm, 99, seed=7)
+    again.extend(extensions.InverseShift("eta", 0.1, 1))  # which earlier versions could not do with
+    assert Checkpoint(comm, out).resume(again) == 3
+    np.testing.assert_array_equal(state(again)[:-1], state(trainer)[:-1])
 
 
 # What cannot be asked for

@@ -71,17 +71,32 @@ class Checkpoint(extension.Extension):  # type: ignore[misc]  # Chainer has no t
     **What is saved.** What Chainer serializes, and besides the random states of every rank
     (``numpy.random`` and ``random``, those of order samplers, and that of the multi-node optimizer),
     dynamic loss scales, the float32 copies of ``use_fp32_update``, and gradients that are being
-    accumulated. Parameters under multi-node optimizers, and the state of these, are the same on all
-    ranks: rank 0 writes them, and with ``sharded_update="job"`` the state is gathered for that. Every
-    rank writes what is its own. A run that was resumed on as many ranks is, to the bit, the one that was not
-    interrupted, with three exceptions: hyperparameters that are set in a loop of your own are what the
-    new process sets them to; with ``double_buffering`` the gradients under way are lost; and iterators
-    with workers need Chainer's own shuffling, or order samplers that do not draw from ``numpy.random``.
+    accumulated. What :meth:`resume` has seen at first and training has changed is saved, too: hyperparameters, and
+    which parameters are frozen; attributes of links, such as the hidden states of stateful recurrent ones; and
+    attributes of extensions, triggers, iterators and updaters that do not serialize themselves. These are saved
+    where they are plain: numbers, text, arrays, variables, random generators of NumPy and Python, and lists,
+    tuples, sets and dicts of these, of up to 100,000 elements and 1,000 arrays. Parameters under multi-node optimizers, and the state of these, are the same
+    on all ranks: rank 0 writes them, and with ``sharded_update="job"`` the state is gathered for that. Every
+    rank writes what is its own, before the first update as at any other time.
+
+    A run that was resumed on as many ranks is, to the bit, the one that was not interrupted, with these
+    exceptions: with ``double_buffering`` the gradients under way are lost; iterators with workers need
+    Chainer's own shuffling, or order samplers that do not draw from ``numpy.random``; of a state that still
+    hangs on the graph of steps before, the values are saved and not the graph, so cut it
+    (``unchain_backward``) before you save; attributes that are no plain values, values outside of what is
+    saved, hooks that were added during training, and what was a link hook's own begin anew; and whatever goes by
+    the clock, such as ``TimeTrigger``, has another clock.
+
+    **What it was of.** A checkpoint is loaded into models of the same parameters (names, shapes, dtypes) and
+    optimizers of the same class and hyperparameters, by name, or is refused. The values of hyperparameters are
+    yours: where a new process begins with others than the one before began with, its own stay. Extensions may be
+    added, left out or replaced, and so may compression: rank 0 warns of what begins anew or was left out.
 
     **On another number of ranks** model and optimizer are the same, and a
     :class:`~chainer_dist.iterators.DistributedIterator` goes on exactly. Iterators over scattered parts
     begin the epoch again, in a new order, and each rank's random state is a new one that the old ones
-    determine. Models with different parts on different ranks are refused.
+    determine. Of attributes those are kept that were alike on all ranks. Models with different parts on
+    different ranks are refused.
 
     **What is on disk.** A directory ``<iteration>-<time>`` for each checkpoint, with a manifest of the size
     and SHA-256 of each file. It gets that name when everything in it is on disk: whatever happens before
@@ -89,7 +104,8 @@ class Checkpoint(extension.Extension):  # type: ignore[misc]  # Chainer has no t
     counts when all ranks know that it is complete: with ``asynchronous`` that is within about a second in a
     Trainer and where :attr:`preempted` is asked for, and otherwise when anything else is called.
     Then its iteration is written into the file that the environment variable ``CHAINER_DIST_PROGRESS``
-    names, if it does.
+    names, if it does. The files are of arrays and JSON, and are loaded without pickle, those of earlier
+    versions as well; only plain files in the directory itself are opened.
 
     **When the job is to end.** On SIGTERM or SIGUSR1, to whichever rank, all ranks save within about a
     second, or a step if that takes longer, and leave with status 75 (``EX_TEMPFAIL``), finalizers
@@ -107,6 +123,8 @@ class Checkpoint(extension.Extension):  # type: ignore[misc]  # Chainer has no t
             every rank (an asynchronous one later, when the ranks find out), ``"warn"`` has rank 0 warn, and
             training go on. Either way the older ones stay.
         preemption: Whether signals are heeded.
+        allow_pickle: Whether arrays of objects are saved and loaded. Loading them can run any code: only with
+            checkpoints from those whom you trust.
 
     Raises:
         ValueError, TypeError: On every rank, if an argument is none of these.
@@ -169,7 +187,8 @@ class Checkpoint(extension.Extension):  # type: ignore[misc]  # Chainer has no t
                 checkpoint.
 
         Raises:
-            TypeError, ValueError: On every rank, if one is none of these.
+            TypeError, ValueError: On every rank, if one is none of these, or there are arrays of objects
+                and not ``allow_pickle``.
             RankMismatchError: On every rank, if ``iteration`` differs.
             RuntimeError: On every rank, if the directory has checkpoints and :meth:`resume` was not called.
             OSError: On every rank, if this checkpoint, or with ``asynchronous`` the one before, cannot
@@ -228,7 +247,7 @@ class Checkpoint(extension.Extension):  # type: ignore[misc]  # Chainer has no t
 
         Raises:
             RuntimeError: On every rank, if there are checkpoints but all are damaged; if the ranks do not
-                share the directory; or if a checkpoint does not fit to the target.
+                share the directory; or if a checkpoint does not fit to the target, or needs ``allow_pickle``.
             OSError: On every rank, if the directory cannot be read, or, unless ``on_error`` is
                 ``"warn"``, written to.
         """

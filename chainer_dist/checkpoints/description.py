@@ -175,6 +175,8 @@ def _trainer(saved: dict[str, str], now: dict[str, str]) -> Iterator[str]:
         }:
             continue  # told of with the extension
         before, after = saved.get(key), now.get(key)
+        if {before, after} <= {None, "function", "method"}:
+            continue  # these have no state
         if before is None:
             yield f"{key} ({after}) was not saved, and begins anew"
         elif after is None:

@@ -153,7 +153,8 @@ def read_manifest(path: Path) -> Manifest:
     ranks = content["ranks"]
     files = {name: File(**file) for name, file in content["files"].items()}
     # Its checksum tells of damage only: anyone can make a manifest.
-    if {*files} != {COMMON_FILE, *map(rank_file, range(ranks))}:
+    fits = type(ranks) is int and len(files) == ranks + 1
+    if not fits or {*files} != {COMMON_FILE, *map(rank_file, range(ranks))}:
         raise ValueError(f"{_MANIFEST} does not list one file of each rank and {COMMON_FILE}")
     return Manifest(content["iteration"], ranks, files)
 

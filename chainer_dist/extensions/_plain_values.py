@@ -19,6 +19,10 @@ if TYPE_CHECKING:
 
 __all__ = ["NotPlainError", "pack", "unpack"]
 
+# With more elements, or arrays in it, a list is data rather than state, and takes long.
+MOST_ELEMENTS = 100_000
+MOST_ARRAYS = 1000
+
 _SCALARS = (bool, int, float, str, type(None))
 _BIT_GENERATORS = ("MT19937", "PCG64", "PCG64DXSM", "Philox", "SFC64")
 
@@ -69,15 +73,21 @@ def _pack(value: Any, arrays: list[Array]) -> Any:
         return {kind.__name__: _PACK[kind](value, arrays)}
     if isinstance(value, np.generic):
         return {"number": _keep(np.asarray(value), arrays)}
-    raise NotPlainError(f"{value!r:.100} is no plain value")
+    raise NotPlainError(f"an object of {kind.__name__} is no plain value")
+
+
+def _few(value: Any) -> Any:
+    if len(value) > MOST_ELEMENTS:
+        raise NotPlainError(f"there are {len(value)} elements in it")
+    return value
 
 
 def _pack_each(value: Any, arrays: list[Array]) -> list[Any]:
-    return [_pack(each, arrays) for each in value]
+    return [_pack(each, arrays) for each in _few(value)]
 
 
 def _pack_items(value: Any, arrays: list[Array]) -> list[Any]:
-    return [_pack_each(pair, arrays) for pair in value.items()]
+    return [_pack_each(pair, arrays) for pair in _few(value.items())]
 
 
 def _pack_variable(value: Any, arrays: list[Array]) -> list[Any]:
@@ -90,6 +100,8 @@ def _pack_variable(value: Any, arrays: list[Array]) -> list[Any]:
 def _keep(array: Any, arrays: list[Array]) -> int:
     if not isinstance(array, np.ndarray) or array.dtype.hasobject:
         raise NotPlainError("an array of objects is no plain value")
+    if len(arrays) == MOST_ARRAYS:
+        raise NotPlainError(f"there are more than {MOST_ARRAYS} arrays in it")
     arrays.append(array)
     return len(arrays) - 1
 
