@@ -20,6 +20,7 @@ LAYERS = [
         "_version",
         "_arguments",
         "_files",
+        "_connections",
         "_compat",
         "_startup",
         "errors",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import mmap
 import os
 import re
+import resource
 import shlex
 import signal
 import subprocess
@@ -311,37 +312,82 @@ def test_nobody_reads_the_output(tmp_path):
     job.stderr.close()
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="finds the address in /proc")
+# Calls mpiexec, once many have connected to the launcher who say nothing, or nothing sensible. They stay until
+# the launcher has had enough of them.
+MPIEXEC_AMID_STRANGERS = """#!{python}
+import os, resource, socket, sys
+if "--version" not in sys.argv:
+    limit = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    secret, where = os.environ["CHAINER_DIST_LAUNCHER"].split(",")
+    address, port = where.split("/")
+    assert address == "127.0.0.1"
+    ours, its = os.pipe()
+    if os.fork() == 0:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (limit, limit))
+        strangers = []
+        for words in (b"GET / HTTP/1.0", bytes.fromhex(secret) * 3, b"H" + b"\\xff" * 200, *[b""] * 400):
+            strangers.append(socket.create_connection((address, int(port))))
+            strangers[-1].sendall(words)
+        os.write(its, b".")
+        os.dup2(os.open(os.devnull, os.O_RDWR), 1)
+        os.dup2(1, 2)
+        os.close(its)
+        for each in strangers:
+            each.settimeout(30)
+            try:
+                while each.recv(100):
+                    pass
+            except ConnectionError:
+                pass
+        os._exit(0)
+    os.read(ours, 1)
+os.execv({mpiexec!r}, [{mpiexec!r}, *sys.argv[1:]])
+"""
+
+
 def test_strangers_are_turned_away(tmp_path):
-    """Who does not know the token, or says nothing sensible, changes nothing."""
+    """However many come before the ranks: these get through, also when the job is started again."""
+    mpiexec = tmp_path / "mpiexec"
+    mpiexec.write_text(
+        MPIEXEC_AMID_STRANGERS.format(python=sys.executable, mpiexec=mpi_job.find_mpi().mpiexec)
+    )
+    mpiexec.chmod(0o755)
+    code = "if os.environ['CHAINER_DIST_RESTART'] == '0': sys.exit(rank)\nprint('fine')"
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (200, before[1]))
+    try:
+        job = run(tmp_path, code, "--mpiexec", mpiexec, "--max-restarts", "1")
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, before)
+    assert job.status == 0, job
+    assert sorted(job.stdout.splitlines()) == ["[0] fine", "[1] fine"]
+    assert "Traceback" not in job.stderr
+    assert job.stderr.count("starting again") == 1
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="finds the address in /proc")
+def test_a_job_hears_its_own_ranks_alone(tmp_path):
+    """Who knows the secret and is no rank that is missing is not heard; with all ranks there nobody is."""
     code = """
-import json, socket, struct
+import json, pathlib
+from chainer_dist.launch import rank as monitor
 parent = open(f"/proc/{os.getppid()}/environ").read().split("\\0")
 where = next(v for v in parent if v.startswith("CHAINER_DIST_LAUNCHER=")).partition("=")[2]
-token, port, *_ = where.split(",")
 assert "CHAINER_DIST_LAUNCHER" not in os.environ
-def say(**hello):
-    text = json.dumps(hello).encode()
-    return struct.pack("!cI", b"H", len(text)) + text
-end = struct.pack("!cI", b"X", 2) + b"{}"
-for words in (
-    b"GET / HTTP/1.0\\r\\n\\r\\n",
-    struct.pack("!cI", b"H", 1 << 31),
-    say(token="0" * 32, rank=1, host="x") + end,
-    say(token=token, rank=1, host="x") + end,
-    say(token=token, rank=5, host="x") + end,
-    say(rank=1) + end,
-):
-    with socket.create_connection(("127.0.0.1", int(port))) as stranger:
-        stranger.sendall(words)
-        stranger.settimeout(20)
-        try:
-            assert stranger.recv(10) == b""
-        except ConnectionResetError:
-            pass
-print("fine")
+secret = where.partition(",")[0]
+for line in pathlib.Path("/proc").glob("[0-9]*/cmdline"):
+    try:
+        assert secret not in line.read_text()
+    except OSError:
+        pass
+time.sleep(1)
+try:
+    monitor.connect(where, 1)
+except OSError as error:
+    assert "refused" in str(error), error
+    print("fine")
 """
-    job = run(tmp_path, f"if rank == 0: time.sleep(2); sys.exit()\n{code}")
+    job = run(tmp_path, f"if rank == 0: time.sleep(3); sys.exit()\n{code}")
     assert (job.status, job.stdout) == (0, "[1] fine\n"), job
 
 
@@ -478,7 +524,7 @@ def test_the_launcher_cannot_be_reached(tmp_path):
     """The rank says so, and which option helps."""
     script = write(tmp_path, "")
     call = launch("run", "-n", 1, "--dry-run", script).stdout
-    env = mpi_job.environment(CHAINER_DIST_LAUNCHER="0,9,127.0.0.1")
+    env = mpi_job.environment(CHAINER_DIST_LAUNCHER="00,127.0.0.1/9")
     job = mpi_job.run(shlex.split(call), timeout=60, env=env)
     assert job.status != 0
     assert "the launcher cannot be reached (127.0.0.1 port 9" in job.output

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import socket
@@ -12,6 +13,7 @@ import time
 import pytest
 
 import mpi_job
+from chainer_dist import _connections
 from chainer_dist.watch import inquiry, report
 from chainer_dist.watch.inquiry import Silence
 from chainer_dist.watch.settings import Settings, from_environment
@@ -265,12 +267,22 @@ print("fine", flush=True)
 
 @pytest.mark.mpi_skip
 def test_several_nodes_and_ranks_that_are_not_watched():
-    """Ranks of other nodes are asked over the network; who does not listen is said not to."""
+    """Ranks of other nodes are asked over the network; who does not listen is said not to.
+
+    Where the nodes are one machine, they listen on its loopback and nowhere else.
+    """
     code = """
 os.environ.pop("CHAINER_DIST_STALL_WARN")
 if comm.rank == 1:
     os.environ["CHAINER_DIST_STALL_WARN"] = "0"
 late = chainer_dist.create_communicator("naive")
+mine = comm._log.peers[comm.rank]
+listening = set()
+for line in open("/proc/net/tcp").read().splitlines()[1:]:
+    _, where, _, state, *_ = line.split()
+    if state == "0A" and int(where.partition(":")[2], 16) in (mine.port, mine.open_port):
+        listening.add(where)
+assert listening == {f"0100007F:{mine.port:04X}"}, (listening, mine)
 if comm.rank == last:
     time.sleep(1.2)
 comm.allgather_obj(0)
@@ -341,11 +353,70 @@ def test_strangers_get_no_answer(comm):
         pytest.skip("there is nobody to ask")
     peer = comm._log.peers[neighbours(comm)[0]]
     identity = comm._log.identity
-    for request in (b"0" * 64 + b"!", b"\xff" * 65, b"GET / HTTP/1.1\r\n" + b" " * 49):
-        reply = inquiry._exchange("127.0.0.1", peer.port, request, 20)
-        assert reply == b"" or isinstance(reply, ConnectionResetError)  # reset if it came too late
+    other = peer._replace(secret=comm._log.peers[comm.rank].secret)
+    found = inquiry.ask(other, identity, 20, near=True, full=True)
+    assert isinstance(found, Silence)
+    assert not found.tells
+    for words in (b"0" * 200, b"\xff" * 200, b"GET / HTTP/1.1\r\n\r\n" + b" " * 200):
+        with socket.create_connection(("127.0.0.1", peer.port), 20) as stranger:
+            challenge = stranger.recv(1000)
+            assert len(challenge) == 32
+            stranger.sendall(words)
+            with contextlib.suppress(ConnectionResetError):
+                assert stranger.recv(1000) == b""
     assert inquiry.ask(peer, identity, 20, near=True, full=False)["knows"]
     comm.allgather_obj(None)
+
+
+def test_strangers_hold_nobody_up(comm):
+    """However many connect and say nothing, ranks are asked and answered, and the watchdog looks."""
+    if comm.size == 1:
+        pytest.skip("there is nobody to ask")
+    log = comm._log
+    for rank in neighbours(comm):
+        strangers = [
+            socket.create_connection(("127.0.0.1", log.peers[rank].port), 20)
+            for _ in range(inquiry._MOST_GUESTS + 20)
+        ]
+        for _ in range(3):
+            found = inquiry.ask(log.peers[rank], log.identity, 20, near=True, full=True)
+            assert not isinstance(found, Silence), found
+        for each in strangers:
+            each.close()
+    comm.allgather_obj(None)
+
+
+@pytest.mark.mpi_skip
+def test_a_stall_is_reported_while_strangers_are_connected():
+    """Neither strangers who say next to nothing, nor ones who come all the time, keep a report from coming."""
+    code = """
+for rank in range(comm.size):
+    if rank == comm.rank:
+        continue
+    def bother(pause, port=comm._log.peers[rank].port):
+        while True:
+            try:
+                with socket.create_connection(("127.0.0.1", port)) as stranger:
+                    for _ in range(200 if pause else 1):
+                        time.sleep(pause)
+                        stranger.sendall(b".")
+            except OSError:
+                pass
+    import socket
+    for pause in (0.5, 0.5, 0.5, 0):
+        threading.Thread(target=bother, args=[pause], daemon=True).start()
+time.sleep(0.2)
+if comm.rank == last:
+    culprit()
+comm.allreduce(np.zeros(2))
+"""
+    job = run(code, 2, "time.sleep(1000)", CHAINER_DIST_STALL_ABORT="3")
+    assert job.status not in {0, None}, job.output
+    assert "which waits for rank 1\n" in job.output, job.output
+    assert re.search(r"rank 1 \(pid \d+ on .*\): has not come .* in culprit", job.output), (
+        job.output
+    )
+    assert f"{ENDING} 3 s" in job.output
 
 
 @pytest.fixture
@@ -369,28 +440,159 @@ def listener():
 
 
 @pytest.mark.mpi_skip
-def test_who_asks_too_slowly_asks_again(listener, monkeypatch):
-    """On a busy node a second may pass between a connection and the question: nobody has left."""
+def test_who_is_turned_away_asks_again(listener, monkeypatch):
+    """On a busy node it may take long to introduce oneself, and strangers take the room: nobody has left."""
     listening, _ = listener
-    address = inquiry.own_address(listening, 0, 0, "here", 0)
-    monkeypatch.setattr(inquiry, "_SERVE_SECONDS", 0.5)
-    connect, pauses = socket.create_connection, [1.5]
+    address = inquiry.describe_self(listening, 0, 0, "here", 0)
+    monkeypatch.setattr(listening._reception, "_seconds", 0.5)
+    meet, pauses = inquiry.introduce, [1.5]
 
-    def connect_slowly(*args):
-        connection = connect(*args)
+    def introduce_slowly(*args):
         time.sleep(pauses.pop() if pauses else 0)
-        return connection
+        # Somebody comes, and the one who was too slow is found out.
+        socket.create_connection(("127.0.0.1", address.port), 20).close()
+        meet(*args)
 
-    monkeypatch.setattr(socket, "create_connection", connect_slowly)
+    monkeypatch.setattr(inquiry, "introduce", introduce_slowly)
     assert inquiry.ask(address, "0" * 32, 20, near=True, full=False) == {"fine": True}
     assert pauses == []
+
+
+@pytest.mark.mpi_skip
+def test_slow_strangers_are_turned_away(listener, monkeypatch):
+    """The time is that of the whole, not one for each byte."""
+    listening, _ = listener
+    monkeypatch.setattr(listening._reception, "_seconds", 1.0)
+    with socket.create_connection(("127.0.0.1", listening.port), 20) as stranger:
+        sent, deadline = 0, time.monotonic() + 20
+        with contextlib.suppress(ConnectionError):
+            while time.monotonic() < deadline:
+                stranger.sendall(b".")
+                sent += 1
+                time.sleep(0.2)
+        assert 0 < sent < 60
+
+
+@pytest.mark.mpi_skip
+def test_who_answers_in_a_ranks_place():
+    """Learns neither the secret nor a proof that another connection takes, and is not believed."""
+    secret = b"s" * 32
+    heard = []
+    with socket.create_server(("127.0.0.1", 0)) as server:
+
+        def answer():
+            for _ in range(2):
+                connection, _ = server.accept()
+                with connection:
+                    connection.settimeout(20)
+                    connection.sendall(b"c" * 32)
+                    heard.append(_connections.receive(connection, 64, time.monotonic() + 20))
+                    connection.sendall(heard[-1][32:])  # its own proof
+                    with contextlib.suppress(OSError):
+                        heard.append(connection.recv(100))
+
+        thread = threading.Thread(target=answer)
+        thread.start()
+        port = server.getsockname()[1]
+        address = inquiry.Address(0, 0, 1, "", "here", port, "", 0, secret, 0)
+        for _ in range(2):
+            found = inquiry.ask(address, "0" * 32, 20, near=True, full=True)
+            assert isinstance(found, Silence)
+            assert "another program answers" in found.text
+            assert not found.tells
+        thread.join()
+    assert [len(each) for each in heard] == [64, 0, 64, 0]
+    assert secret not in b"".join(heard)
+    assert heard[0] != heard[2]
+    # What it heard is of no use where the rank listens.
+    reception = _connections.Reception(secret, most=4, seconds=20)
+    port = reception.listen("127.0.0.1", 4)
+    with socket.create_connection(("127.0.0.1", port), 20) as replay:
+        replay.sendall(heard[0])
+        replay.settimeout(0.01)
+        received, deadline = b"?", time.monotonic() + 20
+        while received and time.monotonic() < deadline:
+            assert reception.admit() == []
+            with contextlib.suppress(TimeoutError, socket.timeout):
+                try:
+                    received = replay.recv(100)
+                except ConnectionResetError:
+                    received = b""
+        assert received == b""
+    reception.close()
+
+
+ANSWERS = {
+    "too deep": (b"[" * 100_000 + b"]" * 100_000, "recursion"),
+    "too large": (b" " * (inquiry._MOST_BYTES + 1), "bytes"),
+    "a huge number": (b'{"seconds": ' + b"9" * 1_000_000 + b"}", "digits"),
+    "no dictionary": (b"[]", "no dictionary"),
+    "no text": (b'"\xff"', "decode"),
+}
+
+
+@pytest.mark.mpi_skip
+@pytest.mark.parametrize("kind", ANSWERS)
+def test_answers_are_bounded(kind):
+    """In size, in depth and in their numbers, even those of who knows the secret."""
+    content, said = ANSWERS[kind]
+    secret = b"s" * 32
+    reception = _connections.Reception(secret, most=4, seconds=20, n_bytes=inquiry._REQUEST_BYTES)
+    port = reception.listen("127.0.0.1", 4)
+
+    def answer():
+        deadline = time.monotonic() + 20
+        while time.monotonic() < deadline:
+            for connection, _ in reception.admit():
+                with connection, contextlib.suppress(OSError):
+                    connection.settimeout(20)
+                    connection.sendall(len(content).to_bytes(4, "big") + content)
+                return
+            time.sleep(0.01)
+
+    thread = threading.Thread(target=answer)
+    thread.start()
+    address = inquiry.Address(0, 0, 1, "", "here", port, "", 0, secret, 0)
+    found = inquiry.ask(address, "0" * 32, 20, near=True, full=True)
+    thread.join()
+    reception.close()
+    assert isinstance(found, Silence)
+    assert said in found.text
+    assert not found.tells
+
+
+def test_stacks_are_cut(comm):
+    """An answer stays small, however deep a rank is in its functions."""
+
+    def descend(depth):
+        return descend(depth - 1) if depth else report.answer(None, full=True)
+
+    stacks = descend(500)["stacks"]
+    assert "in descend" in stacks
+    assert stacks.count("\n") < 500
+    assert comm.rank >= 0
+
+
+@pytest.mark.mpi_skip
+def test_the_address_for_other_nodes(monkeypatch):
+    """Is the one address on the way to them; without any it is said what to set."""
+    monkeypatch.delenv("CHAINER_DIST_ADDRESS", raising=False)
+    monkeypatch.setattr(inquiry, "own_hosts", lambda: ("192.0.2.9", "172.17.0.1", "here"))
+    ways = {"198.51.100.7": "192.0.2.9", "172.17.0.1": "172.17.0.1", "there": "127.0.0.1"}
+    monkeypatch.setattr(inquiry, "own_address", lambda other: ways.get(other, ""))
+    assert inquiry._address_towards(("172.17.0.1", "198.51.100.7", "there")) == "192.0.2.9"
+    assert inquiry._address_towards(("192.0.2.9", "172.17.0.1", "here")) == "127.0.0.1"
+    with pytest.raises(OSError, match="CHAINER_DIST_ADDRESS"):
+        inquiry._address_towards(("172.17.0.1", "there"))
+    monkeypatch.setenv("CHAINER_DIST_ADDRESS", "10.0.0.5")
+    assert inquiry._address_towards(("there",)) == "10.0.0.5"
 
 
 @pytest.mark.mpi_skip
 def test_an_answer_that_fails(listener, capfd):
     """It is shown, and the next question is answered."""
     listening, answers = listener
-    address = inquiry.own_address(listening, 0, 0, "here", 0)
+    address = inquiry.describe_self(listening, 0, 0, "here", 0)
     good, answers["answer"] = answers["answer"], lambda: 1 // 0
     assert isinstance(inquiry.ask(address, "0" * 32, 20, near=True, full=False), Silence)
     answers["answer"] = good

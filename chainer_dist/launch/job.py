@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import functools
-import hmac
 import json
 import math
 import resource
@@ -15,6 +14,7 @@ import socket
 from collections import deque
 from typing import TYPE_CHECKING, NamedTuple
 
+from chainer_dist._connections import LOOPBACK, Reception, is_loopback, own_address
 from chainer_dist.launch import mpi, output, wire
 from chainer_dist.launch.errors import LaunchError
 
@@ -35,6 +35,7 @@ SECONDS_TO_OBEY = 5  # from SIGTERM to SIGKILL, and from that to giving up
 SECONDS_TO_SAY_HELLO = 10
 N_LINES = 200  # that are kept of what mpiexec says
 MORE_FILES = 100  # that may be open, beside a connection to each rank
+MOST_STRANGERS = 50  # connections of them
 
 # An address that is nobody's: the way to it begins at the interface that most ways begin at.
 SOMEWHERE = "198.51.100.1"
@@ -93,7 +94,8 @@ class Job:
         self._stdin = stdin
         self._prefix = prefix
         self._seconds = seconds
-        self._token = secrets.token_hex(16)
+        self._secret = secrets.token_bytes(32)
+        self._listens = True
         self._ranks: dict[int, _Rank] = {}
         self._failed: list[_Rank] = []  # by themselves, in this order
         self._ending = False  # whether the launcher ends the ranks
@@ -118,15 +120,13 @@ class Job:
         for number in wire.FORWARDED:
             self._loop.add_signal_handler(number, self._forward, number)
         _allow_open_files(self._n_ranks + MORE_FILES)
-        everywhere = "::" if any(":" in address for address in self._reach) else "0.0.0.0"  # noqa: S104
-
-        def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-            self._talks.add(self._loop.create_task(self._serve(reader, writer)))
-
-        here = "127.0.0.1" if [*self._reach] == ["127.0.0.1"] else everywhere
-        server = await asyncio.start_server(serve, here, 0, backlog=self._n_ranks + MORE_FILES)
-        port = server.sockets[0].getsockname()[1]
-        where = ",".join([self._token, str(port), *self._reach])
+        self._reception = Reception(
+            self._secret, most=self._n_ranks + MOST_STRANGERS, seconds=SECONDS_TO_SAY_HELLO
+        )
+        places = self._listen()
+        self._loop.add_reader(self._reception, self._admit)
+        self._expire()
+        where = ",".join([self._secret.hex(), *(f"{place}/{port}" for place, port in places)])
         mpiexec = await self._start({**self._environ, wire.LAUNCHER: where})
         try:
             await self._supervise()
@@ -135,7 +135,7 @@ class Job:
                 mpiexec.kill()
                 await self._until(lambda: self._status is not None, SECONDS_TO_OBEY)
         finally:
-            server.close()
+            self._stop_listening()
             for talk in self._talks:
                 talk.cancel()
             ended = await asyncio.gather(*self._talks, return_exceptions=True)
@@ -143,6 +143,42 @@ class Job:
             if isinstance(error, Exception):
                 raise error
         return self._outcome()
+
+    def _listen(self) -> list[tuple[str, int]]:
+        """Listen where the ranks can reach this host, nowhere else; return where that is for them."""
+        places = []
+        for each in self._reach:
+            own = own_address(each)  # itself, unless it is translated on the way
+            if not own or (is_loopback(own) and not is_loopback(each) and each != "localhost"):
+                own = own_address(
+                    SOMEWHERE
+                )  # a name of this host that others know by another address
+            try:
+                places.append((each, self._reception.listen(own, self._n_ranks + MORE_FILES)))
+            except OSError as error:
+                self._reception.close()
+                raise LaunchError(
+                    f"ranks cannot connect to {each}: {error}; name an address at which other hosts reach "
+                    "this one: chainer-dist run --address NAME"
+                ) from None
+        return places
+
+    def _admit(self) -> None:
+        """Talk to who has proven to be a monitor."""
+        for connection, _ in self._reception.admit():
+            self._talks.add(self._loop.create_task(self._serve(connection)))
+
+    def _expire(self) -> None:
+        """See to it that nobody stays without having said anything."""
+        if self._listens:
+            self._admit()
+            self._loop.call_later(1, self._expire)
+
+    def _stop_listening(self) -> None:
+        if self._listens:
+            self._listens = False
+            self._loop.remove_reader(self._reception)
+            self._reception.close()
 
     async def _start(self, environ: Mapping[str, str]) -> asyncio.subprocess.Process:
         # What a terminal or a scheduler sends to all processes must not end mpiexec before the ranks
@@ -258,14 +294,18 @@ class Job:
                 self._changed.set()
         self._send_all(wire.SIGNAL, number)
 
-    async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    async def _serve(self, connection: socket.socket) -> None:
         """Listen to a monitor for as long as it speaks."""
+        reader, writer = await asyncio.open_connection(sock=connection)
         try:
             rank = await asyncio.wait_for(self._meet(reader, writer), SECONDS_TO_SAY_HELLO)
-        except Exception:  # noqa: BLE001 - a stranger may send anything
+        except Exception:  # noqa: BLE001 - a monitor that has gone, or one too many
             writer.close()
             return
         self._ranks[rank.number] = rank
+        self._reception.most -= 1
+        if len(self._ranks) == self._n_ranks:
+            self._stop_listening()
         if self._ending or self._signal:
             rank.send(wire.SIGNAL, b"%d" % (self._signal or signal.SIGTERM))
         self._changed.set()
@@ -281,12 +321,8 @@ class Job:
                 self._has_ended(rank, by_itself=True)
 
     async def _meet(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> _Rank:
-        kind, length = wire.HEADER.unpack(await reader.readexactly(wire.HEADER.size))
-        if kind != wire.HELLO or length > wire.MAX_HELLO:
-            raise ValueError("no greeting")
+        _, length = wire.HEADER.unpack(await reader.readexactly(wire.HEADER.size))
         hello = json.loads(await reader.readexactly(length))
-        if not hmac.compare_digest(str(hello["token"]), self._token):
-            raise ValueError("a stranger")
         wire.notice_lost_host(writer.get_extra_info("socket"))
         number = int(hello["rank"])
         if number in self._ranks or not 0 <= number < self._n_ranks:
@@ -436,16 +472,9 @@ def addresses(hosts: Sequence[Host], given: str | None = None) -> list[str]:
         return [given]
     others = [host.name for host in hosts if not mpi.is_here(host.name)]
     if not others:
-        return ["127.0.0.1"]
-    found: list[str] = []
-    for host in (*others[:9], socket.gethostname(), SOMEWHERE):
-        with (
-            contextlib.suppress(OSError),
-            socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as route,
-        ):
-            route.connect((host, 9))  # sends nothing
-            found.append(route.getsockname()[0])
-    found = [address for address in dict.fromkeys(found) if not address.startswith("127.")]
+        return [LOOPBACK]
+    ways = map(own_address, (*others[:9], socket.gethostname(), SOMEWHERE))
+    found = [each for each in dict.fromkeys(ways) if each and not is_loopback(each)]
     if not found:
         raise LaunchError(
             f"no address of this host is known that {others[0]} could reach it at; "

@@ -29,12 +29,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from chainer_dist import _threads
+from chainer_dist._connections import LOOPBACK, introduce
 from chainer_dist.launch import cores, leftovers, mpi, output, wire
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
 SECONDS_TO_CONNECT = 10
+SECONDS_TO_BE_ADMITTED = 60  # by the launcher, which may have to do with many at once
+SECONDS_TO_COME_AGAIN = 0.05
 SECONDS_TO_LEAVE = 1.0  # by itself, after what it depends on has ended
 SECONDS_TO_OBEY = 2.0  # from being asked to end to being killed
 SECONDS_BETWEEN_LOOKS = 0.5  # at the file of progress
@@ -66,6 +69,9 @@ def main(arguments: Sequence[str]) -> int:
         launcher = connect(where, rank)
     except OSError as error:
         return _refuse(f"rank {rank} on {socket.gethostname()}: {error}")
+    own = launcher.getsockname()[0]
+    if own != LOOPBACK:
+        os.environ.setdefault(wire.ADDRESS, own)
     return _exit_status(_run_monitored(command, cpus, launcher, has_input=rank == 0))
 
 
@@ -131,29 +137,47 @@ def connect(where: str, rank: int) -> socket.socket:
     """Return a connection to the launcher, which then knows that this rank is there. Local.
 
     Args:
-        where: The token, the port and the addresses at which the launcher may be reached.
+        where: What :class:`~chainer_dist.launch.job.Job` has in the environment.
         rank: This rank.
 
     Raises:
-        OSError: If none of the addresses answers.
+        OSError: If none of the addresses answers, or none of those that do is the launcher.
     """
-    token, port, *addresses = where.split(",")
+    secret, *places = where.split(",")
     errors = []
-    for address in addresses:
+    for place in places:
+        address, _, port = place.partition("/")
         try:
-            launcher = socket.create_connection((address, int(port)), SECONDS_TO_CONNECT)
+            launcher = _meet_launcher((address, int(port)), bytes.fromhex(secret))
         except OSError as error:
             errors.append(f"{address} port {port}: {error}")
             continue
         launcher.settimeout(None)
         wire.notice_lost_host(launcher)
-        hello = {"token": token, "rank": rank, "host": socket.gethostname()}
+        hello = {"rank": rank, "host": socket.gethostname()}
         launcher.sendall(wire.message(wire.HELLO, json.dumps(hello).encode()))
         return launcher
     raise OSError(
         f"the launcher cannot be reached ({'; '.join(errors)}); "
         "tell `chainer-dist run --address` how this host can reach it"
     )
+
+
+def _meet_launcher(where: tuple[str, int], secret: bytes) -> socket.socket:
+    """Return a connection to who has proven to be the launcher; who is turned away comes again."""
+    deadline = time.monotonic() + SECONDS_TO_BE_ADMITTED
+    while True:
+        launcher = socket.create_connection(where, SECONDS_TO_CONNECT)
+        try:
+            introduce(launcher, secret, deadline)
+        except BaseException as error:
+            launcher.close()
+            turned_away = isinstance(error, (ConnectionResetError, BrokenPipeError))
+            if not turned_away or time.monotonic() > deadline:
+                raise
+            time.sleep(SECONDS_TO_COME_AGAIN)
+        else:
+            return launcher
 
 
 class Monitor:

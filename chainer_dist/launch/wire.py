@@ -2,7 +2,8 @@
 
 MPI's own forwarding of output is of no use for this: it tears lines of several ranks apart, and does
 not tell how a rank ended. A message is a letter for its kind, the length of its content as four
-bytes, and the content.
+bytes, and the content. Before the first, both sides prove that they belong to the job: see
+:mod:`chainer_dist._connections`.
 """
 
 from __future__ import annotations
@@ -12,14 +13,13 @@ import socket
 import struct
 
 HEADER = struct.Struct("!cI")
-MAX_HELLO = 4096  # bytes that are read of somebody who has not shown the token yet
 CHUNK = 1 << 16  # bytes that are read at once
 
 # The launcher passes these on to the scripts. A terminal or a scheduler may send them to every process.
 FORWARDED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 
 # To the launcher.
-HELLO = b"H"  # JSON: token, rank, host
+HELLO = b"H"  # JSON: rank, host
 OUT = b"O"  # bytes of standard output
 ERR = b"E"  # bytes of standard error
 PROGRESS = b"P"  # an integer as text
@@ -35,7 +35,7 @@ IN = b"I"  # bytes of standard input, none at its end
 BYE = b"B"  # leave, with the script's status
 
 # Names and values in the environment.
-LAUNCHER = "CHAINER_DIST_LAUNCHER"  # the token, the port and the launcher's addresses
+LAUNCHER = "CHAINER_DIST_LAUNCHER"  # a secret, and the launcher's addresses and ports
 PIN = "CHAINER_DIST_PIN"  # 0: do not bind ranks to cores
 PROGRESS_FILE = "CHAINER_DIST_PROGRESS"  # where a script writes how far it has come
 RESTART = "CHAINER_DIST_RESTART"  # how often the job has been started again
@@ -43,6 +43,7 @@ RESTART = "CHAINER_DIST_RESTART"  # how often the job has been started again
 TIMELINE = "CHAINER_DIST_TIMELINE"  # where the ranks write their timeline
 STALL_ABORT = "CHAINER_DIST_STALL_ABORT"  # seconds after which a stall ends the job
 CHECKED = "CHAINER_DIST_CHECKED"  # 1: compare collectives
+ADDRESS = "CHAINER_DIST_ADDRESS"  # at which other hosts reach this one
 
 
 def message(kind: bytes, content: bytes = b"") -> bytes:

@@ -8,7 +8,8 @@ Stalls
     reported on standard error, and again after twice that time and so on, by the lowest rank that
     waits: which ranks have come to it, which have not, what those do instead, in which line, and all
     Python stacks. ``CHAINER_DIST_STALL_ABORT`` seconds (never) end the job after such a report. Ranks
-    ask one another over TCP, on a node over its loopback. On by default.
+    ask one another over TCP, on a node over its loopback; for other nodes a rank listens on the one address
+    that they reach it at, or on ``CHAINER_DIST_ADDRESS``. On by default.
 Checked mode
     With ``CHAINER_DIST_CHECKED=1`` ranks compare each collective before they run it: its name, its
     number, root, and shape and dtype where these are the same on every rank. Where they differ every
@@ -29,6 +30,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from chainer_dist.communicators import operation
 from chainer_dist.communicators.agreement import describe_error, raise_first
 from chainer_dist.watch import checked_mode
+from chainer_dist.watch.inquiry import own_hosts
 from chainer_dist.watch.settings import Settings, from_environment
 from chainer_dist.watch.timeline import start_at_exit, timeline
 from chainer_dist.watch.watchdog import Watchdog
@@ -68,7 +70,7 @@ class _Watch:
         Raises:
             ValueError: On every rank, if the environment of one has what it cannot have.
         """
-        mine = self._introduction(comm)
+        mine = self._introduction(comm, _neighbour(comm))
         everyone: list[_Introduction] = comm.mpi_comm.allgather(mine)
         raise_first(dict(enumerate(each.failure for each in everyone)), None)
         log = comm._log
@@ -85,15 +87,24 @@ class _Watch:
             self.has_timeline = True
             start_at_exit(path, comm)
 
-    def _introduction(self, comm: CommunicatorBase) -> _Introduction:
-        """Return what the other ranks are told of this one. Local."""
+    def _introduction(self, comm: CommunicatorBase, others: tuple[str, ...]) -> _Introduction:
+        """Return what the other ranks are told of this one. Local.
+
+        Args:
+            comm: A new communicator.
+            others: How another node is reached; empty if there is none.
+        """
         settings, address, failure, deaf = _NO_SETTINGS, None, None, ""
         try:
             settings = from_environment()
             if comm.size > 1 and settings.limits:
                 if self.watchdog is None:
                     self.watchdog = Watchdog(settings)
-                address = self.watchdog.address(comm)
+                try:
+                    if others:
+                        self.watchdog.open(others)
+                finally:  # ranks of this node can ask all the same
+                    address = self.watchdog.address(comm)
         except ValueError as error:
             failure = describe_error(error)
         except OSError as error:  # no sockets here; that is no reason not to train
@@ -105,9 +116,18 @@ class _Watch:
         if deaf and not self._said:
             self._said = True
             sys.stderr.write(
-                "chainer_dist: reports of stalls will lack ranks that can open no socket: "
+                "chainer_dist: reports of stalls will lack ranks that others cannot ask: "
                 f"{'; '.join(deaf)}\n"
             )
+
+
+def _neighbour(comm: CommunicatorBase) -> tuple[str, ...]:
+    """Return how another node of a communicator is reached; empty if there is none. Collective."""
+    if comm.inter_size == 1:
+        return ()
+    everyone = comm.mpi_comm.allgather((comm.inter_rank, own_hosts()))
+    nodes: dict[int, tuple[str, ...]] = dict(reversed(everyone))
+    return nodes[1 if comm.inter_rank == 0 else 0]
 
 
 def _spans_job(comm: CommunicatorBase) -> bool:

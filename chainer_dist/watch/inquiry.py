@@ -2,14 +2,14 @@
 
 Each watched rank listens on a TCP port; a thread sleeps there until somebody asks, which costs nothing.
 Who asks needs no help of the asked rank's main thread, and learns from a silence as well: whether the
-process is stopped, has ended, or runs native code that does not let Python's lock go.
+process is stopped, has ended, or runs native code that does not let Python's lock go. Who does not belong to
+the job is told nothing, and holds nothing up: see :mod:`chainer_dist._connections`.
 """
 
 from __future__ import annotations
 
 import contextlib
 import fcntl
-import hmac
 import json
 import os
 import secrets
@@ -22,16 +22,32 @@ import traceback
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-if TYPE_CHECKING:
-    from collections.abc import Callable
+from chainer_dist._connections import (
+    LOOPBACK,
+    Reception,
+    Stranger,
+    introduce,
+    is_loopback,
+    own_address,
+    receive,
+)
+from chainer_dist.watch.settings import ADDRESS
 
-_HEX_BYTES = 32  # of a token, and of the identity of a communicator
-_REQUEST_BYTES = 2 * _HEX_BYTES + 1
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+_IDENTITY_BYTES = 32  # of a communicator, as text
+_REQUEST_BYTES = _IDENTITY_BYTES + 1
+_LENGTH = struct.Struct("!I")  # of an answer, before it
+_MOST_BYTES = 1 << 20  # of an answer
+_MOST_DIGITS = 400  # of a number in it: no float has more
+_MOST_GUESTS = 128  # connections of whom nothing is known yet
 _BACKLOG = 1024
-_SERVE_SECONDS = 1.0  # for somebody to say what it wants to know
-_ATTEMPTS = 3  # of who did not manage to in that time, as on a node with more to do than cores
+_SECONDS_TO_ASK = 5.0  # for somebody to prove to be a rank and to say what it wants to know
+_SECONDS_TO_ANSWER = 1.0
+_ATTEMPTS = 3  # of who was turned away, as may happen where strangers connect
+_TURNED_AWAY = (ConnectionResetError, BrokenPipeError)
 _SIOCGIFADDR = 0x8915
-_LOOPBACK = "127.0.0.1"
 # Letters for states of processes, as in /proc/PID/stat.
 _STOPPED, _ENDED = ("T", "t"), ("Z", "X")
 _UNABLE = (*_STOPPED, *_ENDED)
@@ -47,10 +63,10 @@ class Address(NamedTuple):
         started: When that process started, in the kernel's words, and in which namespace of process
             numbers, to tell it from others of its number; empty if that cannot be told.
         host: Its node's name.
-        hosts: What others may reach it by, from other nodes.
         port: On its node.
-        open_port: From other nodes; 0 while there are none.
-        token: What a question begins with.
+        open_address: Where it is reached from other nodes; empty where it is not.
+        open_port: The same.
+        secret: What who asks has to know, and this rank proves to know.
         signal: Makes its process print its Python stacks without Python's help; 0 if there is none.
     """
 
@@ -59,10 +75,10 @@ class Address(NamedTuple):
     pid: int
     started: str
     host: str
-    hosts: tuple[str, ...]
     port: int
+    open_address: str
     open_port: int
-    token: str
+    secret: bytes
     signal: int
 
     def describe(self) -> str:
@@ -71,7 +87,7 @@ class Address(NamedTuple):
 
 
 class Listener:
-    """Answers what this rank does.
+    """Answers what this rank does, to ranks of its job.
 
     Args:
         answer: Given the identity of a communicator, and whether stacks are wanted, returns what
@@ -80,75 +96,81 @@ class Listener:
 
     def __init__(self, answer: Callable[[str, bool], dict[str, Any]]) -> None:
         self._answer = answer
-        self.token = secrets.token_hex(_HEX_BYTES // 2)
-        self._selector = selectors.DefaultSelector()
+        self.secret = secrets.token_bytes(32)
+        self._reception = Reception(
+            self.secret, most=_MOST_GUESTS, seconds=_SECONDS_TO_ASK, n_bytes=_REQUEST_BYTES
+        )
         self._wake, self._woken = socket.socketpair()
         self._woken.settimeout(0)
+        self._selector = selectors.DefaultSelector()
         self._selector.register(self._woken, selectors.EVENT_READ)
-        self._sockets: list[socket.socket] = []
-        self.port = self._listen(_LOOPBACK)
-        self.open_port = 0
+        self._selector.register(self._reception, selectors.EVENT_READ)
+        self.port = self._reception.listen(LOOPBACK, _BACKLOG)
+        self.open_address, self.open_port = "", 0
 
-    def open(self) -> None:
-        """Listen for other nodes as well."""
-        if not self.open_port:
-            self.open_port = self._listen("")
+    def open(self, others: Sequence[str]) -> None:
+        """Listen for other nodes as well.
 
-    def _listen(self, host: str) -> int:
-        server = socket.create_server((host, 0), backlog=_BACKLOG)
-        server.settimeout(0)
-        self._sockets.append(server)
-        self._selector.register(server, selectors.EVENT_READ)
-        self.wake()
-        port: int = server.getsockname()[1]
-        return port
+        Args:
+            others: Addresses and name of one of them, see :func:`own_hosts`.
+
+        Raises:
+            OSError: If it is not known at which address.
+        """
+        if self.open_port:
+            return
+        address = _address_towards(others)
+        on_this_host = address == LOOPBACK
+        self.open_port = self.port if on_this_host else self._reception.listen(address, _BACKLOG)
+        self.open_address = address
 
     def wake(self) -> None:
         """Let :meth:`serve` return early, in another thread."""
         self._wake.send(b".")
 
     def serve(self, seconds: float) -> None:
-        """Answer for so long."""
+        """Answer for so long, and no longer, whoever asks."""
         deadline = time.perf_counter() + seconds
-        while True:
-            ready = self._selector.select(max(0.0, deadline - time.perf_counter()))
-            for key, _ in ready:
-                if key.fileobj is self._woken:
-                    self._woken.recv(_BACKLOG)
-                    return
-                try:
-                    self._answer_one(key.fileobj)  # type: ignore[arg-type]  # it is a socket
-                except OSError:  # who asked has gone
-                    pass
-                except Exception:  # noqa: BLE001 - one answer that fails is no reason to be deaf
-                    traceback.print_exc()
-            if not ready:
+        left = seconds
+        while left > 0:
+            ready = [key.fileobj for key, _ in self._selector.select(left)]
+            for connection, request in self._reception.admit():
+                self._answer_one(connection, request)
+            if self._woken in ready:
+                self._woken.recv(_BACKLOG)
                 return
+            left = deadline - time.perf_counter()
 
-    def _answer_one(self, server: socket.socket) -> None:
-        connection, _ = server.accept()
+    def _answer_one(self, connection: socket.socket, request: bytes) -> None:
         with connection:
-            connection.settimeout(_SERVE_SECONDS)
-            request = _receive(connection, _REQUEST_BYTES)
-            if len(request) < _REQUEST_BYTES or not request.isascii():
-                return
-            token = request[:_HEX_BYTES]
-            if hmac.compare_digest(token, self.token.encode()):
-                identity = request[_HEX_BYTES:-1].decode()
-                reply = self._answer(identity, request.endswith(b"!"))
-                connection.sendall(json.dumps(reply).encode())
+            try:
+                identity, full = request[:-1].decode(errors="replace"), request.endswith(b"!")
+                reply = json.dumps(self._answer(identity, full)).encode()
+                connection.settimeout(_SECONDS_TO_ANSWER)
+                connection.sendall(_LENGTH.pack(len(reply)) + reply)
+            except OSError:  # who asked has gone
+                pass
+            except Exception:  # noqa: BLE001 - one answer that fails is no reason to be deaf
+                traceback.print_exc()
 
     def close(self) -> None:
         """Stop listening: who asks from now on is refused."""
-        for each in (*self._sockets, self._wake, self._woken):
+        self._reception.close()
+        for each in (self._wake, self._woken):
             each.close()
         self._selector.close()
 
 
 class Silence(NamedTuple):
-    """What is known of a rank that did not answer."""
+    """What is known of a rank that did not answer.
+
+    Attributes:
+        text: In words.
+        tells: Whether that says something of the rank. If not, it may be where it should be.
+    """
 
     text: str
+    tells: bool = True
 
 
 def ask(
@@ -159,7 +181,7 @@ def ask(
     Args:
         address: Of the rank.
         identity: Of the communicator that the question is about.
-        seconds: How long to wait for an answer.
+        seconds: How long to wait for the rank's attention, and again for its answer.
         near: Whether the rank is on this node.
         full: Whether its Python stacks are wanted.
 
@@ -169,40 +191,60 @@ def ask(
     state = process_state(address) if near else "?"
     if state in _UNABLE:
         return _silence(address, state)
-    hosts = (_LOOPBACK,) if near else address.hosts
-    port = address.port if near else address.open_port
-    request = (address.token + identity + ("!" if full else "?")).encode()
-    refused = False
-    for host in hosts:  # until one is this rank's: of other interfaces there may be many
-        reply = _exchange(host, port, request, seconds)
-        if isinstance(reply, bytes) and reply:
-            answer: dict[str, Any] = json.loads(reply)
-            return answer
-        refused = refused or isinstance(reply, ConnectionError)
-    if refused:
-        return Silence("listens no more: it has left the script, or ended")
-    return _silence(address, process_state(address) if near else "?")
+    where = (LOOPBACK, address.port) if near else (address.open_address, address.open_port)
+    if not where[1]:
+        return Silence("cannot be asked from other nodes", tells=False)
+    request = identity.encode() + (b"!" if full else b"?")
+    try:
+        for _ in range(_ATTEMPTS - 1):
+            with contextlib.suppress(*_TURNED_AWAY):
+                return _exchange(where, address.secret, request, seconds)
+        return _exchange(where, address.secret, request, seconds)
+    except (OSError, ValueError, RecursionError) as error:
+        return _explain(error) or _silence(address, process_state(address) if near else "?")
 
 
-def _exchange(host: str, port: int, request: bytes, seconds: float) -> bytes | OSError:
-    """Send a request, again where that took too long, and return the reply; or why there is none."""
-    reply: bytes | OSError = b""
-    for _ in range(_ATTEMPTS):
-        reply = _try_to_exchange(host, port, request, seconds)
-        if reply and not isinstance(reply, ConnectionResetError):
-            break
+def _exchange(
+    where: tuple[str, int], secret: bytes, request: bytes, seconds: float
+) -> dict[str, Any]:
+    """Send a request and return the answer.
+
+    Raises:
+        OSError: If none comes.
+        ValueError: If it is none, or too large, or has numbers that are; RecursionError if it is too deep.
+    """
+    deadline = time.monotonic() + seconds
+    # While a process stands still, the kernel still accepts connections for it.
+    with socket.create_connection(where, seconds) as connection:
+        introduce(connection, secret, deadline)
+        connection.sendall(request)
+        deadline = time.monotonic() + seconds
+        (length,) = _LENGTH.unpack(receive(connection, _LENGTH.size, deadline))
+        if length > _MOST_BYTES:
+            raise ValueError(f"it has {length} bytes")
+        reply = json.loads(receive(connection, length, deadline), parse_int=_integer)
+    if not isinstance(reply, dict):
+        raise ValueError("it is no dictionary")  # noqa: TRY004 - as for all that is wrong with it
     return reply
 
 
-def _try_to_exchange(host: str, port: int, request: bytes, seconds: float) -> bytes | OSError:
-    try:
-        # While a process stands still, the kernel still accepts connections for it.
-        with socket.create_connection((host, port), seconds) as connection:
-            connection.settimeout(seconds)
-            connection.sendall(request)
-            return _receive(connection)
-    except OSError as error:
-        return error
+def _explain(error: Exception) -> Silence | None:
+    """Say of an error what it says of the rank; None if the state of its process says more."""
+    if isinstance(error, Stranger):
+        return Silence(f"cannot be asked: {error}", tells=False)
+    if isinstance(error, ConnectionRefusedError):
+        return Silence("listens no more: it has left the script, or ended")
+    if isinstance(error, _TURNED_AWAY):
+        return Silence("cannot be asked: others keep it busy with connections", tells=False)
+    if not isinstance(error, OSError):
+        return Silence(f"gives an answer that cannot be read: {error}", tells=False)
+    return None
+
+
+def _integer(digits: str) -> int:
+    if len(digits) > _MOST_DIGITS:
+        raise ValueError(f"it has a number of {len(digits)} digits")
+    return int(digits)
 
 
 def _silence(address: Address, state: str) -> Silence:
@@ -238,7 +280,7 @@ def process_state(address: Address) -> str:
     return found[0]
 
 
-def own_address(listener: Listener, node: int, job_rank: int, host: str, number: int) -> Address:
+def describe_self(listener: Listener, node: int, job_rank: int, host: str, number: int) -> Address:
     """Return where this rank listens. Local."""
     found = _stat(os.getpid())
     return Address(
@@ -247,10 +289,10 @@ def own_address(listener: Listener, node: int, job_rank: int, host: str, number:
         pid=os.getpid(),
         started="" if found is None else f"{found[1]} {_namespace()}",
         host=host,
-        hosts=(*_own_hosts(), host) if listener.open_port else (),
         port=listener.port,
+        open_address=listener.open_address,
         open_port=listener.open_port,
-        token=listener.token,
+        secret=listener.secret,
         signal=number if found is not None else 0,  # only who is known for sure is sent one
     )
 
@@ -261,16 +303,39 @@ def stack_signal() -> int:
     return 0 if found is None else int(found) - 5
 
 
-def _own_hosts() -> list[str]:
-    """Return the addresses of this node's network interfaces, as far as the system tells them."""
+def own_hosts() -> tuple[str, ...]:
+    """Return addresses and name of this node, as far as the system tells them. Local."""
     found = []
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+    with contextlib.suppress(OSError), socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
         for _, name in socket.if_nameindex():
             with contextlib.suppress(OSError):  # an interface without an address
                 packed = struct.pack("256s", name.encode()[:15])
                 reply = fcntl.ioctl(probe.fileno(), _SIOCGIFADDR, packed)
                 found.append(socket.inet_ntoa(reply[20:24]))
-    return [each for each in found if not each.startswith("127.")]
+    return (*(each for each in found if not is_loopback(each)), socket.gethostname())
+
+
+def _address_towards(others: Sequence[str]) -> str:
+    """Return the one address of this node that ranks of another node reach it at.
+
+    Args:
+        others: What :func:`own_hosts` returns there.
+
+    Raises:
+        OSError: If there is none.
+    """
+    given = os.environ.get(ADDRESS)
+    if given:
+        return given
+    own = own_hosts()
+    if {*others} <= {*own}:  # one machine that is said to be several
+        return LOOPBACK
+    for other in others:
+        if other not in own:  # bridges of containers have the same address everywhere
+            address = own_address(other)
+            if address and not is_loopback(address):
+                return address
+    raise OSError(f"no address of this host is known that others reach it at; set {ADDRESS}")
 
 
 def _namespace() -> str:
@@ -289,16 +354,3 @@ def _stat(pid: int) -> tuple[str, str] | None:
         return None
     fields = text.rpartition(")")[2].split()
     return fields[0], fields[19]
-
-
-def _receive(connection: socket.socket, limit: int | None = None) -> bytes:
-    """Return what comes until the other side closes, or so many bytes."""
-    parts: list[bytes] = []
-    missing = limit
-    while missing is None or missing > 0:
-        part = connection.recv(1 << 16 if missing is None else missing)
-        if not part:
-            break
-        parts.append(part)
-        missing = None if missing is None else missing - len(part)
-    return b"".join(parts)

@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from chainer_dist.communicators.operation import Operation
 
 _MOST = 24  # lines, and stacks, that are worth reading
+_MOST_FRAMES = 60  # innermost ones of a thread
+_MOST_CHARACTERS = 100_000  # of all stacks of a rank
 
 OWN_THREADS = "chainer_dist watch"
 
@@ -25,6 +27,7 @@ OWN_THREADS = "chainer_dist watch"
 class _Line(NamedTuple):
     text: str
     has_come: bool
+    tells: bool = True  # whether that is known
 
 
 def find_wait(stack: Sequence[Operation]) -> Operation | None:
@@ -89,8 +92,8 @@ def _stacks_text(frames: Mapping[int, Any]) -> str:
     for thread in sorted(frames, key=lambda each: each != main):
         name = names.get(thread, "unknown")
         if not name.startswith(OWN_THREADS):
-            text += [f"  {name}:\n", *traceback.format_stack(frames[thread])]
-    return "".join(text)
+            text += [f"  {name}:\n", *traceback.format_stack(frames[thread], _MOST_FRAMES)]
+    return "".join(text)[:_MOST_CHARACTERS]
 
 
 def compose(wait: Operation, answers: Sequence[Any]) -> tuple[str, str]:
@@ -106,6 +109,8 @@ def compose(wait: Operation, answers: Sequence[Any]) -> tuple[str, str]:
     peer = None if wait.kind.is_collective else _peer(wait, len(answers))
     if peer is None:
         missing = [rank for rank, line in enumerate(lines) if not line.has_come]
+        # Whom nobody can ask is blamed only if all others are there.
+        missing = [rank for rank in missing if lines[rank].tells] or missing
     else:
         missing = [peer]
     which = f", operation {wait.number}" if wait.number else ""
@@ -132,7 +137,7 @@ def compose(wait: Operation, answers: Sequence[Any]) -> tuple[str, str]:
 def _line(wait: Operation, answered: Any) -> _Line:
     """Say of a rank whether it has come to the operation, and what it does."""
     if isinstance(answered, Silence):
-        return _Line(f": {answered.text}", has_come=False)
+        return _Line(f": {answered.text}", has_come=False, tells=answered.tells)
     waits, number = answered["waits"], wait.number
     if not number:  # a message: every rank does something else
         return _Line(

@@ -23,6 +23,8 @@ from chainer_dist.watch import inquiry, report
 from chainer_dist.watch.settings import ABORT, Settings
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from chainer_dist.communicators import CommunicatorBase
     from chainer_dist.communicators.operation import Operation
 
@@ -43,7 +45,7 @@ class Watchdog:
         self._settings = settings
         shortest = settings.limits[0]
         self._period = min(_LONGEST_PERIOD, shortest / _LOOKS)
-        self._patience = min(_LONGEST_SILENCE, max(1.0, shortest / 4))
+        self._patience = min(_LONGEST_SILENCE, max(2.0, shortest / 4))
         self._comms: weakref.WeakValueDictionary[str, CommunicatorBase] = (
             weakref.WeakValueDictionary()
         )
@@ -60,14 +62,24 @@ class Watchdog:
         if hasattr(os, "register_at_fork"):
             os.register_at_fork(after_in_child=self.forget)
 
+    def open(self, others: Sequence[str]) -> None:
+        """Let ranks of other nodes ask as well. Local.
+
+        Args:
+            others: See :meth:`inquiry.Listener.open`.
+
+        Raises:
+            OSError: If it is not known where they could.
+        """
+        self._listener.open(others)
+        self._listener.wake()
+
     def address(self, comm: CommunicatorBase) -> inquiry.Address:
         """Return where the other ranks of a communicator can ask. Local."""
         from mpi4py import MPI
 
-        if comm.inter_size > 1:
-            self._listener.open()
         host = MPI.Get_processor_name()
-        return inquiry.own_address(
+        return inquiry.describe_self(
             self._listener, comm.inter_rank, MPI.COMM_WORLD.rank, host, self._signal
         )
 
@@ -178,7 +190,7 @@ class Watchdog:
         if rank == comm._log.rank:
             return self._answer(identity, full)
         if peers[rank] is None:
-            return inquiry.Silence("is not watched")
+            return inquiry.Silence("is not watched", tells=False)
         near = peers[rank].node == comm._inter_rank
         return inquiry.ask(peers[rank], identity, self._patience, near=near, full=full)
 
