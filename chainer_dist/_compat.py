@@ -120,9 +120,10 @@ def patch_chainer(chainer: Any) -> None:
 
 
 def _raise_errors_of_workers(module: Any) -> None:
-    """Let ``MultiprocessIterator`` raise what its workers raise, where it would wait for ever.
+    """Let ``MultiprocessIterator`` raise what its workers raise, or that one died, where it would wait for ever.
 
-    The thread that fetches batches from the workers ended with the error, and nobody learned of it.
+    The thread that fetches batches from the workers ended with the error, and nobody learned of it. A pool
+    replaces workers that die, but not what they were doing.
     """
     loop, queue = module._PrefetchLoop, module._Communicator
     run, get = loop._run, queue.get
@@ -146,6 +147,62 @@ def _raise_errors_of_workers(module: Any) -> None:
         return batch, state
 
     loop._run, queue.get = run_and_tell, get_or_raise
+    wrapped = ModuleType(
+        module.multiprocessing.__name__, "As it is, with pools that tell of deaths."
+    )
+    vars(wrapped).update(vars(module.multiprocessing), Pool=_make_pool)
+    module.multiprocessing = wrapped
+
+
+def _make_pool(*args: Any, **kwargs: Any) -> Any:
+    """Return what ``multiprocessing.Pool`` does; who asks for results in vain learns that a worker has died."""
+    import multiprocessing
+    from multiprocessing.pool import Pool
+
+    pool: Any = Pool.__new__(Pool)
+    workers: list[Any] = []
+
+    def add_worker(context: Any, *args: Any, **kwargs: Any) -> Any:
+        worker = context.Process(*args, **kwargs)
+        workers.append(worker)
+        return worker
+
+    pool.Process = add_worker
+    pool.__init__(*args, context=multiprocessing.get_context(), **kwargs)
+    submit = pool.map_async
+
+    def map_async(*args: Any, **kwargs: Any) -> Any:
+        result = submit(*args, **kwargs)
+        get = result.get
+
+        def get_or_raise(timeout: float) -> Any:
+            try:
+                return get(timeout)
+            except multiprocessing.TimeoutError:
+                for worker in [*workers]:
+                    # As the pool has found it: who asks the process itself takes the answer from the pool.
+                    status = getattr(worker._popen, "returncode", None)
+                    if status == 0:  # it is replaced, as planned
+                        workers.remove(worker)
+                    elif status:
+                        pool.terminate()
+                        raise RuntimeError(_death(status)) from None
+                raise
+
+        result.get = get_or_raise
+        return result
+
+    pool.map_async = map_async
+    return pool
+
+
+def _death(status: int) -> str:
+    how = f"was killed by signal {-status}" if status < 0 else f"has ended with status {status}"
+    return (
+        f"a worker process of MultiprocessIterator {how}, and its batch is lost: see above what it said. Signal 9 is "
+        "often a lack of memory. A worker that could not import the script says so: that must have "
+        'if __name__ == "__main__" around what it does'
+    )
 
 
 def _categorical_log_prob(self: Any, x: Any) -> Any:

@@ -244,6 +244,49 @@ def test_errors_of_workers(installed, method):
 
 
 @pytest.mark.mpi_skip
+@pytest.mark.parametrize("method", ["fork", "forkserver"])
+def test_workers_that_die(installed, method):
+    """It is raised where the batch is asked for; workers that are replaced as planned are no matter."""
+    out = installed.check(
+        """
+        import multiprocessing
+        import os
+        import signal
+        import sys
+
+        import chainer
+
+
+        class Dataset(chainer.dataset.DatasetMixin):
+            def __len__(self):
+                return 12
+
+            def get_example(self, i):
+                if i == 7:
+                    os.kill(os.getpid(), signal.SIGKILL)
+                return i
+
+
+        if __name__ == "__main__":
+            multiprocessing.set_start_method(sys.argv[1])
+            iterator = chainer.iterators.MultiprocessIterator(
+                Dataset(), 2, shuffle=False, n_processes=1, maxtasksperchild=3
+            )
+            for _ in range(3):
+                print([int(i) for i in iterator.next()])
+            for _ in range(2):
+                try:
+                    iterator.next()
+                except RuntimeError as error:
+                    print("killed by signal 9" in str(error))
+            iterator.finalize()
+        """,
+        method,
+    )
+    assert out.splitlines() == ["[0, 1]", "[2, 3]", "[4, 5]", "True", "True"]
+
+
+@pytest.mark.mpi_skip
 def test_asking_for_the_spec_imports_nothing(installed):
     """Code that only looks whether Chainer is there neither imports it nor uses up the finder."""
     installed.check(

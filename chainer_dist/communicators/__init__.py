@@ -11,6 +11,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from chainer_dist import _allocator, _threads
+from chainer_dist.communicators import children
 from chainer_dist.communicators.communicator_base import CommunicatorBase
 
 if TYPE_CHECKING:
@@ -66,7 +67,10 @@ def create_communicator(
         ValueError: If the name is not known, ``allreduce_grad_dtype`` is given, or a
             ``single_node`` communicator is to span nodes.
         ImportError: If mpi4py finds no MPI library.
+        RuntimeError: In a child process of a rank, such as a worker of a data loader. Where that is because
+            the script has no ``if __name__ == "__main__"``, the rank raises as well.
     """
+    children.refuse()
     name = _AUTO if communicator_name == "auto" else communicator_name
     if name in _GPU_KINDS:
         raise ValueError(
@@ -89,6 +93,7 @@ def create_communicator(
         mpi_comm = MPI.COMM_WORLD
     module, _, cls = _KINDS[name].partition(":")
     kind: type[CommunicatorBase] = getattr(importlib.import_module(module), cls)
+    children.listen()
     communicator = kind(mpi_comm)
     communicator.set_config("batched_copy", batched_copy)
     _threads.limit_threads(communicator.node_comm)

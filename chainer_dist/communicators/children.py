@@ -1,0 +1,113 @@
+"""Child processes of a rank, such as the workers of data loaders: none of them can communicate.
+
+What multiprocessing starts by ``spawn`` or ``forkserver`` imports the script first. If that has no
+``if __name__ == "__main__"``, it comes to ``create_communicator`` in the child, where MPI would wait for ever
+for the other ranks, and the rank for the child. So it raises there; and as nobody may be asking after the
+child, the rank is sent a signal, on which it raises as well. A forked child has a copy of the rank's MPI, with
+which it must do nothing.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import multiprocessing.process
+import os
+import signal
+import sys
+import threading
+from pathlib import Path
+from typing import Any
+
+from chainer_dist.communicators.operation import Operation
+
+__all__ = ["listen", "refuse"]
+
+_ADVICE = (
+    "A process that is started by 'spawn' or 'forkserver' imports the script first: put what the script does, as "
+    "opposed to what it defines, under\n\n"
+    '    if __name__ == "__main__":\n'
+)
+# No other signal has no other use; some systems have none to spare.
+_SIGNAL = int(signal.SIGRTMAX) - 6 if hasattr(signal, "SIGRTMAX") else 0
+
+_rank: list[int] = []  # in a forked child: which rank it was forked from
+
+
+def refuse() -> None:
+    """Raise if this process is a child of a rank, or another child that multiprocessing started. Local.
+
+    Raises:
+        RuntimeError: Says what to do. The rank raises, too, if this child is still importing the script.
+    """
+    process: Any = multiprocessing.process.current_process()
+    who = f"create_communicator was called in the process {process.name!r}"
+    if _rank:
+        raise RuntimeError(f"{who}, which was forked from rank {_rank[0]}; {_FORKED}")
+    if getattr(process, "_inheriting", False):  # as multiprocessing itself finds out
+        _tell_rank()
+        raise RuntimeError(
+            f"{who}, which multiprocessing has started and which is no rank. {_ADVICE}"
+        )
+    if multiprocessing.process.parent_process() is not None:
+        raise RuntimeError(
+            f"{who}, which multiprocessing has started: only what mpiexec has started is a rank. Communicate "
+            f"there, and hand its children what they need. {_ADVICE}"
+        )
+
+
+_FORKED = (
+    "a child has no part in its rank's communication. Communicate before, or in the rank, and hand the child what it "
+    "needs"
+)
+
+
+def listen() -> None:
+    """Raise in this rank, from now on, what children of it cannot tell otherwise. Local."""
+    if (
+        _SIGNAL
+        and threading.current_thread() is threading.main_thread()  # others cannot arrange that
+        and signal.getsignal(_SIGNAL) == signal.SIG_DFL
+    ):
+        signal.signal(_SIGNAL, _hear)
+
+
+def _hear(number: int, frame: Any) -> None:
+    del frame
+    signal.signal(number, signal.SIG_IGN)  # one is enough, and this rank has to end now
+    raise RuntimeError(
+        "a process that this one has started with multiprocessing came to create_communicator while it imported the "
+        f"script. {_ADVICE}"
+    )
+
+
+def _tell_rank() -> None:
+    """Send the signal to the nearest ancestor that is waiting for it."""
+    pid = os.getppid()
+    with contextlib.suppress(OSError, ValueError):
+        while pid > 1 and _SIGNAL:
+            lines = Path(f"/proc/{pid}/status").read_text(encoding="utf-8").splitlines()
+            status = dict(line.split(":", 1) for line in lines if ":" in line)
+            if int(status["SigCgt"], 16) >> (_SIGNAL - 1) & 1:
+                os.kill(pid, _SIGNAL)
+                return
+            pid = int(status["PPid"])
+
+
+def _after_fork_in_child() -> None:
+    mpi = sys.modules.get("mpi4py.MPI")
+    if mpi is None or not mpi.Is_initialized() or mpi.Is_finalized():
+        return
+    _rank[:] = [mpi.COMM_WORLD.rank]
+    enter = Operation.__enter__
+
+    def enter_if_alone(self: Operation) -> Operation:
+        if self.comm is not None:
+            raise RuntimeError(
+                f"{self.kind.name} was called in a process that was forked from rank {_rank[0]}; {_FORKED}"
+            )
+        return enter(self)
+
+    Operation.__enter__ = enter_if_alone  # type: ignore[method-assign, assignment]  # no cost in ranks
+
+
+os.register_at_fork(after_in_child=_after_fork_in_child)
