@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import sys
 
 import numpy as np
@@ -63,8 +64,10 @@ def test_a_script_without_guard(tmp_path, method, work, ranks):
     """Worker and job end with the advice to put one, whatever the rank waits in."""
     job = run(tmp_path, UNGUARDED.format(method=method, work=work), ranks)
     assert job.status not in {0, None}, job.output
-    assert 'if __name__ == "__main__":' in job.output, job.output
-    assert "create_communicator was called in the process" in job.output
+    assert 'if __name__ == "__main__"' in job.output, job.output
+    # The worker says so, or the rank, which may end the worker before it has spoken.
+    said = r"create_communicator was called in the process|came to create_communicator"
+    assert re.search(said, job.output), job.output
     assert "finished" not in job.output
 
 

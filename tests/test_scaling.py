@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import html.parser
 import json
 import subprocess
 import sys
@@ -11,7 +12,17 @@ import chainer
 import numpy as np
 import pytest
 
-from chainer_dist.scaling import accuracy, cli, contenders, experiment, results, workloads
+import mpi_job
+from chainer_dist.scaling import (
+    accuracy,
+    cli,
+    contenders,
+    experiment,
+    page,
+    predicted,
+    results,
+    workloads,
+)
 from chainer_dist.scaling.experiment import ACCURACY, Job, Plan
 
 PLAN = Plan(
@@ -266,3 +277,85 @@ def make(batch, rank):
         )
         assert done.returncode == 1
         assert "broken model" in done.stderr
+
+
+# What names of hosts, scripts and workloads may be, and files of results that somebody else has written.
+HOSTILE = (
+    "</script><script>alert(1)</script><!--\u2028<img src=x onerror='alert(1)'>\" $sections \udc80"
+)
+SHOWN = HOSTILE.replace("\udc80", "\\udc80")
+
+
+def spoiled(value):
+    """Return the same with hostile text behind each string, but for what names a design."""
+    if isinstance(value, dict):
+        return {
+            f"{key}{HOSTILE if ' ' in key or key in ('mlp', 'numpy') else ''}": each
+            if key == "design"
+            else spoiled(each)
+            for key, each in value.items()
+        }
+    if isinstance(value, list):
+        return [spoiled(each) for each in value]
+    return value + HOSTILE if isinstance(value, str) else value
+
+
+class Tags(html.parser.HTMLParser):
+    """The tags, attributes, comments and text of a page."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.tags, self.attributes, self.comments, self.text = set(), set(), [], ""
+        self.feed(text)
+        self.close()
+
+    def handle_starttag(self, tag, attrs):
+        """Note it."""
+        self.tags.add(tag)
+        self.attributes |= {name for name, _ in attrs}
+
+    def handle_comment(self, data):
+        """Note it."""
+        self.comments.append(data)
+
+    def handle_data(self, data):
+        """Note it."""
+        self.text += data
+
+
+@pytest.mark.mpi_skip
+def test_a_page_of_hostile_names(tmp_path):
+    """All of them are text, wherever they are on the page."""
+    pytest.importorskip("matplotlib")
+    measured = mpi_job.ROOT / "docs" / "measured"
+    content = json.loads((measured / "predictions.json").read_text())
+    names = [*dict.fromkeys(each["scenario"] for each in content["predictions"])]
+    content["schedules"] = {"mlp": content["schedules"]["mlp"]}
+    content["schedules"]["mlp"][0]["batch"] = "64"
+    content["predictions"] = [
+        each
+        for each in content["predictions"]
+        if each["workload"] == "mlp" and each["scenario"] in (names[0], names[-1])
+    ]
+    (tmp_path / "predictions.json").write_text(json.dumps(spoiled(content)))
+    scaling = json.loads((measured / "scaling.json").read_text())
+    rows = [results.Row(**each) for each in scaling["rows"] if each["workload"] == "mlp"]
+    rows = [each._replace(workload=f"mlp{HOSTILE}", kind=f"weak{HOSTILE}") for each in rows]
+    rows.append(rows[-1]._replace(contender=HOSTILE, ranks=3))
+    page.write(
+        tmp_path / "index.html",
+        rows=rows,
+        accuracies=[{**scaling["accuracy"][0], "ranks": HOSTILE}],
+        parts={},
+        machine=spoiled(scaling["machine"]),
+        command=f"chainer-dist scale {HOSTILE}",
+        predicted=predicted.section(tmp_path),
+    )
+    found = Tags((tmp_path / "index.html").read_text(encoding="utf-8"))
+    assert not found.tags & {"script", "img"}
+    assert not [each for each in found.attributes if each.startswith("on") or each == "src"]
+    assert not [each for each in found.comments if "alert" in each]
+    assert found.text.count(SHOWN) > 20
+    for before in ("mlp", "weak", "Linux ", "numpy", "chainer-dist scale ", "AMD EPYC", "64"):
+        assert before in found.text
+        assert SHOWN in found.text[found.text.index(before) :]

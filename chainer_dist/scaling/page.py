@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
     from chainer_dist.scaling.results import Row
 
-__all__ = ["figure", "wrapped", "write"]
+__all__ = ["escaped", "figure", "wrapped", "write"]
 
 _TEMPLATE = Path(__file__).with_name("page.html")
 _COLORS = dict(zip(CONTENDERS, ("#0b6e99", "#d1681f", "#7a4fa3", "#b5304a", "#7d8790")))
@@ -65,22 +65,22 @@ def write(
         if shares:
             figures.append(figure(_draw_parts, shares))
         sections.append(
-            f"<h2>{html.escape(workload)}, {kind} scaling</h2>\n<div class='figures'>"
+            f"<h2>{escaped(workload)}, {escaped(kind)} scaling</h2>\n<div class='figures'>"
             f"{''.join(figures)}</div>\n{_table(group)}"
         )
     if accuracies:
         sections.append(_accuracy_section(accuracies))
     text = string.Template(_TEMPLATE.read_text(encoding="utf-8")).substitute(
-        headline=html.escape(_headline(rows)),
+        headline=escaped(_headline(rows)),
         sections="\n".join(sections),
         predicted=predicted,
         contenders="".join(
-            f"<dt>{name}</dt><dd>{html.escape(what)}</dd>"
+            f"<dt>{escaped(name)}</dt><dd>{escaped(what)}</dd>"
             for name, what in CONTENDERS.items()
             if any(row.contender == name for row in rows)
         ),
         machine=_machine(machine),
-        command=html.escape(command),
+        command=escaped(command),
     )
     with replacing(path) as file:
         file.write(text)
@@ -100,6 +100,14 @@ def _headline(rows: Iterable[Row]) -> str:
     if row.against_copies is not None:
         text += f", {row.against_copies:.2f} times what independent copies do"
     return text
+
+
+def escaped(value: object) -> str:
+    """Return what stands for a value in HTML, in text as in attributes. Local.
+
+    Names of hosts, scripts and workloads are what others have chosen, and what was measured is read from files.
+    """
+    return html.escape(str(value).encode("utf-8", "backslashreplace").decode())
 
 
 def figure(draw: Callable[[Any, Any], None], content: Any, caption: str = "") -> str:
@@ -196,9 +204,9 @@ def _table(rows: Iterable[Row]) -> str:
         copies = "" if row.against_copies is None else f"{row.against_copies:.2f}"
         interval = f"{row.efficiency_low:.0%}&ndash;{row.efficiency_high:.0%}"
         cells = [
-            row.contender,
-            f"{row.ranks}{'*' * row.oversubscribed}",
-            str(row.batch),
+            escaped(row.contender),
+            f"{escaped(row.ranks)}{'*' * row.oversubscribed}",
+            escaped(row.batch),
             f"{row.ms:.1f} <small>({row.ms_low:.1f}&ndash;{row.ms_high:.1f})</small>",
             f"{row.throughput:,.0f}",
             f"{row.efficiency:.1%} <small>({interval})</small>",
@@ -212,15 +220,15 @@ def _table(rows: Iterable[Row]) -> str:
 
 def _accuracy_section(accuracies: Iterable[Mapping[str, Any]]) -> str:
     lines = [
-        f"<tr><td>{each['ranks']}</td><td>{each['seconds']:.2f}</td><td>{each['epochs']:.0f}</td>"
+        f"<tr><td>{escaped(each['ranks'])}</td><td>{each['seconds']:.2f}</td><td>{each['epochs']:.0f}</td>"
         f"<td>{each['updates']:.0f}</td><td>{each['accuracy']:.2%}</td>"
-        f"<td>{each['reached']} of {each['trainings']}</td></tr>"
+        f"<td>{escaped(each['reached'])} of {escaped(each['trainings'])}</td></tr>"
         for each in accuracies
     ]
     heads = ("ranks", "seconds", "epochs", "updates", "accuracy", "came to it")
     return (
         "<h2>Time to accuracy, handwritten digits</h2>\n"
-        f"<p>Medians of trainings with different seeds. The rules: {html.escape(accuracy.RULES)}.</p>"
+        f"<p>Medians of trainings with different seeds. The rules: {escaped(accuracy.RULES)}.</p>"
         f"{wrapped(heads, lines)}"
     )
 
@@ -245,4 +253,4 @@ def _machine(machine: Mapping[str, Any]) -> str:
         "versions": versions,
         "measured": f"{machine['date']}, load of the machine before: {machine['load']:.1f}",
     }
-    return "".join(f"<dt>{name}</dt><dd>{html.escape(text)}</dd>" for name, text in items.items())
+    return "".join(f"<dt>{name}</dt><dd>{escaped(text)}</dd>" for name, text in items.items())

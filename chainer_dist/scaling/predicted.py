@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import html
 import json
 from typing import TYPE_CHECKING, Any
 
 from chainer_dist._files import read_regular
 from chainer_dist.scaling import answers, validation
 from chainer_dist.scaling.answers import ANNOUNCED, WORKERS, Prediction
-from chainer_dist.scaling.page import figure, wrapped
+from chainer_dist.scaling.page import escaped, figure, wrapped
 from chainer_dist.scaling.predict import FILE
 from chainer_dist.scaling.schedule import Schedule
 from chainer_dist.scaling.simulate import DESIGNS, NETWORKS
@@ -54,12 +53,11 @@ def section(folder: Path) -> str:
         _recorded(schedules),
     ]
     parts += [
-        f"<h3>{html.escape(question)}</h3><ul>{_items(each)}</ul>"
-        for question, each in lines.items()
+        f"<h3>{escaped(question)}</h3><ul>{_items(each)}</ul>" for question, each in lines.items()
     ]
     for workload in schedules:
         parts += _of_workload(workload, rows)
-    parts += [_validation(), f"<p>By <code>{html.escape(command)}</code></p>"]
+    parts += [_validation(), f"<p>By <code>{escaped(command)}</code></p>"]
     return "\n".join(parts)
 
 
@@ -73,12 +71,12 @@ def _method(machine: Mapping[str, Any], *, simulated: bool) -> str:
         "SimGrid's smpirun is not installed"
     )
     return (
-        f"<p>A step was recorded on {html.escape(machine['processor'])} ({machine['date']}), with the moment at "
+        f"<p>A step was recorded on {escaped(machine['processor'])} ({escaped(machine['date'])}), with the moment at "
         f"which each gradient is final, and {how}. How long computation takes is that of this processor: where "
         "computation is faster, the network counts more. All ranks have the same batch (weak scaling). "
         "<b>Efficiency</b> is against plain Chainer on one rank alone; more than 100&nbsp;% is where ranks of a "
         "node share an update that costs more than the exchange. What the ranks of a node do to one another was "
-        f"recorded on {machine['cores']} cores, and is taken to be the same on more.</p>"
+        f"recorded on {escaped(machine['cores'])} cores, and is taken to be the same on more.</p>"
         "<p><b>naive</b> sums up each gradient for itself after backward, as ChainerMN's communicator; <b>flat</b> "
         "all of them packed; <b>multi-leader</b> is chainer_dist with <code>overlap=False</code>; <b>overlap</b> "
         "is chainer_dist as it comes, exchanging during backward; <b>float16</b> does that with half the "
@@ -89,7 +87,7 @@ def _method(machine: Mapping[str, Any], *, simulated: bool) -> str:
 
 def _recorded(schedules: Mapping[str, Sequence[Schedule]]) -> str:
     lines = [
-        f"<tr><td>{html.escape(name)}</td><td>{each.ranks}</td><td>{each.batch}</td>"
+        f"<tr><td>{escaped(name)}</td><td>{escaped(each.ranks)}</td><td>{escaped(each.batch)}</td>"
         f"<td>{each.alone * 1e3:.0f}</td>"
         f"<td>{each.forward * 1e3:.0f}</td><td>{each.backward * 1e3:.0f}</td>"
         f"<td>{each.update * 1e3:.0f}</td><td>{each.node_update * 1e3:.0f}</td>"
@@ -114,7 +112,7 @@ def _recorded(schedules: Mapping[str, Sequence[Schedule]]) -> str:
 
 def _of_workload(workload: str, rows: Rows) -> list[str]:
     """Return curves for each network, and tables over all kinds of clusters."""
-    name = html.escape(workload)
+    name = escaped(workload)
     scenarios = list(dict.fromkeys(scenario for owner, scenario, _ in rows if owner == workload))
     figures = []
     for scenario in scenarios:
@@ -154,8 +152,8 @@ def _place(group: Rows) -> str:
     """Return the kind of cluster in words."""
     each = next(iter(group.values()))[0]
     if each.scenario == each.network:
-        return html.escape(f"{each.network}, {each.ranks_per_node} ranks a node")
-    return html.escape(f"{each.network}, {each.scenario}")
+        return escaped(f"{each.network}, {each.ranks_per_node} ranks a node")
+    return escaped(f"{each.network}, {each.scenario}")
 
 
 def _draw(axes: Any, group: Rows) -> None:
@@ -192,8 +190,8 @@ def _draw(axes: Any, group: Rows) -> None:
 def _validation() -> str:
     machine, comparisons = validation.read()
     lines = [
-        f"<tr><td>{html.escape(each.workload)}</td><td>{html.escape(each.contender)}</td>"
-        f"<td>{each.hosts}</td><td>{html.escape(each.rate)}</td><td>{each.predicted * 1e3:.1f}</td>"
+        f"<tr><td>{escaped(each.workload)}</td><td>{escaped(each.contender)}</td>"
+        f"<td>{escaped(each.hosts)}</td><td>{escaped(each.rate)}</td><td>{each.predicted * 1e3:.1f}</td>"
         f"<td>{each.closed_form * 1e3:.1f}</td><td>{each.measured * 1e3:.1f}</td>"
         f"<td{_mark(each)}>{each.error:+.0%}</td></tr>"
         for each in comparisons
@@ -202,7 +200,7 @@ def _validation() -> str:
     return (
         "<h3>How far predictions were off</h3>"
         f"<p>{validation.summary(comparisons)}: steps on hosts made of one machine "
-        f"({html.escape(machine['processor'])}, {machine['date']}), by "
+        f"({escaped(machine['processor'])}, {escaped(machine['date'])}), by "
         "<code>python scripts/validate_prediction.py</code>. Larger clusters could not be tried.</p>"
         f"{wrapped(heads, lines)}"
     )
@@ -213,4 +211,4 @@ def _mark(comparison: validation.Comparison) -> str:
 
 
 def _items(lines: Iterable[str]) -> str:
-    return "".join(f"<li>{html.escape(line)}</li>" for line in lines)
+    return "".join(f"<li>{escaped(line)}</li>" for line in lines)
