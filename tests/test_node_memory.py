@@ -43,6 +43,22 @@ def test_all_ranks_see_it(comm, nbytes):
     check(comm, nbytes)
 
 
+@pytest.mark.parametrize("anonymous", [True, False])
+def test_nobody_else_may_open_it(comm, monkeypatch, anonymous):
+    """With a name or without."""
+    if not anonymous:
+        monkeypatch.delattr(os, "memfd_create", raising=False)
+    modes = []
+
+    def look(path, size, token, original=node_memory._map):
+        modes.append(path.stat().st_mode & 0o777)
+        return original(path, size, token)
+
+    monkeypatch.setattr(node_memory, "_map", look)
+    check(comm)
+    assert {*modes} == {0o600}
+
+
 def test_a_file_where_there_is_no_anonymous_memory(comm, monkeypatch):
     """Systems other than Linux have files only."""
     monkeypatch.delattr(os, "memfd_create", raising=False)

@@ -158,6 +158,7 @@ def _create_anonymous(size: int) -> tuple[int, Path]:
     if not hasattr(os, "memfd_create"):
         raise OSError("no anonymous files on this system")
     descriptor = os.memfd_create("chainer_dist")
+    os.fchmod(descriptor, 0o600)  # as files have it: only this user's processes are its ranks
     os.truncate(descriptor, size)
     # Other ranks find it through this one.
     return descriptor, Path(f"/proc/{os.getpid()}/fd/{descriptor}")
