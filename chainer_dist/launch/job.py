@@ -150,9 +150,8 @@ class Job:
         for each in self._reach:
             own = own_address(each)  # itself, unless it is translated on the way
             if not own or (is_loopback(own) and not is_loopback(each) and each != "localhost"):
-                own = own_address(
-                    SOMEWHERE
-                )  # a name of this host that others know by another address
+                # A name of this host that stands for another address elsewhere.
+                own = own_address(SOMEWHERE)
             try:
                 places.append((each, self._reception.listen(own, self._n_ranks + MORE_FILES)))
             except OSError as error:
