@@ -6,12 +6,18 @@ exit with a status other than zero on any rank calls ``MPI_Abort``. This is on f
 ``import chainer_dist``; ``CHAINER_DIST_ABORT_ON_EXCEPTION=0`` in the environment, or
 :func:`remove_hook`, turns it off. ChainerMN's module of this name is off unless asked for.
 
+Whatever ``sys.excepthook`` the script or a library has set, before or afterwards, prints the exception as
+ever, once; the job ends when it returns, raises or leaves, and a minute later if it does none of these. Nobody
+has to call the hook that was there before: Python itself reports an exception that nothing has caught, as the
+audit event ``sys.excepthook``.
+
 Nothing happens in processes that have not started MPI, in children of a rank, in threads beside the
 main one, at an interactive prompt, or in a job of one rank: there Python does what it always does.
 """
 
 from __future__ import annotations
 
+import _thread
 import contextlib
 import ctypes
 import functools
@@ -34,8 +40,10 @@ VARIABLE = "CHAINER_DIST_ABORT_ON_EXCEPTION"
 # the first to leave should not silence the one that says why.
 SECONDS_TO_SPEAK = 0.5
 
+SECONDS_TO_REPORT = 60.0  # for the script's own exception hook, which may send a report somewhere
+
 _pid: int | None = None  # of the process that added the hook
-_outer_hook: Any = None
+_listens = False  # to audit events, which nothing ends
 _python_exit = sys.exit
 _python_code: Any = SystemExit.__dict__["code"]
 
@@ -43,15 +51,16 @@ _python_code: Any = SystemExit.__dict__["code"]
 def add_hook() -> None:
     """End the job when this rank fails, from now on. Local; a second call does nothing.
 
-    The exception hook that was there before still prints the traceback. ChainerMN has a function
-    of this name.
+    ``sys.excepthook`` stays what it is, and still prints the traceback. ChainerMN has a function of
+    this name.
     """
-    global _pid, _outer_hook  # noqa: PLW0603 - hooks are global to a process
+    global _pid, _listens  # noqa: PLW0603 - hooks are global to a process
     if _pid is not None:
         return
     _pid = os.getpid()
-    _outer_hook = sys.excepthook
-    sys.excepthook = _global_except_hook
+    if not _listens:
+        _listens = True
+        sys.addaudithook(_notice)
     _set_exit_code(property(_read_code, _python_code.__set__, _python_code.__delete__))
     if sys.version_info < (3, 12):
         _replace_exit(_python_exit, _exit)
@@ -63,8 +72,6 @@ def remove_hook() -> None:
     if _pid is None:
         return
     _pid = None
-    if sys.excepthook is _global_except_hook:
-        sys.excepthook = _outer_hook
     _set_exit_code(_python_code)
     _replace_exit(_exit, _python_exit)
 
@@ -74,16 +81,62 @@ def _add_hook_if_enabled() -> None:
         add_hook()
 
 
-def _global_except_hook(
-    kind: type[BaseException], error: BaseException, trace: TracebackType | None
-) -> None:
+def _notice(event: str, arguments: tuple[Any, ...]) -> None:
+    """End the job if the interpreter is about to call ``sys.excepthook`` because it ends."""
+    if event != "sys.excepthook" or _has_callers():
+        return
+    mpi = _running_job()
+    if mpi is None:
+        return
+    hook, kind, error, trace = arguments
+    status = 130 if issubclass(kind, KeyboardInterrupt) else 1
+    reason = f"uncaught {kind.__name__}"
+    has_returned = threading.Event()
+
+    def abort_later() -> None:
+        if not has_returned.wait(SECONDS_TO_REPORT):
+            _abort(mpi, f"{reason}, and an exception hook that does not return,", status)
+
     try:
-        _outer_hook(kind, error, trace)
-    finally:
-        mpi = _running_job()
-        if mpi is not None:
-            status = 130 if issubclass(kind, KeyboardInterrupt) else 1
-            _abort(mpi, f"uncaught {kind.__name__}", status)
+        if not _is_terminal(sys.stdin):  # where somebody may be debugging
+            _thread.start_new_thread(abort_later, ())  # threading wants sys.excepthook to be there
+        status = _call_hook(hook, kind, error, trace) or status
+    finally:  # also when it is interrupted
+        has_returned.set()
+        _abort(mpi, reason, status)
+
+
+def _has_callers() -> bool:
+    """Return whether there is Python code above the function that called this one."""
+    try:
+        sys._getframe(2)
+    except ValueError:
+        return False
+    return True
+
+
+def _call_hook(
+    hook: Any, kind: type[BaseException], error: BaseException, trace: TracebackType | None
+) -> int:
+    """Let the script's hook print an exception, as Python would; return the status it leaves with, or 0."""
+    try:
+        (hook or sys.__excepthook__)(kind, error, trace)
+    except SystemExit as left:
+        return left.code & 0xFF if isinstance(left.code, int) else 0
+    except BaseException as another:  # noqa: BLE001 - whatever it is, the job ends
+        with contextlib.suppress(Exception):
+            sys.stderr.write("Error in sys.excepthook:\n")
+            sys.__excepthook__(type(another), another, another.__traceback__)
+            sys.stderr.write("\nOriginal exception was:\n")
+            sys.__excepthook__(kind, error, trace)
+    return 0
+
+
+def _is_terminal(stream: Any) -> bool:
+    try:
+        return bool(stream.isatty())
+    except (AttributeError, ValueError):  # there is none, or it is closed
+        return False
 
 
 # SystemExit does not pass sys.excepthook, and atexit does not tell why the process ends. But the
@@ -92,9 +145,7 @@ def _global_except_hook(
 
 def _read_code(error: SystemExit) -> Any:
     code = _python_code.__get__(error, SystemExit)
-    try:
-        sys._getframe(1)
-    except ValueError:
+    if not _has_callers():
         _leave(error, code)
     return code
 
@@ -159,11 +210,13 @@ def _abort(mpi: ModuleType, reason: str, status: int) -> None:
             f"({mpi.Get_processor_name()}); ending the job with status {status}.\n"
         )
         sys.stderr.flush()
-    time.sleep(SECONDS_TO_SPEAK)
     try:
-        world.Abort(status)
-    finally:
-        os._exit(status)
+        time.sleep(SECONDS_TO_SPEAK)
+    finally:  # also when it is interrupted
+        try:
+            world.Abort(status)
+        finally:
+            os._exit(status)
 
 
 def _running_job() -> ModuleType | None:

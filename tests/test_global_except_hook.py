@@ -69,7 +69,7 @@ def test_all_ranks_fail_at_once():
 def test_ranks_that_do_not_fail():
     """Clean exits, caught ones, and failures of threads and children do not end the job."""
     job = run("""
-import subprocess, threading
+import atexit, subprocess, threading
 try:
     sys.exit(3)
 except SystemExit as error:
@@ -79,10 +79,20 @@ if child == 0:
     sys.excepthook(ValueError, ValueError("of a child"), None)
     os._exit(5)  # anything else would finalize MPI, of which the child has a copy
 assert os.WEXITSTATUS(os.waitpid(child, 0)[1]) == 5
-for what in (lambda: sys.exit(6), lambda: 1 / 0):
-    thread = threading.Thread(target=what)
-    thread.start()
-    thread.join()
+for forward in (False, True):
+    if forward:
+        threading.excepthook = lambda args: sys.excepthook(*args[:3])
+    for what in (lambda: sys.exit(6), lambda: 1 / 0):
+        thread = threading.Thread(target=what)
+        thread.start()
+        thread.join()
+class Unraisable:
+    def __del__(self):
+        raise ValueError("in a destructor")
+Unraisable()
+at_exit = Unraisable()
+atexit.register(lambda: 1 / 0)
+sys.excepthook(ValueError, ValueError("called by hand"), None)
 assert subprocess.run([sys.executable, "-c", "import chainer_dist; exit(7)"]).returncode == 7
 world.Barrier()
 print("done")
@@ -91,7 +101,8 @@ sys.exit([0, None][world.rank])
     assert job.status == 0, job.output
     assert job.output.count("done") == 2
     assert "ZeroDivisionError" in job.output
-    assert "of a child" in job.output
+    for text in ("of a child", "in a destructor", "called by hand"):
+        assert text in job.output
     assert ENDING not in job.output
 
 
@@ -112,21 +123,69 @@ print("done")
     assert ENDING not in job.output
 
 
-def test_an_earlier_hook_prints():
-    """The hook that was there is called; adding ours again changes nothing."""
+LOG = """
+import os, sys
+def log(kind, error, trace):
+    sys.stderr.write(f"logged {error!r}\\n")
+"""
+CHAIN = """
+outer = sys.excepthook
+sys.excepthook = lambda *args: (log(*args), outer(*args))
+"""
+SLOW = "chainer_dist.global_except_hook.SECONDS_TO_REPORT = 1\n"
+
+# What a script does with the exception hook before the import and after it, what the hook then says, and the
+# status of the job.
+HOOKS = {
+    "set before": ("sys.excepthook = log", "", "logged", 1),
+    "set after": ("", "sys.excepthook = log", "logged", 1),
+    "chained": ("", CHAIN, "logged", 1),
+    "put back": ("", "sys.excepthook = sys.__excepthook__", "Traceback", 1),
+    "deleted": ("", "del sys.excepthook", "Traceback", 1),
+    "no function": ("", "sys.excepthook = None", "Traceback", 1),
+    "fails": ("", "sys.excepthook = lambda *_: 1 / 0", "Error in sys.excepthook", 1),
+    "leaves": ("", "sys.excepthook = lambda *_: sys.exit(5)", "", 5),
+    "leaves as if all were well": ("", "sys.excepthook = lambda *_: sys.exit()", "", 1),
+    "leaves at once": ("", "sys.excepthook = lambda *_: os._exit(6)", "", 6),
+    "interrupted": ("", "sys.excepthook = lambda *_: os.kill(os.getpid(), 2)", "Original", 1),
+    "never returns": ("", f"{SLOW}sys.excepthook = lambda *_: world.recv()", "not return", 1),
+}
+QUICK = ("set before", "chained", "put back", "fails")
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [kind if kind in QUICK else pytest.param(kind, marks=pytest.mark.faults) for kind in HOOKS],
+)
+def test_a_hook_of_the_script(kind):
+    """The job ends whatever that one does; and it is called once."""
+    before, after, says, status = HOOKS[kind]
+    code = f"{LOG}{before}\n{HEADER}{after}\nif world.rank == 1: raise ValueError('boom')\nworld.Barrier()"
+    job = mpi_job.run([sys.executable, "-c", code], 2, timeout=60, env=mpi_job.environment())
+    assert job.status == status, job.output
+    assert says in job.output
+    assert job.output.count("logged ValueError('boom')") == (says == "logged")
+    assert job.output.count(ENDING) == (kind != "leaves at once")
+
+
+def test_a_hook_of_one_process():
+    """It is called as ever, and Python leaves with its own status."""
+    code = f"{LOG}{HEADER}sys.excepthook = log\nraise ValueError('boom')"
+    job = mpi_job.run([sys.executable, "-c", code], timeout=60)
+    assert (job.status, job.output) == (1, "logged ValueError('boom')\n")
+
+
+@pytest.mark.faults
+def test_a_hook_of_threads():
+    """Threads may fail; and a rank that its threads' hook ends, ends the job."""
     job = run("""
-chainer_dist.global_except_hook.remove_hook()
-sys.excepthook = lambda kind, error, trace: print("custom", error, flush=True)
-chainer_dist.global_except_hook.add_hook()
-chainer_dist.global_except_hook.add_hook()
+import threading
+threading.excepthook = lambda args: os._exit(7)
 if world.rank == 1:
-    raise ValueError("boom")
+    threading.Thread(target=lambda: 1 / 0).start()
 world.Barrier()
 """)
-    assert job.status == 1, job.output
-    assert job.output.count("custom boom") == 1
-    assert "Traceback" not in job.output
-    assert job.output.count(ENDING) == 1
+    assert job.status == 7, job.output
 
 
 @pytest.mark.parametrize("how", ["variable", "call"])
