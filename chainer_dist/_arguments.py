@@ -8,7 +8,17 @@ from __future__ import annotations
 import argparse
 import math
 
-__all__ = ["at_least_one", "count", "percentage", "positive", "seconds"]
+__all__ = ["at_least_one", "count", "percentage", "positive", "seconds", "text"]
+
+_MOST_DIGITS = 18
+_LONGEST = 40  # characters of a text that are repeated
+
+
+def text(given: str) -> str:
+    """Return a text that is not empty. Local."""
+    if not given:
+        raise argparse.ArgumentTypeError("there is nothing in it")
+    return given
 
 
 def positive(text: str) -> int:
@@ -25,7 +35,7 @@ def seconds(text: str) -> float:
     """Return a number of seconds, more than 0; infinity is one. Local."""
     found = _number(text)
     if not found > 0:
-        raise argparse.ArgumentTypeError(f"{text!r} is no number of seconds")
+        raise argparse.ArgumentTypeError(f"{_brief(text)} is no number of seconds")
     return found
 
 
@@ -33,7 +43,7 @@ def percentage(text: str) -> float:
     """Return a number from 0 to 100. Local."""
     found = _number(text)
     if not 0 <= found <= 100:  # noqa: PLR2004 - percent
-        raise argparse.ArgumentTypeError(f"{text!r} is no percentage")
+        raise argparse.ArgumentTypeError(f"{_brief(text)} is no percentage")
     return found
 
 
@@ -41,18 +51,27 @@ def at_least_one(text: str) -> float:
     """Return a finite number from 1 up, such as how many times as long something takes. Local."""
     found = _number(text)
     if not 1 <= found < math.inf:
-        raise argparse.ArgumentTypeError(f"{text!r} is no number from 1 up")
+        raise argparse.ArgumentTypeError(f"{_brief(text)} is no number from 1 up")
     return found
 
 
 def _whole(text: str, least: int) -> int:
-    if not (text.isascii() and text.isdigit()) or int(text) < least:
-        raise argparse.ArgumentTypeError(f"{text!r} is no number from {least} up")
+    if not (text.isascii() and text.isdigit()):
+        raise argparse.ArgumentTypeError(f"{_brief(text)} is no number from {least} up")
+    if len(text) > _MOST_DIGITS:  # Python itself refuses thousands of them with another error
+        raise argparse.ArgumentTypeError(f"{_brief(text)} is too large a number")
+    if int(text) < least:
+        raise argparse.ArgumentTypeError(f"{_brief(text)} is no number from {least} up")
     return int(text)
 
 
 def _number(text: str) -> float:
     try:
-        return float(text)
+        # Python takes digits of all scripts, and white space around them.
+        return float(text) if text.isascii() and text == text.strip() else math.nan
     except ValueError:
         return math.nan
+
+
+def _brief(text: str) -> str:
+    return repr(text) if len(text) <= _LONGEST else f"{text[:_LONGEST]!r}..."

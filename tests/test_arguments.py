@@ -38,8 +38,10 @@ def test_numbers(kind, text, value):
     ("kind", "texts", "words"),
     [
         ("positive", ["0", "-1", "1.5", "two", "", "٣", "1e3"], "no number from 1 up"),
+        ("positive", ["9" * 19], "too large"),
         ("count", ["-1", "0.5", ""], "no number from 0 up"),
-        ("seconds", ["0", "-1", "nan", "soon"], "no number of seconds"),
+        ("seconds", ["0", "-1", "nan", "soon", "٣", " 3", "3\n"], "no number of seconds"),
+        ("text", [""], "nothing"),
         ("percentage", ["-1", "100.5", "nan", "all"], "no percentage"),
         ("at_least_one", ["0.9", "inf", "nan", "twice"], "no number from 1 up"),
     ],
@@ -49,7 +51,18 @@ def test_what_is_no_such_number(kind, texts, words):
     for text in texts:
         with pytest.raises(argparse.ArgumentTypeError, match=words) as caught:
             getattr(_arguments, kind)(text)
-        assert repr(text) in str(caught.value)
+        assert repr(text) in str(caught.value) or not text
+
+
+@pytest.mark.parametrize("kind", ["positive", "count", "seconds", "percentage", "at_least_one"])
+def test_a_number_of_thousands_of_digits(kind):
+    """Is too large, or no number, in few words."""
+    text = "9" * 5000 + "!"
+    for each in (text, text[:-1]):
+        if each == text or kind not in ("seconds", "at_least_one"):
+            with pytest.raises(argparse.ArgumentTypeError) as caught:
+                getattr(_arguments, kind)(each)
+            assert len(str(caught.value)) < 100
 
 
 @pytest.mark.parametrize(

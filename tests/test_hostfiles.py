@@ -57,6 +57,56 @@ def hostfiles(draw):
     return hosts, "\n".join(lines)
 
 
+HUGE = "9" * 5000
+
+
+@pytest.mark.parametrize(
+    "text", ["", ",", "a,", ":2", f"a:{HUGE}", f"a[{HUGE}]", f"a[1-{HUGE}]", "a:٣", "a\0"]
+)
+def test_hosts_that_cannot_be_read(text):
+    """It is an error of the launcher's, whatever is wrong."""
+    with pytest.raises(LaunchError):
+        parse_hosts(text)
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", "\n", "\0", "a\x1cb", f"a:{HUGE}", "a slots=", "a slots=1_0", "a slots=-1", "\x1b[2J"],
+)
+def test_hostfiles_that_cannot_be_read(tmp_path, text):
+    """So it is of a file."""
+    file = tmp_path / "hosts"
+    file.write_text(text)
+    with pytest.raises(LaunchError, match="hosts"):
+        read_hostfile(str(file))
+
+
+def test_what_is_no_hostfile():
+    """A device that never ends is not read to its end; a name may be none."""
+    for file in ("/dev/zero", "nul\0", ".", ""):
+        with pytest.raises(LaunchError):
+            read_hostfile(file)
+
+
+@pytest.mark.parametrize(
+    "environ",
+    [
+        {"SLURM_JOB_NODELIST": ""},
+        {"SLURM_JOB_NODELIST": f"a[1-{HUGE}]"},
+        {"SLURM_JOB_NODELIST": "a", "SLURM_TASKS_PER_NODE": ""},
+        {"SLURM_JOB_NODELIST": "a", "SLURM_TASKS_PER_NODE": HUGE},
+        {"SLURM_JOB_NODELIST": "a", "SLURM_TASKS_PER_NODE": "٣"},
+        {"SLURM_JOB_NODELIST": "a", "SLURM_TASKS_PER_NODE": ",".join(["1(x99999)"] * 9999)},
+        {"PBS_NODEFILE": ""},
+        {"PBS_NODEFILE": "/dev/zero"},
+    ],
+)
+def test_schedulers_that_say_what_cannot_be_read(environ):
+    """The error names the variable."""
+    with pytest.raises(LaunchError, match=[*environ][-1]):
+        allocation(environ)
+
+
 @given(hostfiles())
 def test_either_format_gives_the_hosts(drawn):
     """Comments, spaces and empty lines mean nothing."""

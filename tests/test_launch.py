@@ -456,6 +456,46 @@ def test_dry_run(tmp_path):
     assert again.output.count("size 2 a b") == 2
 
 
+# Words behind the script's name or the module's, as on the command line of a script that has such options.
+WORDS = [
+    ["-n", "5", "--hosts", "a", "--dry-run", "--help", "--version", "--max-restarts", "x"],
+    ["--n", "5", "--host", "db", "--time", "60", "--no", "--m", "0.9", "--h=3", "-m", "mod"],
+    ["--", "-n", "2"],
+    ["a b", "", "*", "-", "é", "-nX", "-x=y", "x.py", "--", "--"],
+    [],
+]
+LINES = [
+    ([], ["x.py"], ["x.py"]),
+    (["-n", "2", "--timeout=3", "--no-pin"], ["x.py"], ["x.py"]),
+    (["-n2", "--env", "A=-m", "--env=x.py"], ["--", "x.py"], ["x.py"]),
+    (["--checked"], ["--", "-x.py"], ["-x.py"]),
+    (["--hosts", "x.py"], ["-m", "mod"], ["-m", "mod"]),
+    ([], ["-mmod"], ["-m", "mod"]),
+    (["--no-prefix"], ["--", "-m", "mod"], ["-m", "mod"]),
+]
+
+
+@pytest.mark.parametrize("options", LINES, ids=[str(n) for n in range(len(LINES))])
+@pytest.mark.parametrize("words", WORDS, ids=[str(n) for n in range(len(WORDS))])
+def test_options_of_the_script(options, words):
+    """What is behind its name is the script's, however it is called and whatever the launcher has itself."""
+    ours, script, wanted = options
+    _, run = cli._parser()
+    assert cli._divide(["run", *ours, *script, *words], run) == (["run", *ours], [*wanted, *words])
+
+
+def test_a_script_with_the_name_of_an_option(tmp_path):
+    """It can be run, and so can a folder, and what they get is theirs."""
+    (tmp_path / "-x.py").write_text("import sys; print(sys.argv[1:])")
+    job = launch("run", "-n", 1, "--", "-x.py", "--n", "--", "-m", cwd=tmp_path)
+    assert (job.status, job.stdout) == (0, "['--n', '--', '-m']\n"), job
+    (tmp_path / "-x.py").rename(tmp_path / "__main__.py")
+    job = launch("run", "-n", 1, tmp_path, "--host", "x")
+    assert (job.status, job.stdout) == (0, "['--host', 'x']\n"), job
+
+
+HUGE = "9" * 5000
+
 WRONG_CALLS = [
     (["run", "nosuch.py"], "there is no script 'nosuch.py'"),
     (["run"], "no script is given"),
@@ -468,6 +508,32 @@ WRONG_CALLS = [
     (["run", "--hosts", "a", "--hostfile", "b", __file__], "not allowed with"),
     (["run", "--hostfile", "nosuch", __file__], "hostfile nosuch: No such file"),
     (["run", "--env", "NO_SUCH_NAME", __file__], "give NAME=VALUE"),
+    (["run", "--hosts", ",", __file__], "hosts ',': '' is no host"),
+    (["run", "--hosts", "", __file__], "argument --hosts: there is nothing in it"),
+    (["run", "--hosts", f"a:{HUGE}", __file__], "hosts 'a:9999"),
+    (["run", "--hosts", f"a[1-{HUGE}]", __file__], "hosts 'a[1-9999"),
+    (["run", "-n", HUGE, __file__], "argument -n: '9999"),
+    (["run", "-n", "99999999999", __file__], "99999999999 ranks are more than 1,000,000"),
+    (["run", "-n", "٣", __file__], "'٣' is no number from 1 up"),
+    (["run", "--hosts", "a\n\x1b[2Jb", __file__], r"'a\n\x1b[2Jb'"),
+    (["run", "--hostfile", "", __file__], "argument --hostfile: there is nothing in it"),
+    (["run", "--hostfile", "a\nb", __file__], r"hostfile a\nb: No such file"),
+    (["run", "--hostfile", "/dev/zero", __file__], "hostfile /dev/zero: "),
+    (["run", "--mpiexec", "", __file__], "argument --mpiexec: there is nothing in it"),
+    (["run", "--address", "a,b", __file__], "'a,b' is no name or address of a host"),
+    (["run", "--timeline", "", __file__], "argument --timeline: there is nothing in it"),
+    (["run", "--timeout", "٣", __file__], "'٣' is no number of seconds"),
+    (["run", "--stall-abort", "inf", __file__], "--stall-abort inf"),
+    (["run", "--env", "", __file__], "--env ''"),
+    (["run", "--env", "\n", __file__], r"--env '\n'"),
+    (["run", "--tim", "3", __file__], "unrecognized arguments: --tim"),
+    (["run", "--host", "a", __file__], "unrecognized arguments: --host"),
+    (["run", "python", "x.py"], "the launcher calls Python itself"),
+    (["run", sys.executable, "x.py"], "is a program, and no Python script"),
+    (["run", "nul\0"], "script 'nul"),
+    (["run", "-n"], "argument -n: expected one argument"),
+    (["info", "--js"], "unrecognized arguments: --js"),
+    (["info", "x.py"], "unrecognized arguments: x.py"),
     (["start"], "invalid choice: 'start'"),
     ([], "are required: run | info"),
 ]

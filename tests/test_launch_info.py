@@ -50,6 +50,20 @@ def test_one_process():
 
 
 @jobs
+@pytest.mark.parametrize(
+    "arguments", [["info"], ["info", "-n", "2"], ["scale", "--help"], ["predict", "--help"]]
+)
+def test_nothing_is_imported_from_the_current_folder(arguments, tmp_path):
+    """It may be anybody's."""
+    trace = tmp_path / "was imported"
+    for name in ("mpi4py", "json", "chainer", "chainer_dist", "numpy", "threadpoolctl"):
+        (tmp_path / f"{name}.py").write_text(f"open({str(trace)!r}, 'w')")
+    job = launch(*arguments, cwd=tmp_path)
+    assert job.status == 0, job
+    assert not trace.exists()
+
+
+@jobs
 def test_several_ranks():
     """With -n, and under mpiexec, all ranks are asked, and one speaks."""
     check(json.loads(launch("info", "-n", "3", "--json").stdout), 3)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from pathlib import Path
 
 import pytest
@@ -61,6 +62,90 @@ def test_the_mpiexec_of_another_mpi(tmp_path):
     assert f"{mpiexec} is {other}" in str(caught.value)
     with pytest.raises(LaunchError, match="nosuch cannot be run"):
         mpi.find(str(tmp_path / "nosuch"))
+    with pytest.raises(LaunchError, match="there is no nosuch"):
+        mpi.find("nosuch")
+
+
+def plant(folder, family):
+    """Put a program into a folder that passes for an mpiexec, and leaves a trace when it is run."""
+    folder.mkdir(parents=True)
+    program = folder / "mpiexec"
+    trace = folder / "was run"
+    program.write_text(f"#!/bin/sh\n: > '{trace}'\necho '{VERSIONS[family]}'\n")
+    program.chmod(0o755)
+    return program, trace
+
+
+# Where everybody may write: the folder, the one above, the program itself; or whose it is.
+PLACES = {"folder": "bin", "above": "", "program": "bin/mpiexec"}
+
+
+@pytest.mark.parametrize("how", [*PLACES, "another user", "link"])
+@pytest.mark.parametrize("where", ["library", "PATH", "name"])
+def test_an_mpiexec_of_strangers_is_not_run(how, where, tmp_path, monkeypatch):
+    """Not even asked for its version, wherever it would be looked for."""
+    family = mpi.find().family
+    prefix = tmp_path / "prefix"
+    program, trace = plant(prefix / "bin", family)
+    if how in PLACES:
+        (prefix / PLACES[how]).chmod(0o777)
+    elif how == "link":
+        real, trace = plant(tmp_path / "elsewhere", family)
+        real.parent.chmod(0o777)
+        program.unlink()
+        program.symlink_to(real)
+    elif os.geteuid() == 0:
+        os.chown(program, 12345, 12345)
+    else:
+        pytest.skip("this user may not give files away")
+    text = next(text for text, name in LIBRARIES.items() if name.startswith(family))
+    library = prefix / "lib" / "libmpi.so"
+    monkeypatch.setattr(
+        mpi, "_ask_mpi4py", lambda: (str(library) if where == "library" else "", text)
+    )
+    monkeypatch.setenv("PATH", str(tmp_path) if where == "library" else str(program.parent))
+    monkeypatch.setattr(sys, "executable", str(tmp_path / "python"))
+    with pytest.raises(LaunchError, match=f"{program} was not asked: "):
+        mpi.find("mpiexec" if where == "name" else None)
+    assert not trace.exists()
+
+
+def test_only_the_library_s_own_folders_are_looked_at(tmp_path, monkeypatch):
+    """Not those above the place where it is installed; and no more is run than what is used."""
+    family = mpi.find().family
+    _, above = plant(tmp_path / "bin", family)
+    own, its_trace = plant(tmp_path / "prefix" / "bin", family)
+    _, later = plant(tmp_path / "later", family)
+    version = mpi._recognize(mpi._LAUNCHERS, VERSIONS[family])[1]
+    text = next(text for text, name in LIBRARIES.items() if name.startswith(family))
+    text = text.replace(mpi._recognize(mpi._LIBRARIES, text)[1], version)
+    library = tmp_path / "prefix" / "lib" / "x86_64-linux-gnu" / "libmpi.so"
+    monkeypatch.setattr(mpi, "_ask_mpi4py", lambda: (str(library), text))
+    monkeypatch.setenv("PATH", str(tmp_path / "later"))
+    assert mpi.find().mpiexec == str(own)
+    assert its_trace.exists()
+    assert not above.exists()
+    assert not later.exists()
+
+
+@pytest.mark.parametrize("path", ["", ".", "bin", "/nosuch::/nosuch"])
+def test_the_current_folder_is_not_looked_at(path, tmp_path, monkeypatch):
+    """Neither where PATH has it nor for a name; and nothing in it is imported."""
+    family = mpi.find().family
+    _, trace = plant(tmp_path / "bin", family)
+    _, other = plant(tmp_path / "x", family)
+    (tmp_path / "mpiexec").write_text((tmp_path / "x" / "mpiexec").read_text())
+    (tmp_path / "mpiexec").chmod(0o755)
+    for name in ("mpi4py", "json", "chainer_dist", "numpy", "encodings"):
+        (tmp_path / f"{name}.py").write_text(f"open({str(trace)!r}, 'w')")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PATH", path)
+    found = mpi.find()
+    assert found.mpiexec == str(Path(sys.executable).parent / "mpiexec")
+    with pytest.raises(LaunchError, match="there is no mpiexec"):
+        mpi.find("mpiexec")
+    assert not trace.exists()
+    assert not other.exists()
 
 
 @pytest.mark.parametrize("family", VERSIONS)
@@ -121,6 +206,7 @@ def test_which_rank_a_process_is():
     environ = {f"OMPI_COMM_WORLD_{name}": str(n) for n, name in enumerate(names)}
     assert mpi.rank_of(environ) == (0, 1, 2, 3)
     assert mpi.rank_of({"PMI_RANK": "1"}) is None
+    assert mpi.rank_of({**environ, "OMPI_COMM_WORLD_RANK": "x"}) is None
 
 
 CORES = st.lists(st.integers(1, 4), min_size=1, max_size=12)

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import math
 import os
+import re
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
-from chainer_dist._arguments import count, positive, seconds
+from chainer_dist._arguments import count, positive, seconds, text
 from chainer_dist._version import __version__
 from chainer_dist.launch import output, wire
 from chainer_dist.launch.errors import LaunchError
@@ -25,7 +27,8 @@ __all__ = ["main"]
 
 USAGE_ERROR = 2
 HERE = Path(__file__).resolve().parent
-
+_ADDRESS = re.compile(r"\w[\w.-]*|[0-9A-Fa-f:.]+(%[\w.-]+)?", re.ASCII)
+_ELF = b"\x7fELF"
 
 _MEASURING = {
     "scale": "measure how training scales over ranks, beside its peers",
@@ -35,10 +38,14 @@ _MEASURING_MODULES = {"scale": "cli", "predict": "predict"}
 
 
 class _Parser(argparse.ArgumentParser):
-    """Says what is wrong in one line."""
+    """Takes no abbreviations, and says what is wrong in one line."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(allow_abbrev=False, **options)
 
     def error(self, message: str) -> NoReturn:
-        self.exit(USAGE_ERROR, f"{self.prog}: {message}; see {self.prog} --help\n")
+        message = f"{output.one_line(message)}; see {self.prog} --help"
+        self.exit(USAGE_ERROR, f"{self.prog}: {message}\n")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -50,11 +57,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Returns:
         The exit status: that of the job, 1 if it cannot be started, 2 if the call is wrong.
     """
-    options, unknown = _parser().parse_known_args(arguments)
-    if options.action in _MEASURING:  # which have options of their own
-        options.arguments = [*unknown, *options.arguments]
-    elif unknown:
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    others: list[str] = []
+    parser, run = _parser()
+    if words[:1] == ["run"]:
+        words, others = _divide(words, run)
+    elif words and words[0] in _MEASURING:  # which have options of their own
+        words, others = words[:1], words[1:]
+    options, unknown = parser.parse_known_args(words)
+    if unknown:
         options.wrong(f"unrecognized arguments: {' '.join(unknown)}")
+    options.arguments = others
     try:
         return _ACTIONS[options.action](options)
     except LaunchError as error:
@@ -64,7 +77,32 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 130
 
 
-def _parser() -> _Parser:
+def _divide(words: Sequence[str], run: _Parser) -> tuple[list[str], list[str]]:
+    """Divide a command line into the launcher's words, and the script or ``-m MODULE`` with its own.
+
+    argparse would look for options of the launcher, and for abbreviations of them, behind the script too.
+    """
+    n = 1
+    while n < len(words):
+        word = words[n]
+        if word == "--":
+            return [*words[:n]], [*words[n + 1 :]]
+        if not word.startswith("-") or word == "-":
+            break
+        if word.startswith("-m"):
+            return [*words[:n]], ["-m", *filter(None, [word[2:]]), *words[n + 1 :]]
+        name, has_value = (
+            (word.partition("=")[0], "=" in word)
+            if word.startswith("--")
+            else (word[:2], len(word) > len("-n"))
+        )
+        option = run._option_string_actions.get(name)
+        n += 2 if option is not None and option.nargs is None and not has_value else 1
+    return [*words[:n]], [*words[n:]]
+
+
+def _parser() -> tuple[_Parser, _Parser]:
+    """Return the parser, and that of the action ``run``, which knows nothing of scripts."""
     parser = _Parser(prog="chainer-dist", description="Distributed training for Chainer over MPI.")
     parser.add_argument("--version", action="version", version=__version__)
     actions = parser.add_subparsers(
@@ -95,7 +133,10 @@ def _parser() -> _Parser:
         help="end the job, restarts included, after so long, with status 124",
     )
     run.add_argument(
-        "--timeline", metavar="FILE", help="write what the ranks did when, to open in Perfetto"
+        "--timeline",
+        type=text,
+        metavar="FILE",
+        help="write what the ranks did when, to open in Perfetto",
     )
     run.add_argument(
         "--stall-abort",
@@ -118,8 +159,6 @@ def _parser() -> _Parser:
     run.add_argument("--no-prefix", action="store_true", help="print lines without [rank]")
     run.add_argument("--no-pin", action="store_true", help="do not bind ranks to cores")
     run.add_argument("--dry-run", action="store_true", help="print the command that would be run")
-    run.add_argument("-m", dest="module", nargs=argparse.REMAINDER, help=argparse.SUPPRESS)
-    run.add_argument("script", nargs=argparse.REMAINDER, help=argparse.SUPPRESS)
     info = actions.add_parser(
         "info",
         help="say what there is, and what will hurt",
@@ -131,10 +170,9 @@ def _parser() -> _Parser:
     info.set_defaults(max_restarts=0, timeout=math.inf, no_prefix=True, dry_run=False)
     for action in (run, info):
         action.set_defaults(wrong=action.error)
-    for name, text in _MEASURING.items():
-        action = actions.add_parser(name, help=text, add_help=False)
-        action.add_argument("arguments", nargs=argparse.REMAINDER)
-    return parser
+    for name, words in _MEASURING.items():
+        actions.add_parser(name, help=words, add_help=False)
+    return parser, run
 
 
 def _add_places(parser: argparse.ArgumentParser, default: str) -> None:
@@ -146,14 +184,28 @@ def _add_places(parser: argparse.ArgumentParser, default: str) -> None:
         help=f"number of ranks (default: {default})",
     )
     where = parser.add_mutually_exclusive_group()
-    where.add_argument("--hosts", metavar="A:2,B:2", help="hosts, and how many ranks each takes")
     where.add_argument(
-        "--hostfile", metavar="FILE", help="a file of them, in the format of MPICH or Open MPI"
+        "--hosts", type=text, metavar="A:2,B:2", help="hosts, and how many ranks each takes"
     )
-    parser.add_argument("--mpiexec", metavar="PATH", help="the mpiexec to use")
+    where.add_argument(
+        "--hostfile",
+        type=text,
+        metavar="FILE",
+        help="a file of them, in the format of MPICH or Open MPI",
+    )
+    parser.add_argument("--mpiexec", type=text, metavar="PATH", help="the mpiexec to use")
     parser.add_argument(
-        "--address", metavar="NAME", help="name or address at which other hosts reach this one"
+        "--address",
+        type=_address,
+        metavar="NAME",
+        help="name or address at which other hosts reach this one",
     )
+
+
+def _address(given: str) -> str:
+    if not _ADDRESS.fullmatch(given):
+        raise argparse.ArgumentTypeError(f"{given!r} is no name or address of a host")
+    return given
 
 
 def _run(options: argparse.Namespace) -> int:
@@ -180,7 +232,12 @@ def _launch(
     if options.dry_run:
         command = [*mpi.command(found, n_ranks, hosts, [*added]), *monitor]
         settings = [f"{name}={value}" for name, value in added.items()]
-        sys.stdout.write(shlex.join(["env", *settings, *command]) + "\n")
+        try:
+            sys.stdout.write(shlex.join(["env", *settings, *command]) + "\n")
+            sys.stdout.flush()
+        except (OSError, AttributeError) as error:  # it is full, or closed
+            output.give_up_writing()
+            raise LaunchError(f"the command cannot be printed: {error}") from None
         return 0
     stdin = Input()
 
@@ -218,7 +275,7 @@ def _info(options: argparse.Namespace) -> int:
         problem = str(error)
     launcher = {"mpi": found._asdict() if found else None, "problem": problem}
     flags = ["--json"] if options.json else []
-    report = ["-m", "chainer_dist.launch.report", json.dumps(launcher), *flags]
+    report = [str(HERE), "module", "chainer_dist.launch.report", json.dumps(launcher), *flags]
     if not (options.n_ranks or options.hosts or options.hostfile):
         os.execv(sys.executable, [sys.executable, *report])  # noqa: S606 - under mpiexec this is a rank
     if found is None:
@@ -229,23 +286,35 @@ def _info(options: argparse.Namespace) -> int:
 def _measure(options: argparse.Namespace) -> NoReturn:
     """Go on in a process that imports Chainer."""
     module = f"chainer_dist.scaling.{_MEASURING_MODULES[options.action]}"
-    command = [sys.executable, "-m", module, *options.arguments]
+    command = [sys.executable, str(HERE), "module", module, *options.arguments]
     os.execv(sys.executable, command)  # noqa: S606 - this package
 
 
 def _script(options: argparse.Namespace) -> list[str]:
     """Return what comes after ``python``."""
-    if options.module is not None:
-        if not options.module:
-            options.wrong("-m wants the name of a module")
-        return ["-m", *options.module]
-    script: list[str] = options.script
-    if script[:1] == ["--"]:
-        script = script[1:]
+    import shutil
+
+    script: list[str] = options.arguments
+    if script == ["-m"]:
+        options.wrong("-m wants the name of a module")
     if not script:
         options.wrong("no script is given")
-    if not Path(script[0]).is_file():
-        options.wrong(f"there is no script {script[0]!r}")
+    if script[0] == "-m":
+        return script
+    path = Path(script[0])
+    try:
+        if not path.is_file() and not (path / "__main__.py").is_file():
+            hint = ""
+            if shutil.which(script[0]):
+                hint = "; the launcher calls Python itself: chainer-dist run train.py"
+            options.wrong(f"there is no script {script[0]!r}{hint}")
+        with contextlib.suppress(IsADirectoryError), path.open("rb") as file:
+            if file.read(4) == _ELF:
+                options.wrong(f"{script[0]!r} is a program, and no Python script")
+    except (OSError, ValueError) as error:
+        options.wrong(f"the script {script[0]!r} cannot be read: {error}")
+    if script[0].startswith("-"):  # which Python would take for an option
+        return [f".{os.sep}{script[0]}", *script[1:]]
     return script
 
 
@@ -254,12 +323,14 @@ def _added_environment(options: argparse.Namespace) -> dict[str, str]:
     for item in options.env:
         name, equals, value = item.partition("=")
         if not name or (not equals and name not in os.environ):
-            options.wrong(f"--env {item}: {name or 'this'} is not set here; give NAME=VALUE")
+            options.wrong(f"--env {item!r}: {name or 'this'} is not set here; give NAME=VALUE")
         added[name] = value if equals else os.environ[name]
     if options.no_pin:
         added[wire.PIN] = "0"
     if options.timeline:
         added[wire.TIMELINE] = str(Path(options.timeline).absolute())
+    if options.stall_abort == math.inf:
+        options.wrong("--stall-abort inf: without the option ranks may wait for ever")
     if options.stall_abort:
         added[wire.STALL_ABORT] = str(options.stall_abort)
     if options.checked:
@@ -282,6 +353,8 @@ def _places(options: argparse.Namespace) -> tuple[int, list[Host]]:
     if not hosts:
         _, hosts = hostfiles.allocation(os.environ) or ("", [])
     n_ranks = options.n_ranks or hostfiles.n_slots(hosts) or cores.n_cores()
+    if n_ranks > hostfiles.MAX_RANKS:
+        options.wrong(f"{n_ranks} ranks are more than {hostfiles.MAX_RANKS:,}")
     most = [host.max_slots for host in hosts]
     if hosts and None not in most and n_ranks > sum(number or 0 for number in most):
         options.wrong(f"{n_ranks} ranks are more than the max_slots of the hosts")

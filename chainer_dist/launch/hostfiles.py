@@ -7,9 +7,11 @@ scheduler: Slurm and PBS tell the processes of a job which hosts are theirs.
 from __future__ import annotations
 
 import re
+from argparse import ArgumentTypeError
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
+from chainer_dist._arguments import positive
 from chainer_dist.launch.errors import LaunchError
 
 if TYPE_CHECKING:
@@ -27,9 +29,12 @@ __all__ = [
 
 _NAME = re.compile(r"\w[\w.-]*", re.ASCII)
 _SETTING = re.compile(r"([\w-]+)\s*=\s*(\S+)")
-_RANGE = re.compile(r"(\d+)(?:-(\d+))?", re.ASCII)
-_REPEATED = re.compile(r"(\d+)(?:\(x(\d+)\))?", re.ASCII)
-MAX_HOSTS = 100_000  # a slip such as node[1-10000000000] should not fill the memory
+_RANGE = re.compile(r"(\d{1,18})(?:-(\d{1,18}))?", re.ASCII)
+_REPEATED = re.compile(r"(\d{1,18})(?:\(x(\d{1,18})\))?", re.ASCII)
+# A slip such as node[1-10000000000] should not fill the memory, nor a device that is named as a hostfile.
+MAX_HOSTS = 100_000
+MAX_RANKS = 1_000_000
+MAX_CHARACTERS = 10_000_000
 
 
 class Host(NamedTuple):
@@ -69,7 +74,7 @@ def parse_hostfile(text: str, source: str) -> list[Host]:
         LaunchError: With the file's name and the line's number, if a line is none of these.
     """
     hosts = []
-    for number, line in enumerate(text.splitlines(), 1):
+    for number, line in enumerate(text.split("\n"), 1):
         words = line.partition("#")[0].strip()
         try:
             hosts += _parse_line(words) if words else []
@@ -131,11 +136,7 @@ def allocation(environ: Mapping[str, str]) -> tuple[str, list[Host]] | None:
         return "Slurm", _from_slurm(environ)
     if "PBS_NODEFILE" in environ:
         file = environ["PBS_NODEFILE"]
-        try:
-            text = Path(file).read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise LaunchError(f"PBS_NODEFILE: {file}: {_strerror(error)}") from None
-        return "PBS", parse_hostfile(text, f"PBS_NODEFILE {file}")
+        return "PBS", parse_hostfile(_read(file, f"PBS_NODEFILE: {file}"), f"PBS_NODEFILE {file}")
     return None
 
 
@@ -145,19 +146,22 @@ def read_hostfile(file: str) -> list[Host]:
     Raises:
         LaunchError: If it is not there or cannot be read.
     """
+    return parse_hostfile(_read(file, f"hostfile {file}"), file)
+
+
+def _read(file: str, what: str) -> str:
     try:
-        text = Path(file).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise LaunchError(f"hostfile {file}: {_strerror(error)}") from None
-    return parse_hostfile(text, file)
-
-
-def _strerror(error: OSError | UnicodeDecodeError) -> str:
-    return str(getattr(error, "strerror", None) or error)
+        with Path(file).open(encoding="utf-8-sig") as lines:
+            text = lines.read(MAX_CHARACTERS)
+            if lines.read(1):
+                raise LaunchError(f"{what}: it is too long to be a list of hosts")
+    except (OSError, ValueError) as error:  # of a name, or of what cannot be decoded
+        raise LaunchError(f"{what}: {getattr(error, 'strerror', None) or error}") from None
+    return text
 
 
 def _parse_line(words: str) -> list[Host]:
-    first, *rest = words.split(maxsplit=1)
+    first, *rest = words.split(maxsplit=1) or [""]
     names, colon, count = first.rpartition(":")
     settings = rest[0] if rest else ""
     if not colon:
@@ -180,9 +184,13 @@ def _parse_line(words: str) -> list[Host]:
 
 
 def _count(text: str, what: str) -> int:
-    if not (text.isascii() and text.isdigit()) or int(text) < 1:
-        raise LaunchError(f"{what} are a number from 1 up, not {text!r}")
-    return int(text)
+    try:
+        number = positive(text)
+    except ArgumentTypeError:
+        raise LaunchError(f"{what} are a number from 1 up, not {text!r}") from None
+    if number > MAX_RANKS:
+        raise LaunchError(f"{what} are {MAX_RANKS:,} at most, not {text}")
+    return number
 
 
 def _merged(hosts: list[Host]) -> list[Host]:
@@ -249,7 +257,11 @@ def _from_slurm(environ: Mapping[str, str]) -> list[Host]:
     counts: list[int] = []
     for item in tasks.split(","):
         match = _REPEATED.fullmatch(item.strip())
-        if not match or int(match[1]) < 1 or int(match[2] or 1) > MAX_HOSTS:
+        if (
+            not match
+            or not 1 <= int(match[1]) <= MAX_RANKS
+            or len(counts) + int(match[2] or 1) > MAX_HOSTS
+        ):
             raise LaunchError(f"SLURM_TASKS_PER_NODE is {tasks!r}, expected a list such as 2(x3),1")
         counts += [int(match[1])] * int(match[2] or 1)
     if len(counts) != len(names):

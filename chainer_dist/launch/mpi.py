@@ -6,10 +6,11 @@ So the launcher asks mpi4py which library it loads and looks for that library's 
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
-import shutil
 import socket
+import stat
 import subprocess
 import sys
 from pathlib import Path
@@ -18,7 +19,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from chainer_dist.launch.errors import LaunchError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping, Sequence
+    from collections.abc import Iterable, Iterator, Mapping, Sequence
 
     from chainer_dist.launch.hostfiles import Host
 
@@ -57,10 +58,15 @@ _EXPORTED = re.compile(
     "CHAINER|OMP_|OPENBLAS_|MKL_|BLIS_|VECLIB_|KMP_|GOMP_|PYTHON|UCX_|FI_|(PATH|LD_LIBRARY_PATH)$"
 )
 _MPIEXECS_OWN = re.compile("OMPI_|PRTE_|PMIX_|SLURM_")  # it takes care of those itself
+_NUMBER = re.compile("[0-9]{1,9}")
 SECONDS_TO_ANSWER = 60
 
+# Without the first lines, what lies in the current directory would be imported.
 _ASK = """
-import mpi4py, sys
+import sys
+if sys.path[:1] == [""]:
+    del sys.path[0]
+import mpi4py
 mpi4py.rc.initialize = False
 from mpi4py import MPI
 try:
@@ -95,10 +101,13 @@ def find(mpiexec: str | None = None) -> Mpi:
     """Find out which MPI mpi4py loads in this Python, and its ``mpiexec``. Local; takes about 0.2 s.
 
     Looked for beside the library, beside this Python and on ``PATH``, in this order; one of the
-    library's own version goes before others.
+    library's own version goes before others. To ask for its version is to run it: so only those are
+    asked that belong to root, to this user or to the owner of the environment or the library, at
+    places where not everybody may write.
 
     Args:
-        mpiexec: The one to use, a path or a name on ``PATH``, instead of looking for one.
+        mpiexec: The one to use, a path or a name on ``PATH``, instead of looking for one. A path is
+            taken wherever it is.
 
     Raises:
         LaunchError: If mpi4py loads no MPI, no ``mpiexec`` belongs to it, or the given one is
@@ -111,26 +120,36 @@ def find(mpiexec: str | None = None) -> Mpi:
             f"mpi4py loads {text.splitlines()[0]!r}, which chainer-dist does not know how to launch; "
             "use its own mpiexec or srun"
         )
-    candidates = [shutil.which(mpiexec) or mpiexec] if mpiexec else _candidates(family, library)
-    others, fitting = [], []
+    if mpiexec is None:
+        candidates = _candidates(_folders(library), _NAMES[family])
+    else:
+        candidates = iter([mpiexec] if os.sep in mpiexec else _candidates(_on_path(), [mpiexec]))
+    others = []
+    fitting = None
     for path in dict.fromkeys(candidates):
+        distrust = "" if path == mpiexec else _why_not_to_run(path, library)
+        if distrust:
+            others.append(f"{path} was not asked: {distrust}")
+            continue
         try:
             its_family, its_version = _recognize(_LAUNCHERS, _run([path, "--version"]))
         except LaunchError as error:
             others.append(f"{path} cannot be run: {error}")
             continue
         if its_family == family:
-            fitting.append(Mpi(family, version, library, path, its_version))
+            fitting = fitting or Mpi(family, version, library, path, its_version)
+            if its_version == version:
+                return Mpi(family, version, library, path, its_version)
         else:
             others.append(f"{path} is {its_family or 'of an unknown MPI'} {its_version}".rstrip())
-    if not fitting:
+    if fitting is None:
         where = f" ({library})" if library else ""
-        seen = "; ".join(others) or "there is none"
+        seen = "; ".join(others) or (f"there is no {mpiexec}" if mpiexec else "there is none")
         raise LaunchError(
             f"mpi4py loads {family} {version}{where}, and found no mpiexec that belongs to it: {seen}. "
             "Name it: chainer-dist run --mpiexec PATH"
         )
-    return next((mpi for mpi in fitting if mpi.mpiexec_version == version), fitting[0])
+    return fitting
 
 
 def name_of(text: str) -> str:
@@ -201,7 +220,7 @@ def rank_of(environ: Mapping[str, str]) -> tuple[int, int, int, int] | None:
         The four numbers, or None if ``mpiexec`` did not start this process.
     """
     for names in _RANK_VARIABLES:
-        if all(name in environ for name in names):
+        if all(_NUMBER.fullmatch(environ.get(name, "")) for name in names):
             rank, size, local_rank, local_size = (int(environ[name]) for name in names)
             return rank, size, local_rank, local_size
     return None
@@ -242,10 +261,48 @@ def _recognize(patterns: Mapping[str, re.Pattern[str]], text: str) -> tuple[str,
     return "", ""
 
 
-def _candidates(family: str, library: str) -> Iterator[str]:
-    beside = [folder / "bin" for folder in Path(library).parents] if library else []
+def _folders(library: str) -> Iterator[Path]:
+    """Yield the folders in which the library's mpiexec may be, best first."""
+    for folder in Path(library).parents:
+        if folder.name in ("lib", "lib32", "lib64"):
+            yield folder.parent / "bin"
+    yield Path(sys.executable).parent
+    yield from _on_path()
+
+
+def _on_path() -> Iterator[Path]:
+    """Yield the folders of PATH; not the current one, which any other may be."""
     path = map(Path, os.environ.get("PATH", os.defpath).split(os.pathsep))
-    for folder in (*beside, Path(sys.executable).parent, *path):
-        for name in _NAMES[family]:
-            if os.access(folder / name, os.X_OK):
+    return (folder for folder in path if folder.is_absolute())
+
+
+def _candidates(folders: Iterable[Path], names: Iterable[str]) -> Iterator[str]:
+    names = list(names)
+    for folder in folders:
+        for name in names:
+            if (folder / name).is_file() and os.access(folder / name, os.X_OK):
                 yield str(folder / name)
+
+
+def _why_not_to_run(program: str, library: str) -> str:
+    """Return why a program might be another user's, or "" if it is not."""
+    owners = {0, os.geteuid()}
+    given = {
+        Path(sys.prefix),
+        *Path(sys.prefix).parents,
+    }  # who may write there, decides what Python is
+    for each in (sys.prefix, library):
+        with contextlib.suppress(OSError):
+            owners.add(os.stat(each).st_uid)  # noqa: PTH116 - "" is none
+    for path in {Path(program), Path(program).resolve()}:
+        for place in (path, path.parent):
+            status = place.stat()
+            if status.st_uid not in owners:
+                return f"{place} belongs to another user"
+            if status.st_mode & stat.S_IWOTH:
+                return f"everybody may write to {place}"
+        for place in {*path.parents} - given:
+            mode = place.stat().st_mode
+            if mode & stat.S_IWOTH and not mode & stat.S_ISVTX:
+                return f"everybody may write to {place}"
+    return ""

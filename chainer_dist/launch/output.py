@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 __all__ = ["LastWords", "Lines", "say", "write"]
 
 MAX_LINE = 1 << 16  # bytes; a longer line is printed in parts
+MAX_WORDS = 600  # characters of a line of the launcher's own
 
 _LINE = re.compile(rb"[^\n]*\n")
 # These have no traceback of their own.
@@ -110,5 +111,15 @@ def give_up_writing() -> None:
 
 def say(text: str) -> None:
     """Print a line of the launcher's own to standard error. Local."""
-    sys.stderr.write(f"chainer-dist: {text}\n")
+    sys.stderr.write(f"chainer-dist: {one_line(text)}\n")
     sys.stderr.flush()
+
+
+def one_line(text: str) -> str:
+    """Return a text with what would be no line, or control a terminal, written out, and not too long. Local."""
+    text = "".join(each if each.isprintable() else repr(each)[1:-1] for each in text)
+    return (
+        text
+        if len(text) <= MAX_WORDS
+        else f"{text[: MAX_WORDS // 2]} ... {text[-MAX_WORDS // 2 :]}"
+    )

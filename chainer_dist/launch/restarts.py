@@ -100,7 +100,7 @@ def reachable(found: Mpi, hosts: Sequence[Host]) -> list[Host]:
         if mpi.is_here(host.name):
             return True
         probe = subprocess.Popen(  # noqa: S603 - mpiexec
-            [*mpi.command(found, 1, [host], []), sys.executable, "-S", "-c", ""],
+            [*mpi.command(found, 1, [host], []), sys.executable, "-I", "-S", "-c", ""],
             env={**os.environ, **mpi.environment(found, os.environ)},
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,

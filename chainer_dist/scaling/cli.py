@@ -125,6 +125,7 @@ def _measure(
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
+        allow_abbrev=False,
         prog="chainer-dist scale",
         description="Measure how training scales over ranks, beside ChainerMN, raw MPI, torch DDP and "
         "independent copies. Writes scaling.json, scaling.csv and index.html.",

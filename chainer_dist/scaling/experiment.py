@@ -26,11 +26,13 @@ from chainer_dist.scaling.worker import Task
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
-__all__ = ["ACCURACY", "Job", "Plan", "jobs", "machine", "run"]
+__all__ = ["ACCURACY", "LAUNCH", "Job", "Plan", "jobs", "machine", "run"]
 
 ACCURACY = "accuracy"
 WEAK, STRONG = "weak", "strong"
 RUNS = "runs.jsonl"
+# The launcher by its path: python -m would import what lies in the current directory.
+LAUNCH = str(Path(__file__).resolve().parent.parent / "launch")
 _FOR_ORIENTATION = (contenders.OURS, contenders.INDEPENDENT)
 
 
@@ -228,9 +230,9 @@ def _run(job: Job, plan: Plan) -> dict[str, Any]:
             target=plan.accuracy if job.kind == ACCURACY else 0.0,
             seed=job.round,
         )
-        command = [sys.executable, "-m", "chainer_dist", "run", "-n", str(job.ranks)]
+        command = [sys.executable, LAUNCH, "run", "-n", str(job.ranks)]
         command += ["--timeout", str(plan.timeout), *plan.places]
-        command += ["-m", "chainer_dist.scaling.worker", json.dumps(task._asdict())]
+        command += [LAUNCH, "module", "chainer_dist.scaling.worker", json.dumps(task._asdict())]
         done = subprocess.run(  # noqa: S603 - this package
             command,
             stdout=subprocess.PIPE,

@@ -67,8 +67,8 @@ def record(workload: str, batch: int | None, ranks: int) -> Schedule:
     with tempfile.TemporaryDirectory(prefix="chainer-dist-") as folder:
         out = Path(folder) / "schedule.json"
         task = {"workload": workload, "batch": batch or load(workload).batch, "out": str(out)}
-        command = [sys.executable, "-m", "chainer_dist", "run", "-n", str(ranks)]
-        command += ["--timeout", "900", "-m", "chainer_dist.scaling.schedule", json.dumps(task)]
+        command = [sys.executable, experiment.LAUNCH, "run", "-n", str(ranks), "--timeout", "900"]
+        command += [experiment.LAUNCH, "module", "chainer_dist.scaling.schedule", json.dumps(task)]
         done = subprocess.run(  # noqa: S603 - this package
             command,
             stdout=subprocess.PIPE,
@@ -251,6 +251,7 @@ def _places(
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
+        allow_abbrev=False,
         prog="chainer-dist predict",
         description="Record a training step on this machine and replay it, with SimGrid's SMPI, on clusters "
         "of many nodes (weak scaling: the same batch on every rank).",
