@@ -7,9 +7,11 @@ import os
 import re
 import resource
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -277,23 +279,61 @@ if rank == 1: time.sleep(0.5); {LEAVES_MEMORY[how]}
     assert not [*folders.iterdir()]
 
 
-def test_shared_memory_of_others_stays(tmp_path, monkeypatch):
-    """What a process maps or has open, what is older, and what is called otherwise."""
-    monkeypatch.setattr(leftovers, "SHARED_MEMORY", tmp_path)
-    since = time.time() - 5
+@pytest.fixture
+def shared_folder(monkeypatch):
+    """Return a folder in shared memory that is taken for all of it."""
+    with tempfile.TemporaryDirectory(dir=leftovers.SHARED_MEMORY) as folder:
+        monkeypatch.setattr(leftovers, "SHARED_MEMORY", Path(folder))
+        yield Path(folder)
+
+
+def clean_up_elsewhere(folder):
+    """Clean up as a process does that sees no process of this one's namespace."""
+    code = "import sys, pathlib; from chainer_dist.launch import __main__, leftovers\n"
+    code += "leftovers.SHARED_MEMORY = pathlib.Path(sys.argv[1]); leftovers.remove_shared_memory(0)"
+    unshare = [shutil.which("unshare") or "unshare", "--pid", "--fork", "--mount-proc"]
+    if os.geteuid() != 0:
+        unshare += ["--user", "--map-root-user"]
+    try:
+        subprocess.run([*unshare, "true"], check=True, capture_output=True)
+    except (OSError, subprocess.CalledProcessError):
+        pytest.skip("this user may not make a namespace of processes")
+    subprocess.run([*unshare, sys.executable, "-c", code, folder], check=True)
+
+
+@pytest.mark.skipif(not leftovers.SHARED_MEMORY.is_dir(), reason="uses shared memory in /dev/shm")
+@pytest.mark.parametrize("elsewhere", [False, True])
+def test_shared_memory_of_others_stays(shared_folder, elsewhere):
+    """What a process maps or has open, here or in another container, what is older, and other names."""
     names = ["mpich_shm_mapped", "mpich_shm_open", "mpich_shm_unused", "sem.mp-unused", "mine"]
+    names += ["psm_read", "ucx_shm_read only"]
     for name in names:
-        (tmp_path / name).write_bytes(bytes(mmap.PAGESIZE))
-    with (tmp_path / names[0]).open("rb") as file:
-        memory = mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ)
-    (tmp_path / names[0]).rename(tmp_path / "sem.mp-mapped")  # as semaphores are made
+        (shared_folder / name).write_bytes(bytes(mmap.PAGESIZE))
+    (shared_folder / "psm_folder").mkdir()
+    (shared_folder / "psm_link").symlink_to(shared_folder / "mine")
+    os.mkfifo(shared_folder / "psm_pipe")
+    others = ["psm_folder", "psm_link", "psm_pipe"]
+    with (shared_folder / names[0]).open("r+b") as file:
+        memory = mmap.mmap(file.fileno(), 0)
+    with (shared_folder / "ucx_shm_read only").open("rb") as file:
+        read_only = mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ)
+    (shared_folder / names[0]).rename(shared_folder / "sem.mp-mapped")  # as semaphores are made
     names[0] = "sem.mp-mapped"
-    with (tmp_path / names[1]).open("rb"), memory:
+    with (
+        (shared_folder / names[1]).open("r+b"),
+        (shared_folder / "psm_read").open("rb"),
+        memory,
+        read_only,
+    ):
         leftovers.remove_shared_memory(time.time() + 5)
-        assert sorted(path.name for path in tmp_path.iterdir()) == sorted(names)
-        leftovers.remove_shared_memory(since)
-        left = sorted(path.name for path in tmp_path.iterdir())
-        assert left == ["mine", "mpich_shm_open", "sem.mp-mapped"]
+        assert sorted(path.name for path in shared_folder.iterdir()) == sorted([*names, *others])
+        if elsewhere:
+            clean_up_elsewhere(shared_folder)
+        else:
+            leftovers.remove_shared_memory(time.time() - 5)
+        left = sorted(path.name for path in shared_folder.iterdir())
+        used = ["mpich_shm_open", "sem.mp-mapped", "psm_read", "ucx_shm_read only"]
+        assert left == sorted(["mine", *used, *others])
 
 
 def test_nobody_reads_the_output(tmp_path):

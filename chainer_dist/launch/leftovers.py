@@ -2,12 +2,18 @@
 
 MPI libraries, and Python's semaphores, put files into ``/dev/shm`` and remove them when they end well. Of
 a rank that crashed or was killed they stay, in memory, until the next boot.
+
+Which of them are in use only the kernel knows: containers may share ``/dev/shm`` and not see one another's
+processes. It grants a lease on a file, to the owner, as long as no process anywhere maps it or has it open.
 """
 
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import os
+import signal
+import stat
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,9 +21,8 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 SHARED_MEMORY = Path("/dev/shm")  # noqa: S108 - where the system has it
-PROCESSES = Path("/proc")
 
-# Of MPICH and its transport, Open MPI, Intel MPI, and Python's semaphores and shared memory.
+# Of MPICH and its transport, Open MPI, Intel MPI, Python's semaphores and shared memory, and chainer_dist.
 _NAMES = (
     "mpich_shm_",
     "ucx_shm_",
@@ -26,47 +31,55 @@ _NAMES = (
     "Intel_MPI_",
     "sem.mp-",
     "psm_",
+    "chainer_dist-",
 )
 
 
 def remove_shared_memory(since: float) -> None:
-    """Remove files of shared memory that nobody uses any more. Local; on Linux.
+    """Remove files of shared memory that no process uses any more. Local; on Linux.
 
     Removed are files of this user that are called as those of MPI and Python are, and that no process maps
-    or has open.
+    or has open, in this container or another one. Where the kernel does not tell that, none are.
 
     Args:
         since: Only files that were made later, by ``time.time``. Others may have left older ones.
     """
-    candidates = dict(_files_of_this_user(since))
-    used = _used_files() if candidates else set()
-    for path, number in candidates.items():
-        if number not in used:
+    if not hasattr(fcntl, "F_SETLEASE"):
+        return
+    # The kernel sends it to who has a lease while somebody else opens the file, and it kills.
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGIO])
+    try:
+        for path in list(_files_of_this_user(since)):
             with contextlib.suppress(OSError):  # other monitors remove them too
-                path.unlink()
+                _remove_unless_used(path)
+        while signal.sigtimedwait([signal.SIGIO], 0):
+            pass
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-def _files_of_this_user(since: float) -> Iterator[tuple[Path, int]]:
-    """Yield files of shared memory and their inodes: a semaphore has another name where it is mapped."""
+def _files_of_this_user(since: float) -> Iterator[Path]:
     with contextlib.suppress(OSError), os.scandir(SHARED_MEMORY) as entries:
         for entry in entries:
             if entry.name.startswith(_NAMES):
                 with contextlib.suppress(FileNotFoundError):
                     status = entry.stat(follow_symlinks=False)
-                    if status.st_uid == os.geteuid() and status.st_ctime >= since:
-                        yield Path(entry.path), status.st_ino
+                    is_ours = stat.S_ISREG(status.st_mode) and status.st_uid == os.geteuid()
+                    if is_ours and status.st_ctime >= since:
+                        yield Path(entry.path)
 
 
-def _used_files() -> set[int]:
-    """Return the inodes of what processes of this user map or have open, of whatever file system."""
-    used = set()
-    for process in PROCESSES.glob("[0-9]*"):
-        with contextlib.suppress(OSError):  # it ends meanwhile, or has other rights, and is no rank
-            if process.stat().st_uid != os.geteuid():
-                continue
-            for line in (process / "maps").read_bytes().splitlines():
-                used.add(int(line.split(None, 5)[4]))
-            for descriptor in (process / "fd").iterdir():
-                with contextlib.suppress(FileNotFoundError):
-                    used.add(descriptor.stat().st_ino)
-    return used
+def _remove_unless_used(path: Path) -> None:
+    """Remove a file.
+
+    Raises:
+        OSError: If a process uses it, or the kernel cannot tell.
+    """
+    file = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+    try:
+        opened, named = os.fstat(file), path.lstat()
+        if (opened.st_dev, opened.st_ino) == (named.st_dev, named.st_ino):
+            fcntl.fcntl(file, fcntl.F_SETLEASE, fcntl.F_WRLCK)
+            path.unlink()
+    finally:
+        os.close(file)  # which gives the lease back
