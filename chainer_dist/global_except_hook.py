@@ -22,6 +22,7 @@ import contextlib
 import ctypes
 import functools
 import gc
+import json
 import os
 import sys
 import threading
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
 __all__ = ["add_hook", "remove_hook"]
 
 VARIABLE = "CHAINER_DIST_ABORT_ON_EXCEPTION"
+CAUSE_FILE = "CHAINER_DIST_CAUSE"  # the monitor of chainer_dist.launch reads it
 
 # Launchers may drop what they have not read when the job ends; and ranks often fail together, where
 # the first to leave should not silence the one that says why.
@@ -44,6 +46,7 @@ SECONDS_TO_REPORT = 60.0  # for the script's own exception hook, which may send 
 
 _pid: int | None = None  # of the process that added the hook
 _listens = False  # to audit events, which nothing ends
+_cause: dict[str, Any] = {}  # what was told
 _python_exit = sys.exit
 _python_code: Any = SystemExit.__dict__["code"]
 
@@ -91,6 +94,7 @@ def _notice(event: str, arguments: tuple[Any, ...]) -> None:
     hook, kind, error, trace = arguments
     status = 130 if issubclass(kind, KeyboardInterrupt) else 1
     reason = f"uncaught {kind.__name__}"
+    _tell_cause(status=status, exception=_first_line(kind, error))  # the hook may leave by itself
     has_returned = threading.Event()
 
     def abort_later() -> None:
@@ -185,6 +189,7 @@ def _leave(error: SystemExit, code: Any) -> None:
         sys.stderr.write(_stack(error))
         if not isinstance(code, int):
             sys.stderr.write(f"{code}\n")
+    _tell_cause(exception="")
     _abort(mpi, message, status)
 
 
@@ -200,9 +205,32 @@ def _stack(error: SystemExit) -> str:
     return "".join(["Traceback (most recent call last):\n", *listed])
 
 
+def _first_line(kind: type[BaseException], error: BaseException) -> str:
+    with contextlib.suppress(Exception):
+        lines = traceback.format_exception_only(kind, error)
+        return next(line for line in lines if not line[:1].isspace()).splitlines()[0][:1000]
+    return kind.__name__
+
+
+def _tell_cause(**facts: Any) -> None:
+    """Tell ``chainer-dist run``, if it has started this process, why it ends. Local.
+
+    Not by what is printed: that may say anything.
+
+    Args:
+        facts: ``status`` of this rank, ``exception`` in one line, ``stall`` for which it ends the job.
+    """
+    file = os.environ.get(CAUSE_FILE)
+    _cause.update(facts, pid=os.getpid())
+    if file:
+        with contextlib.suppress(OSError), open(file, "w", encoding="ascii") as told:  # noqa: PTH123 - quick
+            json.dump(_cause, told)
+
+
 def _abort(mpi: ModuleType, reason: str, status: int) -> None:
     world = mpi.COMM_WORLD
     status = status or 1  # of 256, say
+    _tell_cause(status=status)
     with contextlib.suppress(Exception):
         sys.stdout.flush()
         sys.stderr.write(

@@ -87,10 +87,10 @@ def test_when_a_job_is_given_up(attempts, max_restarts, ends_well):
         seen.append(outcomes[attempt])
         return seen[-1]
 
-    status = restarts.run(
+    ended = restarts.run(
         start, 3, [], max_restarts=max_restarts, seconds=math.inf, probe=lambda hosts: hosts
     )
-    assert status == seen[-1].status
+    assert ended is seen[-1]
     grew = [
         one.progress is not None
         and one.progress > max([-1, *(p for p in attempts[:n] if p is not None)])

@@ -7,7 +7,9 @@ import contextlib
 import math
 import os
 import re
+import signal
 import sys
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -26,6 +28,7 @@ if TYPE_CHECKING:
 __all__ = ["main"]
 
 USAGE_ERROR = 2
+SECONDS_TO_BE_READ = 2.0  # for the last words, where somebody or a time limit has ended the job
 HERE = Path(__file__).resolve().parent
 _ADDRESS = re.compile(r"\w[\w.-]*|[0-9A-Fa-f:.]+(%[\w.-]+)?", re.ASCII)
 _ELF = b"\x7fELF"
@@ -57,6 +60,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Returns:
         The exit status: that of the job, 1 if it cannot be started, 2 if the call is wrong.
     """
+    output.open_closed_streams()
     words = list(sys.argv[1:] if arguments is None else arguments)
     others: list[str] = []
     parser, run = _parser()
@@ -223,7 +227,7 @@ def _launch(
     import shlex
 
     from chainer_dist.launch import mpi, restarts
-    from chainer_dist.launch.job import Job, addresses
+    from chainer_dist.launch.job import TIMED_OUT, Job, addresses
     from chainer_dist.launch.stdin import Input
 
     n_ranks, hosts = _places(options)
@@ -239,7 +243,14 @@ def _launch(
             output.give_up_writing()
             raise LaunchError(f"the command cannot be printed: {error}") from None
         return 0
+    ignored = [each for each in wire.FORWARDED if signal.getsignal(each) is signal.SIG_IGN]
+    if ignored:  # by nohup, or by a shell that starts jobs in the background
+        added[wire.IGNORED] = ",".join(str(int(each)) for each in ignored)
+    # A job takes them as long as it runs; between two attempts they wait.
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, wire.FORWARDED)
+    output.start()
     stdin = Input()
+    limit = time.monotonic() + options.timeout
 
     def start(attempt: int, n_ranks: int, hosts: Sequence[Host], seconds: float) -> Outcome:
         environ = {**added, wire.RESTART: str(attempt)}
@@ -253,14 +264,24 @@ def _launch(
             seconds=seconds,
         ).run()
 
-    return restarts.run(
-        start,
-        n_ranks,
-        hosts,
-        max_restarts=options.max_restarts,
-        seconds=options.timeout,
-        probe=lambda hosts: restarts.reachable(found, hosts),
-    )
+    try:
+        outcome = restarts.run(
+            start,
+            n_ranks,
+            hosts,
+            max_restarts=options.max_restarts,
+            seconds=options.timeout,
+            probe=lambda hosts: restarts.reachable(found, hosts),
+        )
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+    # Who reads the output may be slow, and may be waited for as long as the job.
+    patience = SECONDS_TO_BE_READ if outcome.final and outcome.reason else limit - time.monotonic()
+    if output.finish(patience) or outcome.status:
+        return outcome.status
+    output.say("the time limit is reached; not all that the ranks have printed was read")
+    output.finish(SECONDS_TO_BE_READ)
+    return TIMED_OUT
 
 
 def _info(options: argparse.Namespace) -> int:

@@ -12,7 +12,7 @@ import secrets
 import signal
 import socket
 from collections import deque
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from chainer_dist._connections import LOOPBACK, Reception, is_loopback, own_address
 from chainer_dist.launch import mpi, output, wire
@@ -30,6 +30,9 @@ TIMED_OUT = 124  # as timeout(1) has it
 SECONDS_TO_START = 300
 SECONDS_TO_SPEAK = 0.5  # for the other ranks, after the first has failed
 SECONDS_TO_SAVE = 10  # the same, where the ranks were asked to end by a signal from outside
+SECONDS_TO_HANG_UP = 10  # from SIGHUP, which libraries of MPI catch, to SIGTERM
+SECONDS_TO_LEAVE = 30  # from that to SIGKILL
+SECONDS_TO_FINISH = 300  # from a SIGTERM from outside to SIGKILL: a checkpoint may take long
 SECONDS_TO_DUMP = 1  # where a rank hangs, on SIGABRT
 SECONDS_TO_OBEY = 5  # from SIGTERM to SIGKILL, and from that to giving up
 SECONDS_TO_SAY_HELLO = 10
@@ -118,7 +121,10 @@ class Job:
         self._loop = asyncio.get_running_loop()
         self._changed = asyncio.Event()
         for number in wire.FORWARDED:
-            self._loop.add_signal_handler(number, self._forward, number)
+            if signal.getsignal(number) is not signal.SIG_IGN:
+                self._loop.add_signal_handler(number, self._forward, number)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, wire.FORWARDED)
+        output.listen(functools.partial(self._loop.call_soon_threadsafe, self._was_written))
         _allow_open_files(self._n_ranks + MORE_FILES)
         self._reception = Reception(
             self._secret, most=self._n_ranks + MOST_STRANGERS, seconds=SECONDS_TO_SAY_HELLO
@@ -135,6 +141,8 @@ class Job:
                 mpiexec.kill()
                 await self._until(lambda: self._status is not None, SECONDS_TO_OBEY)
         finally:
+            output.listen(None)
+            signal.pthread_sigmask(signal.SIG_BLOCK, wire.FORWARDED)
             self._stop_listening()
             for talk in self._talks:
                 talk.cancel()
@@ -216,8 +224,8 @@ class Job:
             self._show_mpiexec()  # it may be asking for something, or say why there are no ranks
 
     def _show_mpiexec(self) -> None:
-        while self._said:
-            self._write(wire.ERR, b"[mpiexec] " + self._said.popleft())
+        while self._said and not output.is_full():
+            output.write(wire.ERR, b"[mpiexec] " + self._said.popleft())
 
     async def _supervise(self) -> None:
         """Wait for the job's end, or for a reason to end it."""
@@ -278,20 +286,38 @@ class Job:
             rank.send(kind, b"%d" % number)
 
     def _forward(self, number: signal.Signals) -> None:
-        """Pass a signal on to the scripts."""
+        """Pass a signal on to the scripts, before anything else: nobody may be there to read of it."""
         if number == signal.SIGINT and self._signal is signal.SIGINT:
             self._verdict = 128 + number, "interrupted twice: the ranks were killed"
             self._send_all(wire.KILL)
             self._changed.set()
             return
-        if number not in (signal.SIGUSR1, signal.SIGUSR2):
-            self._signal = number
-            more = "; Ctrl-C again kills them" if number == signal.SIGINT else ""
-            output.say(f"{number.name}: the ranks are asked to end{more}")
-            if not self._ranks:
-                self._verdict = 128 + number, f"{number.name} came before any rank had started"
-                self._changed.set()
         self._send_all(wire.SIGNAL, number)
+        if number in (signal.SIGUSR1, signal.SIGUSR2):
+            return
+        self._signal = number
+        if number == signal.SIGHUP:
+            patience = SECONDS_TO_HANG_UP + SECONDS_TO_LEAVE
+            self._loop.call_later(SECONDS_TO_HANG_UP, self._send_all, wire.SIGNAL, signal.SIGTERM)
+        else:
+            patience = SECONDS_TO_FINISH
+        if number == signal.SIGINT:
+            more = "; Ctrl-C again kills them"
+        else:
+            more = f", and killed after {patience} s"
+            self._loop.call_later(patience, self._give_up, number, patience)
+        output.say(f"{number.name}: the ranks are asked to end{more}")
+        if not self._ranks:
+            self._verdict = 128 + number, f"{number.name} came before any rank had started"
+            self._changed.set()
+
+    def _give_up(self, number: signal.Signals, patience: float) -> None:
+        """Have the ranks killed that a signal has not ended."""
+        there = ", ".join(str(rank.number) for rank in self._alive())
+        if there and self._verdict is None:
+            reason = f"{number.name}: rank {there} had not ended {patience} s later"
+            self._verdict = 128 + number, reason
+            self._changed.set()
 
     async def _serve(self, connection: socket.socket) -> None:
         """Listen to a monitor for as long as it speaks."""
@@ -317,7 +343,9 @@ class Job:
         finally:
             writer.close()
             if rank.ended_at == math.inf:  # somebody killed the monitor, or its host is gone
-                self._has_ended(rank, by_itself=True)
+                if not (self._ending or self._verdict) and rank not in self._failed:
+                    self._failed.append(rank)
+                self._has_ended(rank)
 
     async def _meet(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> _Rank:
         _, length = wire.HEADER.unpack(await reader.readexactly(wire.HEADER.size))
@@ -326,12 +354,17 @@ class Job:
         number = int(hello["rank"])
         if number in self._ranks or not 0 <= number < self._n_ranks:
             raise ValueError(f"there is no other rank {number}")
-        return _Rank(number, str(hello["host"]), writer, self._write, prefix=self._prefix)
+        return _Rank(number, str(hello["host"]), writer, prefix=self._prefix)
 
     def _hear(self, rank: _Rank, kind: bytes, content: bytes) -> None:
         if kind in (wire.OUT, wire.ERR):
             rank.print(kind, content)
-            if rank.words.abort is not None and rank not in self._failed and not self._ending:
+            rank.unpaid += len(content)
+            self._pay(rank)
+        elif kind == wire.FAILED:
+            end = json.loads(content)
+            rank.status, rank.cause = end["status"], end["cause"]
+            if not (self._ending or self._verdict) and rank not in self._failed:
                 self._failed.append(rank)  # the others will end because of it
         elif kind == wire.PROGRESS:
             try:
@@ -343,23 +376,24 @@ class Job:
         elif kind == wire.WANT:
             self._stdin.ask(self._loop, functools.partial(rank.send, wire.IN))
         elif kind == wire.END:
-            end = json.loads(content)
-            rank.status = end["status"]
-            self._has_ended(rank, by_itself=end["by_itself"])
+            rank.status = json.loads(content)["status"]
+            self._has_ended(rank)
 
-    def _has_ended(self, rank: _Rank, *, by_itself: bool) -> None:
+    def _has_ended(self, rank: _Rank) -> None:
         rank.ended_at = self._loop.time()
         rank.print_rest()
-        by_itself = by_itself and not (self._ending or self._verdict)
-        if rank.status != 0 and by_itself and rank not in self._failed:
-            self._failed.append(rank)
         self._changed.set()
 
-    def _write(self, kind: bytes, text: bytes) -> None:
-        try:
-            output.write(kind, text)
-        except BrokenPipeError:
-            output.give_up_writing()
+    def _pay(self, rank: _Rank) -> None:
+        """Have a rank send more output, unless who reads it is behind."""
+        if rank.unpaid >= wire.WINDOW // 4 and not output.is_full():
+            rank.send(wire.MORE, b"%d" % rank.unpaid)
+            rank.unpaid = 0
+
+    def _was_written(self) -> None:
+        for rank in self._ranks.values():
+            self._pay(rank)
+        if output.has_no_reader() and self._verdict is None:
             self._verdict = 128 + signal.SIGPIPE, "nobody reads the output any more"
             self._changed.set()
 
@@ -371,15 +405,23 @@ class Job:
             status, reason = self._verdict
             final = status != 1
         elif self._failed:
-            if self._failed[0].status is None:
+            if self._failed[0].exit_status() is None:
                 self._show_mpiexec()  # the monitor's own last words came this way
-            status, reason = self._failed[0].exit_status(), self._failed[0].why()
+            status, reason = self._failed[0].exit_status() or 1, self._failed[0].why()
         elif self._status or bad or len(ranks) < self._n_ranks:
             self._show_mpiexec()
-            status = self._status or (bad[0].exit_status() if bad else 1)
+            status = self._status or (bad[0].exit_status() if bad else 0) or 1
             reason = f"mpiexec ended the job with status {status}"
+            if status < 0:
+                status = 128 - status
+                reason = f"mpiexec was killed by {_name(status - 128)}"
+            # Of who calls MPI_Abort, mpiexec has the status and, in MPICH, the rank itself says that it was.
+            aborted = [rank for rank in bad if status in rank.words.aborts]
             left = [str(rank.number) for rank in ranks if rank.status == 0]
-            if not ranks:
+            if aborted:
+                rank = aborted[0]
+                reason = f"rank {rank.number} on {rank.host} failed first: exit status {status}"
+            elif not ranks:
                 reason += " before any rank had started"
             elif left:
                 reason += f" after rank {', '.join(left)} had left with status 0"
@@ -392,6 +434,13 @@ class Job:
         return Outcome(status, reason, final, self._progress)
 
 
+def _name(number: int) -> str:
+    try:
+        return signal.Signals(number).name
+    except ValueError:  # of those for real time most have none
+        return f"signal {number}"
+
+
 class _Rank:
     """What the launcher knows of a rank."""
 
@@ -400,7 +449,6 @@ class _Rank:
         number: int,
         host: str,
         writer: asyncio.StreamWriter,
-        write: Callable[[bytes, bytes], None],
         *,
         prefix: bool,
     ) -> None:
@@ -409,8 +457,9 @@ class _Rank:
         self.writer = writer
         self.ended_at = math.inf
         self.status: int | None = None  # None if it is not known
+        self.cause: dict[str, Any] = {}  # what the script has told of its end
         self.words = output.LastWords()
-        self._write = write
+        self.unpaid = 0  # bytes of output that came, and no more was asked for
         self._prefix = b"[%d] " % number if prefix else b""
         self._lines = {
             wire.OUT: output.Lines(lambda line: self._take(wire.OUT, line)),
@@ -423,7 +472,7 @@ class _Rank:
 
     def print(self, kind: bytes, content: bytes) -> None:
         if not self._prefix:
-            self._write(kind, content)
+            output.write(kind, content)
         self._lines[kind].add(content)
 
     def print_rest(self) -> None:
@@ -434,26 +483,24 @@ class _Rank:
         if kind == wire.ERR:
             self.words.add(line)
         if self._prefix:
-            self._write(kind, self._prefix + line)
+            output.write(kind, self._prefix + line)
 
-    def exit_status(self) -> int:
-        if self.words.abort is not None:
-            return self.words.abort  # MPI_Abort itself ends with other ones
-        if self.status is None:
-            return 1
-        return 128 - self.status if self.status < 0 else self.status
+    def exit_status(self) -> int | None:
+        """Return the status as a shell has it, None if it is not known."""
+        status = self.cause.get("status", self.status)  # MPI_Abort itself ends with other ones
+        return status if status is None or status >= 0 else 128 - status
 
     def why(self) -> str:
         who = f"rank {self.number} on {self.host}"
-        if self.words.stall:
-            return f"{who} ended the job: {self.words.stall}"
-        if self.words.abort is None and self.status is None:
+        if self.cause.get("stall"):
+            return f"{who} ended the job: {self.cause['stall']}"
+        if self.exit_status() is None:
             return f"the connection to {who} broke"
-        if self.words.abort is None and self.status is not None and self.status < 0:
-            name = signal.Signals(-self.status).name
+        if not self.cause and self.status is not None and self.status < 0:
+            name = _name(-self.status)
             return f"{who} failed first: killed by {name}{_HINTS.get(name, '')}"
         status = f"exit status {self.exit_status()}"
-        exception = self.words.exception
+        exception = self.cause.get("exception", "") if self.cause else self.words.exception
         return f"{who} failed first: {f'{exception} ({status})' if exception else status}"
 
 

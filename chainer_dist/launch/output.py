@@ -1,10 +1,14 @@
-"""What the ranks print: whole lines with the rank's number, and the exception that ended a rank."""
+"""What the ranks print: whole lines with the rank's number, written without waiting for who reads them."""
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
-import sys
+import select
+import threading
+import time
+from collections import deque
 from typing import TYPE_CHECKING
 
 from chainer_dist.launch import wire
@@ -12,22 +16,18 @@ from chainer_dist.launch import wire
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-__all__ = ["LastWords", "Lines", "say", "write"]
+__all__ = ["LastWords", "Lines", "finish", "listen", "one_line", "say", "start", "write"]
 
 MAX_LINE = 1 << 16  # bytes; a longer line is printed in parts
+MOST_WAITING = 1 << 20  # bytes to be written, and no more are asked for
 MAX_WORDS = 600  # characters of a line of the launcher's own
 
 _LINE = re.compile(rb"[^\n]*\n")
 # These have no traceback of their own.
 _SYNTAX = re.compile(r"(Syntax|Indentation|Tab)Error: ")
-# What chainer_dist.watch says of ranks that have waited for one another for too long.
-_STALL = re.compile(r"chainer_dist: ending the job, (stalled for .*)")
 # What chainer_dist.global_except_hook and MPICH say of a rank that calls MPI_Abort.
 _HOOK = "chainer_dist: "
-_ABORT = re.compile(
-    r"chainer_dist: .* ending the job with status (\d+)\.$|"
-    r"Abort\((\d+)\) on node \d+ .*application called MPI_Abort"
-)
+_ABORT = re.compile(r"Abort\((\d{1,10})\) on node \d+ .*application called MPI_Abort")
 
 
 class Lines:
@@ -59,18 +59,18 @@ class Lines:
 
 
 class LastWords:
-    """Finds out from the lines of standard error why a rank has ended.
+    """Finds words for why a rank has ended in the lines of its standard error.
+
+    They decide nothing: anything may be printed.
 
     Attributes:
         exception: Last line of the last traceback, or "".
-        abort: The status with which the rank aborts the job, or None.
-        stall: The stall for which the rank ends the job, and is not to blame itself; or "".
+        aborts: Statuses with which MPICH says that the rank called MPI_Abort.
     """
 
     def __init__(self) -> None:
         self.exception = ""
-        self.abort: int | None = None
-        self.stall = ""
+        self.aborts: set[int] = set()
         self._in_traceback = False
 
     def add(self, line: bytes) -> None:
@@ -83,23 +83,146 @@ class LastWords:
             self.exception = "" if text.startswith(_HOOK) else text
         elif _SYNTAX.match(text):
             self.exception = text
-        match = _STALL.match(text)
-        if match:
-            self.stall = match[1]
         match = _ABORT.match(text)
-        if match and self.abort is None:
-            self.abort = int(match[1] or match[2]) & 0xFF
+        if match:
+            self.aborts.add(int(match[1]) & 0xFF)
+
+
+class _Writer:
+    """Writes to a file descriptor in a thread of its own: who reads there may stop for a while, or for ever.
+
+    The descriptor may be shared with other programs, so that it stays one whose writes wait.
+    """
+
+    def __init__(self, descriptor: int, name: str) -> None:
+        self.name = name
+        self.has_no_reader = False
+        self._has_lost = False  # whether something could not be written
+        self._descriptor = descriptor
+        self._waiting: deque[bytes] = deque()
+        self._n_bytes = 0  # that are not written yet
+        self._changed = threading.Condition()
+        threading.Thread(target=self._run, daemon=True).start()
+
+    @property
+    def is_full(self) -> bool:
+        return self._n_bytes > MOST_WAITING
+
+    def write(self, output: bytes) -> None:
+        with self._changed:
+            self._waiting.append(output)
+            self._n_bytes += len(output)
+            self._changed.notify_all()
+
+    def finish(self, deadline: float) -> bool:
+        """Wait until all is written; return whether it is."""
+        with self._changed:
+            return self._changed.wait_for(
+                lambda: self._n_bytes == 0, max(0.0, deadline - time.monotonic())
+            )
+
+    def _run(self) -> None:
+        while True:
+            with self._changed:
+                self._changed.wait_for(lambda: self._waiting)
+                output = b"".join(self._waiting)
+                self._waiting.clear()
+            try:
+                self._write(output)
+            finally:
+                with self._changed:
+                    self._n_bytes -= len(output)
+                    self._changed.notify_all()
+            _tell_listener()
+
+    def _write(self, output: bytes) -> None:
+        left = memoryview(output)
+        while left and not self.has_no_reader:
+            select.select(
+                [], [self._descriptor], []
+            )  # another program may have made it non-blocking
+            try:
+                left = left[os.write(self._descriptor, left[: wire.CHUNK]) :]
+            except BlockingIOError:
+                pass
+            except BrokenPipeError:
+                self.has_no_reader = True
+            except OSError as error:  # a full disk may have room again later
+                if not self._has_lost:
+                    self._has_lost = True
+                    say(
+                        f"{self.name} cannot be written ({error.strerror}); what the ranks print is lost"
+                    )
+                return
+
+
+_writers: dict[bytes, _Writer] = {}
+_listener: Callable[[], object] | None = None
+
+
+def start() -> None:
+    """From now on let threads write, so that this one never waits for a reader. Local."""
+    if not _writers:
+        out = _Writer(1, "standard output")
+        # Where both are one, lines stay in order.
+        _writers[wire.OUT] = out
+        _writers[wire.ERR] = out if os.path.sameopenfile(1, 2) else _Writer(2, "standard error")
+
+
+def listen(listener: Callable[[], object] | None) -> None:
+    """Have a function called, in another thread, whenever something was written, or could not be. Local."""
+    global _listener  # noqa: PLW0603 - there is one standard output
+    _listener = listener
+
+
+def _tell_listener() -> None:
+    listener = _listener
+    if listener is not None:
+        with contextlib.suppress(RuntimeError):  # the loop that it belongs to is closed
+            listener()
+
+
+def is_full() -> bool:
+    """Return whether so much waits to be written that no more should be asked for. Local."""
+    return any(writer.is_full for writer in _writers.values())
+
+
+def has_no_reader() -> bool:
+    """Return whether nobody reads the output any more. Local."""
+    return any(writer.has_no_reader for writer in _writers.values())
+
+
+def finish(seconds: float) -> bool:
+    """Wait until all is written; return whether that was so within some seconds. Local."""
+    deadline = time.monotonic() + min(seconds, threading.TIMEOUT_MAX / 2)
+    done = [writer.finish(deadline) for writer in _writers.values()]
+    return all(done)
 
 
 def write(kind: bytes, output: bytes) -> None:
     """Print what a rank has printed, to standard output or error. Local.
 
-    Raises:
-        BrokenPipeError: If nobody reads it any more.
+    After :func:`start` it does not wait. Nothing is raised where nobody reads, or nothing can be written.
     """
-    stream = sys.stdout if kind == wire.OUT else sys.stderr
-    stream.buffer.write(output)
-    stream.buffer.flush()
+    if _writers:
+        _writers[kind].write(output)
+        return
+    with contextlib.suppress(OSError):
+        while output:
+            output = output[os.write(1 if kind == wire.OUT else 2, output) :]
+
+
+def open_closed_streams() -> None:
+    """Have something to read and to write where a shell has closed standard streams. Local.
+
+    Otherwise the next file or connection would take their numbers, and what is printed would go there.
+    """
+    for descriptor in range(3):
+        with contextlib.suppress(OSError):
+            os.fstat(descriptor)
+            continue
+        nothing = os.open(os.devnull, os.O_RDWR)  # takes the lowest number that is free
+        os.set_inheritable(nothing, True)  # noqa: FBT003 - positional only
 
 
 def give_up_writing() -> None:
@@ -110,9 +233,8 @@ def give_up_writing() -> None:
 
 
 def say(text: str) -> None:
-    """Print a line of the launcher's own to standard error. Local."""
-    sys.stderr.write(f"chainer-dist: {one_line(text)}\n")
-    sys.stderr.flush()
+    """Print a line of the launcher's own to standard error, if that is possible. Local."""
+    write(wire.ERR, f"chainer-dist: {one_line(text)}\n".encode(errors="backslashreplace"))
 
 
 def one_line(text: str) -> str:

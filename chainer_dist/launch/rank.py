@@ -6,7 +6,8 @@ to see how the script ended, and that nothing is left of it. The third is the sc
 ``python script.py`` starts it, bound to its share of the host's cores.
 
 The monitor ends the script, and all processes that the script started, when the launcher says so,
-when the connection to the launcher breaks, and when the first process dies. When the script has failed, and
+when the connection to the launcher breaks, and when the first process dies. If the monitor is killed the
+system kills the script, and the first process what the script has started. When the script has failed, and
 those of the other ranks have ended too, it removes the shared memory that nobody uses any more.
 """
 
@@ -30,7 +31,7 @@ from typing import TYPE_CHECKING, Any
 
 from chainer_dist import _threads
 from chainer_dist._connections import LOOPBACK, introduce
-from chainer_dist.launch import cores, leftovers, mpi, output, wire
+from chainer_dist.launch import cores, leftovers, mpi, output, processes, wire
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -80,17 +81,24 @@ def _run_monitored(
 ) -> int:
     """Run the script under a monitor, wait for that one and return how it ended."""
     signal.pthread_sigmask(signal.SIG_BLOCK, wire.FORWARDED)
+    for number in os.environ.pop(wire.IGNORED, "").split(","):
+        if number.isdigit():
+            signal.signal(int(number), signal.SIG_IGN)  # so does the script, then
+    processes.adopt_orphans()
     started = time.time()
     folder = Path(tempfile.mkdtemp(prefix="chainer-dist-"))
     progress = Path(os.environ.setdefault(wire.PROGRESS_FILE, str(folder / "progress")))
+    cause = folder / "cause"
+    os.environ[wire.CAUSE_FILE] = str(cause)
     ours, its = socket.socketpair()
     pid = os.fork()
     if pid == 0:
         ours.close()
         os.setsid()
+        processes.adopt_orphans()
         signal.pthread_sigmask(signal.SIG_UNBLOCK, wire.FORWARDED)
         status = 1
-        monitor = Monitor(launcher, its, progress, has_input=has_input)
+        monitor = Monitor(launcher, its, progress, cause, has_input=has_input)
         try:
             try:
                 status = monitor.run(command, cpus)
@@ -110,8 +118,8 @@ def _run_monitored(
         with contextlib.suppress(ValueError, ProcessLookupError):
             script = int(ours.recv(wire.CHUNK))
             os.killpg(script, signal.SIGKILL)
-            shutil.rmtree(folder, ignore_errors=True)  # before mpiexec kills this process as well
-            _wait_for_group(script)
+        shutil.rmtree(folder, ignore_errors=True)  # before mpiexec kills this process as well
+        processes.kill_descendants(SECONDS_TO_LEAVE)
         _clean_up_after(ended, started, folder)
     return ended
 
@@ -187,21 +195,32 @@ class Monitor:
         launcher: Connection to the launcher.
         parent: Connection to the process that mpiexec knows.
         progress: File that the script may write its progress to.
+        cause: File in which the script may say why it ends.
         has_input: Whether the script gets the launcher's standard input.
     """
 
     def __init__(
-        self, launcher: socket.socket, parent: socket.socket, progress: Path, *, has_input: bool
+        self,
+        launcher: socket.socket,
+        parent: socket.socket,
+        progress: Path,
+        cause: Path,
+        *,
+        has_input: bool,
     ) -> None:
         self._launcher = launcher
         self._parent = parent
         self._progress = progress
+        self._cause = cause
         self._received = b""
         self._selector = selectors.DefaultSelector()
         self._has_input = has_input
         self._input = b""  # that the script has not taken yet
         self._stdin: Any = None
-        self._n_pipes = 0  # of the script's output that are still open
+        self._pipes: dict[
+            Any, bytes
+        ] = {}  # of the script's output that are still open, and their kinds
+        self._window = wire.WINDOW  # bytes of output that may be sent
         self._pid = 0
         self._due: list[tuple[float, signal.Signals]] = []  # when the script gets which signal
         self._asked = False  # whether it got one
@@ -221,13 +240,17 @@ class Monitor:
         script = self._start(command, cpus)
         while script.poll() is None:
             self._look(SECONDS_BETWEEN_LOOKS)
+            processes.bury_orphans(self._pid)
             self._tell_progress()
             self._send_due_signals()
+        status = script.returncode
+        cause = self._read_cause()
+        if not self._asked and (cause or (status and not self._alone)):
+            # At once, before others end because of it.
+            self._tell(wire.FAILED, json.dumps({"status": status, "cause": cause}).encode())
         self._clean_up()
         self._tell_progress()
-        status = script.returncode
-        end = {"status": status, "by_itself": not (self._asked or self._alone)}
-        self._tell(wire.END, json.dumps(end).encode())
+        self._tell(wire.END, json.dumps({"status": status}).encode())
         while status and not self._alone:
             # When one rank leaves with an error mpiexec kills the others. The launcher comes first.
             self._look(None)
@@ -254,6 +277,7 @@ class Monitor:
             stderr=subprocess.PIPE,
             close_fds=False,  # MPI has handed it some
             start_new_session=True,
+            preexec_fn=processes.ended_with_parent(),  # noqa: PLW1509 - there are no threads here
         )
         if cpus is not None:
             os.sched_setaffinity(0, own)
@@ -263,8 +287,8 @@ class Monitor:
         self._listen(self._launcher, self._receive)
         self._listen(self._parent, self._parent_is_gone)
         for pipe, kind in ((script.stdout, wire.OUT), (script.stderr, wire.ERR)):
-            self._listen(pipe, functools.partial(self._pass_on, pipe, kind))
-            self._n_pipes += 1
+            self._pipes[pipe] = kind
+            self._listen(pipe, functools.partial(self._pass_on, pipe))
         if script.stdin:
             self._stdin = script.stdin
             os.set_blocking(self._stdin.fileno(), False)
@@ -279,13 +303,39 @@ class Monitor:
         for key, _ in self._selector.select(seconds):
             key.data()
 
-    def _pass_on(self, pipe: Any, kind: bytes) -> None:
-        output = os.read(pipe.fileno(), wire.CHUNK)
+    def _pass_on(self, pipe: Any) -> None:
+        """Send what the script has printed, as much as the launcher wants; the script waits for it."""
+        if self._window <= 0:
+            return
+        output = os.read(pipe.fileno(), min(wire.CHUNK, self._window))
         if output:
-            self._tell(kind, output)
+            self._tell(self._pipes[pipe], output)
+            self._window -= len(output)
+            if self._window <= 0:
+                for each in self._pipes:
+                    self._selector.unregister(each)
         else:
             self._selector.unregister(pipe)
-            self._n_pipes -= 1
+            del self._pipes[pipe]
+
+    def _pass_on_rest(self) -> None:
+        """Send what is left in the pipes after the end of all who could write to them."""
+        for pipe, kind in self._pipes.items():
+            os.set_blocking(pipe.fileno(), False)
+            with contextlib.suppress(BlockingIOError):  # somebody else holds it
+                while output := os.read(pipe.fileno(), wire.CHUNK):
+                    self._tell(kind, output)
+
+    def _read_cause(self) -> dict[str, Any]:
+        """Return what the script has told of its end, not one of its children; or nothing."""
+        try:
+            with self._cause.open("rb") as file:
+                cause = json.loads(file.read(wire.CHUNK))
+            if cause["pid"] == self._pid and isinstance(cause["status"], int):
+                return dict(cause)
+        except (OSError, ValueError, TypeError, KeyError):  # mostly there is none
+            pass
+        return {}
 
     def _feed(self) -> None:
         """Write to the script's standard input, and ask for more when all is written."""
@@ -324,18 +374,26 @@ class Monitor:
         self._received += received
         messages, self._received = wire.split(self._received)
         for kind, content in messages:
-            if kind == wire.SIGNAL:
-                self._signal(signal.Signals(int(content)))
-            elif kind == wire.KILL:
-                self._asked = True
-                self.kill()
-            elif kind == wire.IN and content:
-                self._input = content
-                self._selector.register(self._stdin, selectors.EVENT_WRITE, self._feed)
-            elif kind == wire.IN:
-                self._stdin.close()
-            elif kind == wire.BYE:
-                self._alone = True
+            self._obey(kind, content)
+
+    def _obey(self, kind: bytes, content: bytes) -> None:
+        if kind == wire.SIGNAL:
+            self._signal(signal.Signals(int(content)))
+        elif kind == wire.KILL:
+            self._asked = True
+            self.kill()
+        elif kind == wire.IN and content:
+            self._input = content
+            self._selector.register(self._stdin, selectors.EVENT_WRITE, self._feed)
+        elif kind == wire.IN:
+            self._stdin.close()
+        elif kind == wire.MORE:
+            if self._window <= 0:
+                for pipe in self._pipes:
+                    self._listen(pipe, functools.partial(self._pass_on, pipe))
+            self._window += int(content)
+        elif kind == wire.BYE:
+            self._alone = True
 
     def _launcher_is_gone(self) -> None:
         with contextlib.suppress(KeyError):
@@ -367,33 +425,23 @@ class Monitor:
 
     def _signal_all(self, number: int) -> bool:
         """Send a signal to the script and all it started; return whether there is any of them."""
-        try:
+        found = processes.signal_descendants(number)
+        with contextlib.suppress(
+            ProcessLookupError, PermissionError
+        ):  # macOS: only zombies are left
             os.killpg(self._pid, number)
-        except (ProcessLookupError, PermissionError):  # macOS: only zombies are left
-            return False
-        return True
+            found = True
+        return found
 
     def _clean_up(self) -> None:
         """Wait for what the ended script has started, not for long, and for the end of its output."""
         deadline = time.monotonic() + SECONDS_TO_LEAVE
-        while self._signal_all(0) or self._n_pipes:
-            if time.monotonic() > deadline:
-                self._signal_all(signal.SIGKILL)
-                break
-            self._look(0.02)
-        self._look(0)
-
-
-def _wait_for_group(pid: int) -> None:
-    """Wait, not for long, until the processes of a group, which are no children, have ended.
-
-    Raises:
-        ProcessLookupError: When they have.
-    """
-    deadline = time.monotonic() + SECONDS_TO_LEAVE
-    while time.monotonic() < deadline:
-        os.killpg(pid, 0)
-        time.sleep(0.01)
+        while self._signal_all(0) and time.monotonic() < deadline:
+            self._look(0.05)
+            processes.bury_orphans(self._pid)
+        self._signal_all(signal.SIGKILL)
+        processes.kill_descendants(SECONDS_TO_LEAVE)
+        self._pass_on_rest()
 
 
 def _clean_up_after(status: int, started: float, folder: Path) -> None:

@@ -36,7 +36,7 @@ def run(
     max_restarts: int,
     seconds: float,
     probe: Callable[[Sequence[Host]], list[Host]],
-) -> int:
+) -> Outcome:
     """Run a job, and again while it fails and gets on. Local.
 
     A job gets on if the number that its ranks report as their progress (the iteration of the newest
@@ -52,7 +52,7 @@ def run(
         probe: Returns which of the hosts can still be reached.
 
     Returns:
-        Exit status of the last attempt.
+        How the last attempt ended.
     """
     limit = time.monotonic() + seconds
     best: int | None = None
@@ -62,10 +62,10 @@ def run(
         if outcome.reason:
             say(outcome.reason)
         if outcome.final or max_restarts == 0:
-            return outcome.status
+            return outcome
         if attempt == max_restarts:
             say(f"given up after {max_restarts} restart{'s' * (max_restarts > 1)}")
-            return outcome.status
+            return outcome
         progress = outcome.progress
         if progress is not None and (best is None or progress > best):
             best, without_progress = progress, 0
@@ -76,11 +76,11 @@ def run(
                 "no checkpoint was written" if best is None else f"it stays at iteration {best}"
             )
             say(f"given up: {without_progress} failures in a row without progress ({reached})")
-            return outcome.status
+            return outcome
         left = probe(hosts) if hosts else []
         if hosts and not left:
             say("given up: no host can be reached any more")
-            return outcome.status
+            return outcome
         if len(left) < len(hosts):
             gone = [host.name for host in hosts if host not in left]
             n_ranks = min(n_ranks, hostfiles.n_slots(left))

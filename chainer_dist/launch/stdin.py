@@ -41,8 +41,11 @@ class Input:
             self._give = lambda piece: loop.call_soon_threadsafe(give, piece)
             if not self._reading and self._piece is None:
                 self._reading = True
-                # A thread that may wait for ever, and must not keep this process from ending.
+                # A thread that may wait for ever, and must not keep this process from ending; nor take
+                # signals while the launcher wants none, between two attempts.
+                before = signal.pthread_sigmask(signal.SIG_BLOCK, wire.FORWARDED)
                 threading.Thread(target=self._read, daemon=True).start()
+                signal.pthread_sigmask(signal.SIG_SETMASK, before)
         self._hand_over()
 
     def _read(self) -> None:

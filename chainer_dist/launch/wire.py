@@ -14,6 +14,7 @@ import struct
 
 HEADER = struct.Struct("!cI")
 CHUNK = 1 << 16  # bytes that are read at once
+WINDOW = 1 << 18  # bytes of output that a monitor may send before the launcher wants more
 
 # The launcher passes these on to the scripts. A terminal or a scheduler may send them to every process.
 FORWARDED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
@@ -24,14 +25,14 @@ OUT = b"O"  # bytes of standard output
 ERR = b"E"  # bytes of standard error
 PROGRESS = b"P"  # an integer as text
 WANT = b"W"  # more of standard input
-END = (
-    b"X"  # JSON: status as in subprocess; by_itself: whether nothing had ended before that it needs
-)
+FAILED = b"F"  # JSON: status as in subprocess; cause: what the script has told of its end
+END = b"X"  # JSON: status; the last message
 
 # To the monitor.
 SIGNAL = b"S"  # a signal's number as text, for the script
 KILL = b"K"  # end the script and all that it started, now
 IN = b"I"  # bytes of standard input, none at its end
+MORE = b"M"  # how many more bytes of output are wanted, as text
 BYE = b"B"  # leave, with the script's status
 
 # Names and values in the environment.
@@ -39,6 +40,8 @@ LAUNCHER = "CHAINER_DIST_LAUNCHER"  # a secret, and the launcher's addresses and
 PIN = "CHAINER_DIST_PIN"  # 0: do not bind ranks to cores
 PROGRESS_FILE = "CHAINER_DIST_PROGRESS"  # where a script writes how far it has come
 RESTART = "CHAINER_DIST_RESTART"  # how often the job has been started again
+IGNORED = "CHAINER_DIST_IGNORED"  # numbers of signals that the launcher was started to ignore
+CAUSE_FILE = "CHAINER_DIST_CAUSE"  # where chainer_dist.global_except_hook says why a script ends
 # What chainer_dist.watch reads: importing it would import Chainer.
 TIMELINE = "CHAINER_DIST_TIMELINE"  # where the ranks write their timeline
 STALL_ABORT = "CHAINER_DIST_STALL_ABORT"  # seconds after which a stall ends the job

@@ -18,7 +18,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
 from chainer_dist.communicators import operation
-from chainer_dist.global_except_hook import SECONDS_TO_SPEAK
+from chainer_dist.global_except_hook import SECONDS_TO_SPEAK, _tell_cause
 from chainer_dist.watch import inquiry, report
 from chainer_dist.watch.settings import ABORT, Settings
 
@@ -180,7 +180,9 @@ class Watchdog:
         text += "  as reported before\n" if self._reported.get(key) == reported else body
         self._reported[key] = head, body
         if ends:
-            text += f"chainer_dist: ending the job, stalled for {abort:g} s ({ABORT}): {head}\n"
+            stall = f"stalled for {abort:g} s ({ABORT}): {head}"
+            text += f"chainer_dist: ending the job, {stall}\n"
+            _tell_cause(status=1, stall=stall)
         _say(text)
         if ends:
             _abort()
