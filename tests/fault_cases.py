@@ -65,6 +65,8 @@ CASES = {
         "killed at first", 137, r"rank {rank} on \S+ failed first: killed by SIGKILL"
     ),
     "SIGSTOP": Case("stopped", 1, ENDED_BY_STALL, STALLS),
+    "SIGSTOP in an exchange": Case("stopped within", 1, ENDED_BY_STALL, STALLS),
+    "asleep in an exchange": Case("asleep within", 1, ENDED_BY_STALL, STALLS),
     "segmentation fault": Case(
         "segfault", 139, r"rank {rank} on \S+ failed first: killed by SIGSEGV"
     ),

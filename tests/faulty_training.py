@@ -74,6 +74,18 @@ class Samples(chainer.dataset.DatasetMixin):
         return x, np.int32(x.argmax() % N_CLASSES)
 
 
+class Acts:
+    """Calls a function when it is pickled."""
+
+    def __init__(self, act):
+        self.act = act
+
+    def __reduce__(self):
+        """Call it."""
+        self.act()
+        return str, ()
+
+
 class Fault:
     """What one rank does in one step."""
 
@@ -96,7 +108,7 @@ class Fault:
             act = getattr(self, args.fault.replace(" ", "_"), None)
             if act is not None:
                 act()
-        elif args.fault == "skipped":
+        elif args.fault == "skipped" or args.fault.endswith(" within"):
             comm.allgather_obj(iteration)
         elif args.fault == "order":
             comm.allgather_obj(iteration)
@@ -125,6 +137,14 @@ class Fault:
     def stopped(self):
         """Stand still for ever."""
         os.kill(os.getpid(), signal.SIGSTOP)
+
+    def stopped_within(self):
+        """Stand still while the others wait for an object of this rank."""
+        self.comm.allgather_obj(Acts(self.stopped))
+
+    def asleep_within(self):
+        """Sleep while the others wait for an object of this rank."""
+        self.comm.allgather_obj(Acts(lambda: time.sleep(1000)))
 
     def segfault(self):
         """Crash in compiled code."""

@@ -41,15 +41,14 @@ class Ended(NamedTuple):
 class Launched:
     """A launcher that is running. All its processes inherit a mark in their environment."""
 
-    def __init__(self, *arguments, stdin=b"", env=None, cwd=None):
+    def __init__(self, *arguments, stdin=b"", env=None, cwd=None, launcher=LAUNCHER, **options):
         self._mark = uuid.uuid4().hex
         self._stdin = stdin
         env = {**mpi_job.environment(), MARK: self._mark, **(env or {})}
         self.process = subprocess.Popen(
-            [*LAUNCHER, *map(str, arguments)],
+            [*launcher, *map(str, arguments)],
             stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
+            **{"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, **options},
             env={name: value for name, value in env.items() if value is not None},
             cwd=cwd,
             start_new_session=True,  # a group of its own, as a terminal would give it
@@ -75,7 +74,7 @@ class Launched:
             time.sleep(0.05)
             left = self.processes()
         assert not left
-        return Ended(self.process.returncode, stdout.decode(), stderr.decode())
+        return Ended(self.process.returncode, (stdout or b"").decode(), (stderr or b"").decode())
 
     def processes(self):
         """Return the processes that carry the mark and their command lines, on Linux."""

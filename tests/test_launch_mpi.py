@@ -290,7 +290,11 @@ BROKEN = "Abort(15) on node 0 (rank 0 in comm 0): Fatal error in internal_Barrie
 LAST_WORDS = {
     "uncaught": (f"{HEAD}E: a\n", "E: a", set()),
     "chained": (f"{HEAD}E: a\n\nDuring handling ...\n\n{HEAD}mod.F: b\n", "mod.F: b", set()),
-    "syntax": ('  File "x", line 1\n    1 +\nSyntaxError: invalid\n', "SyntaxError: invalid", set()),
+    "syntax": (
+        '  File "x", line 1\n    1 +\nSyntaxError: invalid\n',
+        "SyntaxError: invalid",
+        set(),
+    ),
     "left": (f"{HEAD}E: a\n{HEAD}{LEFT}", "", set()),
     "raised": (f"{HEAD}E: a\n{RAISED}", "E: a", set()),
     "aborted": (ABORT.format(7) + ABORT.format(15), "", {7, 15}),

@@ -12,6 +12,8 @@ from __future__ import annotations
 import collections
 import functools
 import inspect
+import os
+import sysconfig
 import threading
 import time
 import traceback
@@ -41,6 +43,9 @@ FORWARD, BACKWARD, PACKING, EXCHANGE, WAITING, UPDATE = CATEGORIES = (
 
 # Packages whose frames are not where a user's script is.
 _OWN_PACKAGES = ("chainer_dist", "chainer", "mpi4py")
+
+_PYTHON = sysconfig.get_path("stdlib") + os.sep
+_PACKAGES = tuple(f"{_PYTHON}{name}{os.sep}" for name in ("site-packages", "dist-packages"))
 
 _RECENT = 16  # operations that a log remembers
 _LONGEST_TEXT = 60  # characters of an argument
@@ -312,11 +317,33 @@ def user_line(frame: FrameType | None) -> str:
     return "an unknown line" if innermost is None else _line(innermost, innermost.f_lineno)
 
 
+def user_code_within(frame: FrameType | None) -> str:
+    """Return, as :func:`user_line` does, which code of others chainer_dist is calling, or "" if it is not.
+
+    The standard library does not count: chainer_dist waits by it.
+    """
+    found = ""
+    while frame is not None:
+        name = str(frame.f_globals.get("__name__")).partition(".")[0]
+        if name == "chainer_dist":
+            return found
+        if not (found or _is_own(frame) or _is_of_python(frame)):
+            found = _line(frame, frame.f_lineno)
+        frame = frame.f_back
+    return ""
+
+
 def raising_line(error: BaseException) -> str:
     """Return, as :func:`user_line` does, where an error that was caught came from."""
     lines = list(traceback.walk_tb(error.__traceback__))
     users = [each for each in lines if not _is_own(each[0])]
     return _line(*(users or lines)[-1]) if lines else "an unknown line"
+
+
+def _is_of_python(frame: FrameType) -> bool:
+    file = frame.f_code.co_filename
+    inside = file.startswith(("<frozen ", _PYTHON))
+    return inside and not file.startswith(_PACKAGES)
 
 
 def _is_own(frame: FrameType) -> bool:

@@ -240,7 +240,7 @@ def _launch(
             sys.stdout.write(shlex.join(["env", *settings, *command]) + "\n")
             sys.stdout.flush()
         except (OSError, AttributeError) as error:  # it is full, or closed
-            output.give_up_writing()
+            output.give_up_printing()
             raise LaunchError(f"the command cannot be printed: {error}") from None
         return 0
     ignored = [each for each in wire.FORWARDED if signal.getsignal(each) is signal.SIG_IGN]
@@ -276,8 +276,9 @@ def _launch(
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
     # Who reads the output may be slow, and may be waited for as long as the job.
-    patience = SECONDS_TO_BE_READ if outcome.final and outcome.reason else limit - time.monotonic()
-    if output.finish(patience) or outcome.status:
+    was_ended = outcome.final and outcome.reason
+    patience = SECONDS_TO_BE_READ if was_ended else limit - time.monotonic()
+    if output.finish(patience) or was_ended or outcome.status:
         return outcome.status
     output.say("the time limit is reached; not all that the ranks have printed was read")
     output.finish(SECONDS_TO_BE_READ)

@@ -220,11 +220,11 @@ class Job:
 
     def _mpiexec_says(self, line: bytes) -> None:
         self._said.append(line)
-        if len(self._ranks) < self._n_ranks and not self._failed:
+        if len(self._ranks) < self._n_ranks and not self._failed and not output.is_full():
             self._show_mpiexec()  # it may be asking for something, or say why there are no ranks
 
     def _show_mpiexec(self) -> None:
-        while self._said and not output.is_full():
+        while self._said:
             output.write(wire.ERR, b"[mpiexec] " + self._said.popleft())
 
     async def _supervise(self) -> None:
@@ -313,7 +313,7 @@ class Job:
 
     def _give_up(self, number: signal.Signals, patience: float) -> None:
         """Have the ranks killed that a signal has not ended."""
-        there = ", ".join(str(rank.number) for rank in self._alive())
+        there = ", ".join(map(str, sorted(rank.number for rank in self._alive())))
         if there and self._verdict is None:
             reason = f"{number.name}: rank {there} had not ended {patience} s later"
             self._verdict = 128 + number, reason
@@ -386,7 +386,8 @@ class Job:
 
     def _pay(self, rank: _Rank) -> None:
         """Have a rank send more output, unless who reads it is behind."""
-        if rank.unpaid >= wire.WINDOW // 4 and not output.is_full():
+        owes = rank.unpaid >= wire.WINDOW // 4 and rank.ended_at == math.inf
+        if owes and not output.is_full():
             rank.send(wire.MORE, b"%d" % rank.unpaid)
             rank.unpaid = 0
 

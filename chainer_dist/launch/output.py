@@ -225,11 +225,9 @@ def open_closed_streams() -> None:
         os.set_inheritable(nothing, True)  # noqa: FBT003 - positional only
 
 
-def give_up_writing() -> None:
-    """Let what is still printed vanish; Python would complain when it ends. Local."""
-    nowhere = os.open(os.devnull, os.O_WRONLY)
-    os.dup2(nowhere, 1)
-    os.dup2(nowhere, 2)
+def give_up_printing() -> None:
+    """Let what could not be printed to standard output vanish; Python would try again when it ends. Local."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
 
 
 def say(text: str) -> None:

@@ -254,6 +254,7 @@ class Monitor:
         while status and not self._alone:
             # When one rank leaves with an error mpiexec kills the others. The launcher comes first.
             self._look(None)
+        self._hang_up()
         return _exit_status(status)
 
     def kill(self) -> None:
@@ -394,6 +395,14 @@ class Monitor:
             self._window += int(content)
         elif kind == wire.BYE:
             self._alone = True
+
+    def _hang_up(self) -> None:
+        """Close the connection so that all that was sent arrives: not while there is something to receive."""
+        with contextlib.suppress(OSError):
+            self._launcher.shutdown(socket.SHUT_WR)
+            self._launcher.settimeout(SECONDS_TO_CONNECT)
+            while self._launcher.recv(wire.CHUNK):
+                pass
 
     def _launcher_is_gone(self) -> None:
         with contextlib.suppress(KeyError):

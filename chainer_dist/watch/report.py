@@ -60,6 +60,7 @@ def answer(comm: CommunicatorBase | None, *, full: bool) -> dict[str, Any]:
                 "inner": inner,
                 "seconds": now - wait.begun,
                 "line": operation.user_line(frames.get(thread)),
+                "busy": operation.user_code_within(frames.get(thread)),
             }
     main = threading.main_thread().ident or 0
     found["now"] = _now(stacks.get(main, []), operation.user_line(frames.get(main)), now)
@@ -159,6 +160,8 @@ def _line(wait: Operation, answered: Any) -> _Line:
 def _line_within(wait: Operation, waits: dict[str, Any]) -> _Line:
     """Say what a rank does that is in an operation of the same number."""
     inner = f" ({waits['inner']})" if waits["inner"] else ""
+    if waits.get("busy"):
+        return _Line(f": has come, and runs other code within it: {waits['busy']}", has_come=False)
     if waits["name"] == wait.kind.name:
         return _Line(f": has come, at {waits['line']}{inner}", has_come=True)
     where = f"{waits['text']}{inner}, at {waits['line']}"
