@@ -94,7 +94,7 @@ def test_ranks_get_their_own_part_only(comm, kind, shuffle):
 
 
 def test_arrays_are_writable_and_private(comm):
-    """A rank may change its samples in place; neither root's dataset nor another rank's change."""
+    """A rank may change its samples in place; no other rank's dataset changes by that."""
     dataset = np.zeros((8 * comm.size, 1000))
     shared = LazyDataset(4 * comm.size)
     before = shared.table.copy()
@@ -103,14 +103,55 @@ def test_arrays_are_writable_and_private(comm):
     comm.mpi_comm.Barrier()
     for i in range(len(part)):
         part[i][:] = comm.rank + 1
-    if comm.size > 1:
-        lazy._dataset._common.value.table[:] = -comm.rank
+    if comm.rank > 0:
+        lazy._dataset.table[:] = -comm.rank
     comm.mpi_comm.Barrier()
     assert all((part[i] == comm.rank + 1).all() for i in range(len(part)))
+    if comm.rank > 0:
+        assert (lazy._dataset.table == -comm.rank).all()
     if comm.size > 1:
-        assert (lazy._dataset._common.value.table == -comm.rank).all()
         assert (dataset == 0).all()
         np.testing.assert_array_equal(shared.table, before)
+
+
+class Rows(datasets.TupleDataset):
+    """A dataset of Chainer's kind that has something of its own."""
+
+    def __init__(self, rows, title):
+        super().__init__(rows, rows)
+        self.title = title
+
+
+class Columns(datasets.DictDataset):
+    """Likewise."""
+
+    title = "columns"
+
+
+@pytest.mark.parametrize("shuffle", [False, True])
+def test_scripts_find_their_dataset_in_their_part(comm, shuffle):
+    """``_dataset`` is the dataset where it is of a class of a script's own, and else one like it."""
+    lazy = LazyDataset(3 * comm.size)
+    part = scatter_dataset(lazy, comm, shuffle=shuffle, seed=1)
+    assert part._dataset is lazy if comm.rank == 0 else type(part._dataset) is LazyDataset
+    assert len(part._dataset) == 3 * comm.size
+    again = scatter_dataset(part, comm.split(comm.rank, 0), shuffle=shuffle, seed=1)
+    theirs = chainermn.scatter_dataset(
+        lazy if comm.rank == 0 else None,
+        chainermn.create_communicator("naive", comm.mpi_comm),
+        shuffle=shuffle,
+        seed=1,
+    )
+    assert list(part) == list(theirs)
+    assert sorted(again) == sorted(theirs)
+    for dataset in (Rows(range(2 * comm.size), "rows"), Columns(x=range(2 * comm.size))):
+        below = scatter_dataset(dataset, comm)._dataset
+        assert type(below) is type(dataset)
+        assert below.title == dataset.title
+        assert len(below) == 2
+        assert below[0] == dataset[2 * comm.rank]
+    changed = datasets.TransformDataset(lazy, str)
+    assert scatter_dataset(changed, comm, shuffle=shuffle)._dataset._transform is str
 
 
 def test_read_only_arrays_stay_read_only(comm):
@@ -139,8 +180,7 @@ def test_datasets_are_asked_for_ints(comm, shuffle):
     part = scatter_dataset(dataset, comm, shuffle=shuffle, seed=0)
     for index in (np.intp(1), np.int32(-1), 2):
         part[index]
-    below = part._dataset
-    assert (dataset if comm.size == 1 else below._common.value).index_types == {int}
+    assert part._dataset.index_types == {int}
     with pytest.raises(IndexError):
         part[len(part)]
     with pytest.raises(IndexError):
@@ -206,12 +246,26 @@ def test_duplicates_are_known_through_other_datasets(comm):
     assert known(backwards) == mine[::-1][:2]
 
 
-@pytest.mark.parametrize("empty", [None, [], np.zeros((0, 3)), datasets.TupleDataset([], [])])
-def test_nothing_to_scatter_raises_everywhere(comm, empty):
-    """No dataset, or an empty one, on the root raises the same error on every rank."""
+@pytest.mark.parametrize("empty", [[], np.zeros((0, 3)), datasets.TupleDataset([], [])])
+@pytest.mark.parametrize("force_equal_length", [True, False])
+def test_an_empty_dataset_is_nothing_for_each_rank(comm, empty, force_equal_length):
+    """All ranks get an empty part of an empty dataset, as with ChainerMN."""
+    for shuffle in (False, True):
+        part = scatter_dataset(
+            empty if comm.rank == 0 else None,
+            comm,
+            shuffle=shuffle,
+            force_equal_length=force_equal_length,
+        )
+        assert len(part) == 0
+        assert part[:] == []
+
+
+def test_no_dataset_to_scatter_raises_everywhere(comm):
+    """No dataset on the root raises the same error on every rank."""
     root = comm.size - 1
-    with pytest.raises(DataSizeError, match=r"dataset .*(None|empty)") as caught:
-        scatter_dataset(empty if comm.rank == root else [1, 2], comm, root=root)
+    with pytest.raises(DataSizeError, match=r"dataset .*None") as caught:
+        scatter_dataset(None if comm.rank == root else [1, 2], comm, root=root)
     assert len(set(comm.allgather_obj(str(caught.value)))) == 1
     assert isinstance(caught.value, RuntimeError)
 

@@ -12,7 +12,7 @@ from chainer_dist.communicators.agreement import agreed_rank, raise_together
 from chainer_dist.datasets.intervals import Part, split_evenly
 from chainer_dist.datasets.node_shared import scatter_parts
 from chainer_dist.datasets.scattered import ScatteredDataset
-from chainer_dist.datasets.take import take
+from chainer_dist.datasets.take import Selection, take
 
 if TYPE_CHECKING:
     from collections.abc import Sized
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 class DataSizeError(RuntimeError):
-    """There is no dataset to scatter, or it has no samples."""
+    """There is no dataset to scatter, or there are no samples to shard."""
 
 
 def scatter_dataset(  # noqa: PLR0917 - ChainerMN's positional parameters
@@ -56,12 +56,14 @@ def scatter_dataset(  # noqa: PLR0917 - ChainerMN's positional parameters
             :func:`~chainer_dist.create_multi_node_evaluator`, which counts no sample twice.
 
     Returns:
-        A :class:`chainer.datasets.SubDataset` of this rank's samples. With fewer samples than
-        ranks some ranks get duplicates, or without ``force_equal_length`` nothing. A single rank
-        gets the dataset itself in its SubDataset; nothing is copied.
+        A :class:`chainer.datasets.SubDataset` of this rank's samples. Its ``_dataset`` is the dataset
+        itself where that is of an unknown class, and otherwise one of its class with this rank's
+        samples. With fewer samples than
+        ranks some ranks get duplicates, or without ``force_equal_length`` nothing; of an empty one
+        all get nothing. A single rank gets the dataset itself in its SubDataset; nothing is copied.
 
     Raises:
-        DataSizeError: On every rank, if root's dataset is None or empty.
+        DataSizeError: On every rank, if root's dataset is None.
         ValueError: On every rank, if ``root`` is no rank or not the same on all ranks.
         OSError: On every rank, if a node has no room for its ranks' parts.
         Exception: On every rank, if the dataset cannot be pickled.
@@ -86,6 +88,9 @@ def scatter_dataset(  # noqa: PLR0917 - ChainerMN's positional parameters
         return _cut(dataset, order, parts[rank]), parts[rank].n_own
 
     own, n_own = scatter_parts(comm, root, make_part)
+    if isinstance(own, Selection):  # of a dataset that is there in full: scripts ask for it
+        whole = dataset if comm.rank == root else own.dataset
+        return ScatteredDataset(whole, 0, len(own), own.indices, n_own)
     return ScatteredDataset(own, 0, len(own), n_own=n_own)
 
 
@@ -183,10 +188,7 @@ def _count(n_total_samples: SupportsIndex) -> int:
 def _n_samples(dataset: Any) -> int:
     if dataset is None:
         raise DataSizeError("there is no dataset to scatter: it is None on the root")
-    n_samples = len(dataset)
-    if n_samples == 0:
-        raise DataSizeError("there is nothing to scatter: the dataset is empty")
-    return n_samples
+    return len(dataset)
 
 
 def _cut(dataset: Any, order: Any, part: Part) -> Any:

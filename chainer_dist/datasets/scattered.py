@@ -20,14 +20,15 @@ class ScatteredDataset(datasets.SubDataset):  # type: ignore[misc]  # Chainer ha
         dataset: Dataset that holds the part.
         start: First position of the part in it.
         finish: Position after the last.
-        order: Permutation of the dataset, or None.
+        order: Permutation of the dataset, or of a part of it, or None.
         n_own: How many leading samples are no other rank's; None stands for all.
     """
 
     def __init__(
         self, dataset: Any, start: int, finish: int, order: Any = None, n_own: int | None = None
     ) -> None:
-        super().__init__(dataset, start, finish, order)
+        super().__init__(dataset, start, finish)
+        self._order = order
         self._n_own = len(self) if n_own is None else n_own
 
     @property

@@ -27,14 +27,19 @@ class Selection(DatasetMixin):  # type: ignore[misc]  # Chainer has no types
 
     def __init__(self, common: Common, indices: np.ndarray[Any, np.dtype[np.int64]]) -> None:
         self._common = common
-        self._indices = indices
+        self.indices = indices
+
+    @property
+    def dataset(self) -> Any:
+        """The whole dataset."""
+        return self._common.value
 
     def __len__(self) -> int:
-        return len(self._indices)
+        return len(self.indices)
 
     def get_example(self, i: int) -> Any:
         """Return sample ``i``, loaded by the dataset at this moment."""
-        return self._common.value[int(self._indices[i])]
+        return self.dataset[int(self.indices[i])]
 
 
 @functools.singledispatch
@@ -70,7 +75,7 @@ def take(dataset: Any, indices: Any) -> Any:
 
 @take.register(Selection)
 def _(dataset: Selection, indices: Any) -> Any:
-    return Selection(dataset._common, dataset._indices[_checked(indices, dataset)])
+    return Selection(dataset._common, dataset.indices[_checked(indices, dataset)])
 
 
 @take.register(np.ndarray)
@@ -102,7 +107,8 @@ def _(dataset: datasets.TupleDataset, indices: Any) -> Any:
     indices = _checked(indices, dataset)
     if not _inherits_indexing(dataset, datasets.TupleDataset):
         return Selection(Common(dataset), indices)
-    return datasets.TupleDataset(*(take(column, indices) for column in dataset._datasets))
+    columns = tuple(take(column, indices) for column in dataset._datasets)
+    return _copied(dataset, _datasets=columns, _length=len(indices))
 
 
 @take.register(datasets.DictDataset)
@@ -111,7 +117,7 @@ def _(dataset: datasets.DictDataset, indices: Any) -> Any:
     if not _inherits_indexing(dataset, datasets.DictDataset):
         return Selection(Common(dataset), indices)
     columns = {key: take(column, indices) for key, column in dataset._datasets.items()}
-    return datasets.DictDataset(**columns)
+    return _copied(dataset, _datasets=columns, _length=len(indices))
 
 
 @take.register(datasets.SubDataset)
@@ -137,7 +143,7 @@ def _(dataset: datasets.TransformDataset, indices: Any) -> Any:
     indices = _checked(indices, dataset)
     if not _inherits_indexing(dataset, datasets.TransformDataset):
         return Selection(Common(dataset), indices)
-    return datasets.TransformDataset(take(dataset._dataset, indices), dataset._transform)
+    return _copied(dataset, _dataset=take(dataset._dataset, indices))
 
 
 @take.register(datasets.ConcatenatedDataset)
@@ -189,8 +195,13 @@ def _take_attribute(dataset: Any, indices: Any, cls: type, name: str) -> Any:
     indices = _checked(indices, dataset)
     if not _inherits_indexing(dataset, cls):
         return Selection(Common(dataset), indices)
+    return _copied(dataset, **{name: take(getattr(dataset, name), indices)})
+
+
+def _copied(dataset: Any, **attributes: Any) -> Any:
+    """Return a copy, of the same class, with some attributes replaced."""
     part = copy.copy(dataset)
-    setattr(part, name, take(getattr(dataset, name), indices))
+    vars(part).update(attributes)
     return part
 
 
