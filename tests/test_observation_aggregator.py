@@ -56,11 +56,14 @@ KINDS = {
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_values_of_any_kind_are_numbers(comm, kind):
-    """An aggregator gets plain numbers, in one list a rank; the observation is left alone."""
+    """An aggregator gets plain numbers, or Variables, in one list a rank; the observation is left alone."""
     value = KINDS[kind](comm.rank + 1.0)
     got = []
 
     def aggregate(everyone):
+        if kind == "variable":
+            assert {type(each) for row in everyone for each in row} == {chainer.Variable}
+            everyone = [[each.array.item() for each in row] for row in everyone]
         got.extend(everyone)
         return {"sum": sum(map(sum, everyone))}
 
@@ -78,6 +81,26 @@ def test_values_of_any_kind_are_numbers(comm, kind):
         assert {type(number) for row in got for number in row} <= {float, int}
     else:
         assert got == []
+
+
+@pytest.mark.parametrize("shape", [(), (2, 3)])
+def test_the_mean_of_variables_is_a_variable(comm, shape):
+    """Scripts for ChainerMN take ``.array`` of it; the graph that it came from is left behind."""
+    x = chainer.Parameter(np.full(shape, comm.rank, np.float32))
+    y = x * 2
+    aggregator = ObservationAggregator(comm, "x", "mean")
+    trainer = trainer_at(1, {"x": y})
+    aggregator(trainer)
+    mean = trainer.observation["mean"]
+    assert type(mean) is chainer.Variable
+    assert mean.dtype == np.float32
+    assert mean.creator is None
+    np.testing.assert_array_equal(mean.array, np.full(shape, comm.size - 1, np.float32))
+    assert trainer.observation["x"] is y
+    assert y.creator is not None
+    trainer = trainer_at(2, {"x": 1.0})
+    aggregator(trainer)
+    assert type(trainer.observation["mean"]) is float
 
 
 def test_arrays_and_weights(comm):

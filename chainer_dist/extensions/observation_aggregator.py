@@ -40,11 +40,12 @@ class ObservationAggregator(extension.Extension):  # type: ignore[misc]  # Chain
         comm_trigger: When to summarize: a trigger or a tuple, such as ``(1, "epoch")``.
         aggregator: Function from the values of all ranks to their summary, or to None for no
             summary; called on rank 0. It takes a list with one list of values for each rank. A
-            value is a number if it was a scalar of any kind, an array in a new
-            :class:`numpy.ndarray`, and else what it was. Summaries are sent, so they must be
-            picklable. None takes the mean of all values, in double precision: scalars, arrays of
-            one shape, and pairs of such a value and its weight. It is a float or an array; there
-            is none where no rank has a value.
+            value is a new Variable, without the graph, if it was one, a number if it was any other
+            scalar, an array in a new :class:`numpy.ndarray`, and else what it was. Summaries are
+            sent, so they must be picklable. None takes the mean of all values, in double precision:
+            scalars, arrays of one shape, and pairs of such a value and its weight. It is a float or
+            an array, or a Variable with that, in the dtype of the values, where Variables were
+            observed; there is none where no rank has a value.
 
     Raises:
         Exception: From calls, on every rank, what the aggregator raises.
@@ -67,7 +68,8 @@ class ObservationAggregator(extension.Extension):  # type: ignore[misc]  # Chain
         self.original_key = original_key
         self.aggregated_key = original_key if aggregated_key is None else aggregated_key
         self.comm_trigger = util.get_trigger(comm_trigger)
-        self.observation_history: list[Any] = []
+        self.observation_history: list[Any] = []  # numbers and arrays, which can be saved
+        self._dtype: Any = None  # of what was observed last, if that was a Variable
         self.aggregator = aggregator or _mean
 
     def compute_summary(self, trainer: chainer.training.Trainer) -> Any:
@@ -77,11 +79,15 @@ class ObservationAggregator(extension.Extension):  # type: ignore[misc]  # Chain
             The summary on every rank, or None.
         """
         if self.original_key in trainer.observation:
-            self.observation_history.append(plain_value(trainer.observation[self.original_key]))
+            value = trainer.observation[self.original_key]
+            self.observation_history.append(plain_value(value))
+            self._dtype = value.dtype if isinstance(value, variable.Variable) else None
         # Ranks whose epochs are not equally long would not summarize together.
         if not self.comm.bcast_obj(self.comm_trigger(trainer)):
             return None
         history, self.observation_history = self.observation_history, []
+        if self._dtype is not None:
+            history = [variable.Variable(np.asarray(each, self._dtype)) for each in history]
         error, summary = None, None
         try:
             everyone = self.comm.gather_obj(history)
@@ -169,12 +175,14 @@ def plain_value(value: Any) -> Any:
 
 def _mean(everyone: list[list[Any]]) -> Any:
     """Return the mean of all ranks' values, or None if there are none."""
-    pairs = [
-        value if isinstance(value, tuple) else (value, 1) for values in everyone for value in values
-    ]
+    every = [value for values in everyone for value in values]
+    pairs = [value if isinstance(value, tuple) else (plain_value(value), 1) for value in every]
     if not pairs:
         return None
     values = np.asarray([value for value, _ in pairs])
     wide = values.astype(np.result_type(values, np.float64))
     mean = np.average(wide, axis=0, weights=[weight for _, weight in pairs])
+    dtypes = [value.dtype for value in every if isinstance(value, variable.Variable)]
+    if dtypes:
+        return variable.Variable(np.asarray(mean, dtype=dtypes[0]))
     return mean.item() if np.ndim(mean) == 0 else mean
