@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from chainer import serializer as serializers
 from chainer.dataset import Iterator
+from chainer.iterators import MultithreadIterator
 
 from chainer_dist.communicators.agreement import agreed_rank, describe_error, raise_first
 
@@ -101,14 +102,14 @@ class _MultiNodeIterator(Iterator):  # type: ignore[misc]  # Chainer has no type
             )
 
     def _serialize_order(self, serializer: Any, order: Any) -> None:
-        # Chainer's iterators save it under either name, and all of them find "_order".
-        if isinstance(serializer, serializers.Deserializer):
-            if order is None:
-                return
-            with contextlib.suppress(KeyError):
+        # Chainer's iterators save it under either name.
+        if not isinstance(serializer, serializers.Deserializer):
+            serializer(self._known["order_name"], order)
+        elif order is not None:
+            try:
                 serializer("order", order)
-                return
-        serializer("_order", order)
+            except KeyError:
+                serializer("_order", order)
 
     def _share(self, act: Callable[[], Any]) -> Any:
         """Return on every rank what ``act`` returns, or raise what it raises, on the master."""
@@ -141,6 +142,7 @@ class _MultiNodeIterator(Iterator):  # type: ignore[misc]  # Chainer has no type
         state["epoch_size"] = _epoch_size(actual)
         if hasattr(getattr(actual, "_state", None), "order"):
             order = actual._state.order
+            state["order_name"] = "_order" if isinstance(actual, MultithreadIterator) else "order"
             # A sampler may write the next order to the same array.
             if order is not self._sent_order or actual.is_new_epoch:
                 state["order"] = order
@@ -152,6 +154,8 @@ class _MultiNodeIterator(Iterator):  # type: ignore[misc]  # Chainer has no type
             return getattr(own["actual_iterator"], name)
         if name in _ATTRIBUTES and name in own.get("_known", ()):
             return own["_known"][name]
+        if name == "_order" and "order" in own.get("_known", ()):  # as ChainerMN calls it
+            return own["_known"]["order"]
         raise AttributeError(
             f"{name} (rank {own['rank_master']} has the actual iterator)"
             if "rank_master" in own
