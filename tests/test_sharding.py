@@ -131,6 +131,76 @@ def test_known_hooks(comm, add, rtol, mean_grad):
             np.testing.assert_allclose(param.grad, expected.grad, rtol=rtol or 1e-7, atol=1e-7)
 
 
+class Decay(hooks.WeightDecay):
+    """A hook of Chainer's under another name, with an attribute of its own."""
+
+    name = "Decay"
+    author = "somebody"
+
+
+class DecayOfWeights(hooks.WeightDecay):
+    """A hook of a program's own that says that it acts elementwise: biases are left out."""
+
+    name = "DecayOfWeights"
+    is_elementwise = True
+
+    def __call__(self, rule, param):
+        """Add to the gradient what depends on the rule, too."""
+        if param.name == "W":
+            param.grad += self.rate * rule.hyperparam.lr * (rule.t + 1) * param.array
+
+
+def clip_softly(_, param):
+    """A function can say so as well."""
+    np.tanh(param.grad, out=param.grad)
+
+
+clip_softly.name = "clip_softly"
+clip_softly.call_for_each_param = True
+clip_softly.is_elementwise = True
+
+
+def hooks_by_their_old_names():
+    """Return hooks of the names that Chainer had up to version 3."""
+    with pytest.warns(DeprecationWarning, match="deprecated from v4"):
+        return [
+            chainer.optimizer.WeightDecay(0.1),
+            chainer.optimizer.GradientClipping(0.3),
+            chainer.optimizer.Lasso(0.01),
+            chainer.optimizer.GradientHardClipping(-0.1, 0.1),
+        ]
+
+
+@pytest.mark.parametrize(
+    ("make", "rtol"),
+    [
+        (hooks_by_their_old_names, 1e-5),
+        (lambda: [Decay(0.1), clip_softly], 0),
+        (lambda: [DecayOfWeights(0.1)], 0),
+    ],
+)
+def test_hooks_that_act_elementwise(comm, make, rtol):
+    """Hooks known by another name, derived from known ones, or that say so, keep the update sharded."""
+    add = make()
+    one = train(prepared(comm, "MomentumSGD", add))
+    other = train(prepared(comm, "MomentumSGD", add, sharded_update=False))
+    assert one.sharded
+    assert_same(one, other, rtol)
+
+
+def test_elementwise_hooks_of_one_parameter(comm):
+    """Rules can have them, too."""
+    trained = []
+    for sharded in (None, False):
+        optimizer = prepared(comm, "MomentumSGD", sharded_update=sharded)
+        rule = next(optimizer.target.params()).update_rule
+        rule.add_hook(DecayOfWeights(0.1))
+        rule.add_hook(clip_softly)
+        trained.append(train(optimizer))
+    assert trained[0].sharded
+    assert_same(*trained)
+
+
 def test_hooks_of_one_parameter(comm):
     """Rules have hooks, hyperparameters and a switch of their own."""
     trained = []
@@ -292,6 +362,28 @@ def with_own_rule(optimizer):
         param.update_rule = NormedRule(optimizer.hyperparam)
 
 
+def with_whole_hook(optimizer):
+    """Add a hook that says that it acts elementwise, and is called with the optimizer."""
+
+    def halve_all(whole):
+        for param in whole.target.params():
+            param.grad /= 2
+
+    halve_all.is_elementwise = True
+    optimizer.add_hook(halve_all)
+
+
+class NormedDecay(hooks.WeightDecay):
+    """A hook derived from a known one that looks at the whole parameter."""
+
+    name = "NormedDecay"
+
+    def __call__(self, rule, param):
+        """Decay by the norm."""
+        super().__call__(rule, param)
+        param.grad *= np.linalg.norm(param.array)
+
+
 def with_rule_hook(optimizer):
     """Give one parameter a hook of the user's."""
     rule = next(optimizer.target.params()).update_rule
@@ -330,6 +422,8 @@ OBSTACLES = {
     "GradientNoise": ("SGD", [hooks.GradientNoise(0.01)], None),
     "GradientLARS": ("SGD", [hooks.GradientLARS()], None),
     "MSVAG": ("MSVAG", [], None),
+    "NormedDecay": ("SGD", [NormedDecay(0.1)], None),
+    "halve_all": ("SGD", [], with_whole_hook),
     "runs after": ("SGD", [], with_post_hook),
     "NormedRule": ("SGD", [], with_own_rule),
     "look": ("SGD", [], with_rule_hook),
@@ -363,6 +457,15 @@ def test_what_cannot_be_sharded_is_not(comm, reason, caplog):
         change(strict)
     with pytest.raises(ValueError, match=reason):
         train(strict)
+
+
+def test_debug_mode(comm):
+    """All averages are looked at then, which takes all of them on each rank; later they are not."""
+    optimizer = prepared(comm)
+    with chainer.using_config("debug", True):
+        assert train(optimizer).sharded is False
+    assert train(optimizer, start=3).sharded is True
+    assert_same(optimizer, train(prepared(comm, sharded_update=False), 6))
 
 
 def test_half_precision_updated_in_single(comm):

@@ -38,7 +38,7 @@ class Chunk:
         self._shape = () if whole.array.ndim == 0 else (-1,)
         self._state = {key: value.reshape(self._shape) for key, value in state.items()}
         self._rule = copy.copy(whole.update_rule)
-        self.param = chainer.Parameter()
+        self.param = chainer.Parameter(name=whole.name)  # hooks leave out biases by it
 
     def bind(self, array: Array) -> None:
         """Make this a part of ``array``, which is in C order."""
@@ -75,7 +75,7 @@ class Chunk:
         """Call hooks of the optimizer that work on one parameter at a time."""
         self.param._loss_scale = self._whole._loss_scale
         for hook in hooks:
-            hook(self._rule, self.param)
+            hook(self._whole.update_rule, self.param)
 
     def update(self) -> None:
         """Update this part as the whole parameter's rule would."""

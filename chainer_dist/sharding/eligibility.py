@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
     from chainer_dist.exchange import ParameterSet
 
-__all__ = ["Signature", "elementwise_hooks", "obstacle", "obstacle_in_arrays"]
+__all__ = ["Signature", "is_elementwise", "obstacle", "obstacle_in_arrays"]
 
 # Chainer's rules that compute each element from that element's gradient and state alone, and keep
 # nothing but `t` outside of their state.
@@ -68,14 +68,25 @@ def _obstacle_in_optimizer(optimizer: chainer.Optimizer) -> str | None:
             return f"{kind.__name__} has its own {name}()"
     if optimizer._loss_scaling_is_dynamic:
         return "dynamic loss scaling looks at all gradients before the update"
-    hookable = optimizer._hookable
+    if chainer.is_debug():
+        return "Chainer's debug mode looks at all averages before the update"
+    return _obstacle_in_hooks(optimizer._hookable) or _obstacle_in_target(optimizer.target)
+
+
+def _obstacle_in_hooks(hookable: Any) -> str | None:
+    import chainer
+
     if hookable._post_update_hooks:
         return f"the hook {next(iter(hookable._post_update_hooks))} runs after the update"
-    known = (*elementwise_hooks(), chainer.optimizer_hooks.GradientClipping)
     for name, hook in hookable._pre_update_hooks.items():
-        if type(hook) not in known:
+        known = is_elementwise(hook) and getattr(hook, "call_for_each_param", False)
+        if not (known or _behaves_as(hook, chainer.optimizer_hooks.GradientClipping)):
             return f"the hook {name} may look at whole parameters"
-    params = list(optimizer.target.params())
+    return None
+
+
+def _obstacle_in_target(target: chainer.Link) -> str | None:
+    params = list(target.params())
     if len(params) != len({id(param) for param in params}):
         return "a parameter is registered twice, and so updated twice"
     return None
@@ -124,7 +135,7 @@ def _obstacle_in_rule_hooks(name: str, rule: chainer.UpdateRule) -> str | None:
     for hook_name in hookable._post_update_hooks:
         return f"the hook {hook_name} runs after the update of {name}"
     for hook_name, hook in hookable._pre_update_hooks.items():
-        if type(hook) not in elementwise_hooks():
+        if not is_elementwise(hook):
             return f"the hook {hook_name} of {name} may look at the whole parameter"
     return None
 
@@ -138,14 +149,29 @@ def _obstacle_in_state(name: str, param: chainer.Parameter) -> str | None:
     return None
 
 
-def elementwise_hooks() -> tuple[type, ...]:
-    """Return the hooks that change each gradient by that element and its parameter alone."""
+def is_elementwise(hook: Any) -> bool:
+    """Tell whether a hook changes each element of a gradient by that and its parameter's element alone. Local.
+
+    Chainer's hooks that do so are known, by any of their names, and what is derived from them and
+    behaves alike. Any other hook can say so of itself, by a true attribute ``is_elementwise``.
+    """
     from chainer import optimizer_hooks
 
-    return (
+    if getattr(hook, "is_elementwise", False):
+        return True
+    known = (
         optimizer_hooks.GradientHardClipping,
         optimizer_hooks.Lasso,
         optimizer_hooks.WeightDecay,
+    )
+    return any(_behaves_as(hook, kind) for kind in known)
+
+
+def _behaves_as(hook: Any, kind: type) -> bool:
+    """Tell whether a hook is called as those of a class of Chainer's are, and does the same. Local."""
+    return isinstance(hook, kind) and all(
+        getattr(type(hook), name, None) is getattr(kind, name, None)
+        for name in ("__call__", "__getattribute__", "call_for_each_param")
     )
 
 
@@ -153,6 +179,8 @@ class Signature:
     """What the choice between a sharded and a replicated update rests on, cheap to compare. Local."""
 
     def __init__(self, optimizer: chainer.Optimizer, parameters: ParameterSet) -> None:
+        import chainer
+
         rules = [param.update_rule for param in parameters.params]
         actual = [rule for rule in rules if rule is not None]
         hookables = [optimizer._hookable, *(rule._hookable for rule in actual)]
@@ -165,6 +193,7 @@ class Signature:
             [rule.enabled for rule in actual],
             [rule._use_fp32_update for rule in actual],
             optimizer._loss_scaling_is_dynamic,
+            chainer.is_debug(),
             [name for name in _METHODS if name in vars(optimizer)],
         )
 

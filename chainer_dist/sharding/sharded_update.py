@@ -25,7 +25,7 @@ from chainer_dist.communicators.node_memory import read_only, share_memory
 from chainer_dist.communicators.operation import EXCHANGE, Kind, Operation
 from chainer_dist.exchange import same
 from chainer_dist.sharding.chunk import Chunk, state_keys
-from chainer_dist.sharding.eligibility import elementwise_hooks, obstacle_in_arrays
+from chainer_dist.sharding.eligibility import is_elementwise, obstacle_in_arrays
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Container, Iterable, Iterator, Sequence
@@ -104,7 +104,7 @@ class ShardedUpdate:
         self._arrays = found
         hooks = optimizer._hookable._pre_update_hooks.values()
         # Where the norm of all gradients is wanted, or they come before the update, they are read twice.
-        clips = not {type(hook) for hook in hooks} <= {*elementwise_hooks()}
+        clips = not all(map(is_elementwise, hooks))
         stored = mean_grad or clips or order is not None
         # Nobody wants to know the mean of these.
         self._unwanted = frozenset(
@@ -313,7 +313,7 @@ class ShardedUpdate:
         stages: list[list[Any]] = [[]]
         clips: list[Any] = []
         for hook in self._optimizer._hookable._pre_update_hooks.values():
-            if type(hook) in elementwise_hooks():
+            if is_elementwise(hook):
                 stages[-1].append(hook)
             else:
                 clips.append(hook)
