@@ -11,12 +11,14 @@ One training step is four files, in the order in which it runs through them:
 :mod:`~chainer_dist.communicators.agreement` (how they find out), and a communicator such as
 :mod:`~chainer_dist.communicators.flat` (how the mean is computed).
 
-``import chainer_dist as chainermn`` serves scripts written for ChainerMN.
+``import chainer_dist as chainermn`` serves scripts written for ChainerMN; :mod:`chainer_dist.chainermn`
+is for those that cannot be changed.
 """
 
 from chainer_dist import _compat  # isort: skip  # noqa: F401 - repairs Chainer before its first import
 
 from chainer_dist import (
+    chainermn,
     checkpoints,
     communicators,
     compression,
@@ -34,6 +36,7 @@ from chainer_dist import (
     watch,
 )
 from chainer_dist._version import __version__
+from chainer_dist.chainermn import replace_chainermn
 from chainer_dist.checkpoints import Checkpoint
 from chainer_dist.communicators import CommunicatorBase, create_communicator
 from chainer_dist.datasets import (
@@ -63,6 +66,7 @@ __all__ = [
     "MultiNodeChainList",
     "RankMismatchError",
     "__version__",
+    "chainermn",
     "checkpoints",
     "communicators",
     "compression",
@@ -85,6 +89,7 @@ __all__ = [
     "parallel",
     "pmap",
     "predict",
+    "replace_chainermn",
     "scatter_dataset",
     "scatter_index",
     "updaters",

@@ -228,10 +228,15 @@ def _numpy_version() -> tuple[int, int]:
     return int(major), int(minor)
 
 
+def _is_startup_finder(finder: Any) -> bool:
+    own = getattr(finder, "__module__", "") == _STARTUP
+    return own and getattr(finder, "__name__", "") == "ChainerFinder"
+
+
 def install() -> None:
     """Act on what is imported already, and wait for what is not. Idempotent."""
     # The finder of chainer_dist.pth, if it is there, has nothing left to wait for.
-    sys.meta_path[:] = [it for it in sys.meta_path if getattr(it, "__module__", "") != _STARTUP]
+    sys.meta_path[:] = [it for it in sys.meta_path if not _is_startup_finder(it)]
     waiting = {it.name for it in sys.meta_path if isinstance(it, ImportHook)}
     if "chainer" in sys.modules:
         restore_numpy_names()

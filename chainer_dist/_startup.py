@@ -1,9 +1,13 @@
 """Waits for the first import of Chainer in any interpreter, so that it is repaired without being asked.
 
+With ``CHAINER_DIST_AS_CHAINERMN=1`` in the environment it waits for that of ChainerMN, too, in whose place
+the package is imported; see ``chainer_dist.chainermn``.
+
 This source is the content of ``chainer_dist.pth``, which ``setup.py`` writes into the wheel and which
 Python runs at every start. So it is short, and imports nothing before somebody imports ``chainer``.
 """
 
+import os
 import sys
 
 TYPE_CHECKING = False  # typing would be one more import
@@ -39,4 +43,21 @@ class ChainerFinder:
         return util.find_spec(name)
 
 
+class ChainerMNFinder:
+    """A meta-path finder that hands the first search for ``chainermn`` over to ``chainer_dist``."""
+
+    @classmethod
+    def find_spec(cls, name: str, *_: object) -> "ModuleSpec | None":
+        """Import the package, which puts a finder of its own in front, and search again."""
+        if name != "chainermn":
+            return None
+        sys.meta_path.remove(cls)
+        from importlib import import_module, util
+
+        import_module("chainer_dist")
+        return util.find_spec(name)
+
+
 sys.meta_path.insert(0, ChainerFinder)
+if os.environ.get("CHAINER_DIST_AS_CHAINERMN", "0") not in ("0", ""):
+    sys.meta_path.insert(0, ChainerMNFinder)

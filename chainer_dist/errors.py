@@ -26,11 +26,12 @@ class RankMismatchError(ValueError):
 
 
 class NonFiniteGradientError(ValueError):
-    """A gradient has NaN or infinity on some rank, before it is averaged.
+    """A gradient has NaN or infinity on some rank before it is averaged, or after that.
 
     Raised in checked mode (``CHAINER_DIST_CHECKED=1``) on every rank with the same text, which names
     the lowest rank that has one, the parameter, and how many values are affected. An average would
-    spread them to all ranks.
+    spread them to all ranks. In Chainer's debug mode (``chainer.set_debug``) averages are looked at,
+    which a sum that is too large makes infinite.
     """
 
 

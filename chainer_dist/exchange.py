@@ -12,6 +12,7 @@ import operator
 import weakref
 from typing import TYPE_CHECKING, Any, Optional
 
+import chainer
 import numpy as np
 
 from chainer_dist.communicators import _reduction
@@ -22,8 +23,6 @@ from chainer_dist.errors import NonFiniteGradientError
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-    import chainer
-
     from chainer_dist.communicators import CommunicatorBase
     from chainer_dist.communicators.arrays import Array
     from chainer_dist.compression import Compression
@@ -32,6 +31,7 @@ __all__ = [
     "ParameterSet",
     "bcast_data",
     "check_finite",
+    "check_means",
     "check_same_grads",
     "mean_agreed_grad",
     "mean_grad",
@@ -93,6 +93,9 @@ _layouts: dict[int, tuple[weakref.ref[chainer.Link], _Layout]] = {}
 
 
 def _layout(model: chainer.Link) -> _Layout:
+    if not isinstance(model, chainer.Link):  # anything that lists its parameters will do
+        walked = [param for _, param in model.namedparams()]
+        return _Layout(model, walked, [param.array for param in walked])
     walked = list(model.params())
     arrays = [param._data[0] for param in walked]  # what the property array returns, faster
     key = id(model)
@@ -184,7 +187,8 @@ def mean_grad(comm: CommunicatorBase, model: chainer.Link, *, zero_fill: bool = 
 
     Args:
         comm: Over whose ranks the mean is taken.
-        model: Its gradients are replaced. Names, shapes and dtypes are the same on every rank.
+        model: Its gradients are replaced; a link, or anything else with ``namedparams()``. Names,
+            shapes and dtypes are the same on every rank.
         zero_fill: What to do about a gradient that is None. If True it counts as zero where other
             ranks have one, and becomes an array of zeros in any case; if False it stays None,
             and must be None on every rank.
@@ -193,7 +197,8 @@ def mean_grad(comm: CommunicatorBase, model: chainer.Link, *, zero_fill: bool = 
         RankMismatchError: On every rank, naming the rank and the parameter, if parameters differ
             or (without ``zero_fill``) some ranks have a gradient that others do not have.
         TypeError: If a parameter is not a NumPy array.
-        NonFiniteGradientError: See :func:`check_finite`.
+        NonFiniteGradientError: See :func:`check_finite` and, in Chainer's debug mode,
+            :func:`check_means`.
     """
     parameters = ParameterSet(model)
     same_structure, same_grads = agree(comm, *parameters.digests)
@@ -243,6 +248,7 @@ def mean_agreed_grad(
         compression.mean(comm, by_name())
     else:
         comm.mean_arrays(grads)
+    check_means(parameters)
     if same_grads and zero_fill:
         parameters.fill_zeros()
 
@@ -279,6 +285,24 @@ def check_finite(comm: CommunicatorBase, parameters: ParameterSet, *, look: bool
     raise_together(comm, error)
 
 
+def check_means(parameters: ParameterSet) -> None:
+    """Raise if an averaged gradient has NaN or infinity, in Chainer's debug mode. Local.
+
+    All ranks have the same averages, so those in debug mode, as a rule all of them, raise the same.
+
+    Raises:
+        NonFiniteGradientError: Names the parameter.
+    """
+    if not chainer.is_debug():
+        return
+    for name, param in zip(parameters.names, parameters.params):
+        if param.grad is not None and not np.isfinite(param.grad).all():
+            raise NonFiniteGradientError(
+                f"Parameters diverged after allreduce: the mean of the gradients of {name} over the "
+                "ranks has NaN or infinity (chainer.set_debug looks for that)"
+            )
+
+
 @collective()
 def bcast_data(comm: CommunicatorBase, model: chainer.Link) -> None:
     """Make the parameters of all ranks equal to rank 0's, in place. Collective.
@@ -288,8 +312,9 @@ def bcast_data(comm: CommunicatorBase, model: chainer.Link) -> None:
 
     Args:
         comm: Whose ranks become equal.
-        model: Its parameters change; names, and shapes and dtypes where initialized, are the
-            same on every rank. Persistent values are left alone.
+        model: Its parameters change; a link, or anything else with ``namedparams()``. Names, and
+            shapes and dtypes where initialized, are the same on every rank. Persistent values are
+            left alone.
 
     Raises:
         RankMismatchError: On every rank, naming the rank and the parameter, if they differ.
@@ -349,7 +374,7 @@ def _bcast_param(comm: CommunicatorBase, param: chainer.Parameter, root: int) ->
 
 
 def _fp32_copy(param: chainer.Parameter) -> Any:
-    return getattr(param.update_rule, "_fp32_param", None)
+    return getattr(getattr(param, "update_rule", None), "_fp32_param", None)
 
 
 def private_grads(parameters: ParameterSet) -> list[Array]:
@@ -362,11 +387,14 @@ def private_grads(parameters: ParameterSet) -> list[Array]:
     owners = [id(grad if grad.base is None else grad.base) for grad in grads]
     if len({*owners}) == len(owners) and all(grad.flags.writeable for grad in grads):
         return grads
-    met: set[int] = set()
+    ends: dict[int, float] = {}  # where the arrays so far in the memory of each owner end
     having = [param for param, has in zip(parameters.params, parameters.has_grad) if has]
-    for index, (param, owner) in enumerate(zip(having, owners)):
-        if owner in met or not grads[index].flags.writeable:
-            param.grad = grads[index] = grads[index].copy()
-        met.add(owner)
+    for index in sorted(range(len(grads)), key=lambda index: grads[index].ctypes.data):
+        grad, owner = grads[index], owners[index]
+        begin, is_dense = grad.ctypes.data, grad.flags.forc
+        if not grad.flags.writeable or (owner in ends and not (is_dense and begin >= ends[owner])):
+            having[index].grad = grads[index] = grad.copy()
+        else:
+            ends[owner] = begin + grad.nbytes if is_dense else np.inf
     parameters.look_at_grads()
     return grads

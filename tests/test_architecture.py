@@ -36,6 +36,7 @@ LAYERS = [
     ["sharding", "links"],
     ["optimizers", "datasets", "iterators", "extensions"],
     ["updaters", "checkpoints", "parallel"],
+    ["chainermn"],
     ["launch", "scaling", "__main__"],
 ]
 # ChainerMN has these two as methods of the communicator; they call the exchange when called.

@@ -19,6 +19,9 @@ from chainer_dist.communicators.operation import collective, point_to_point
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
+# Bytes up to which arrays are copied into one message; larger ones are sent from where they lie.
+SMALL = 64 << 10
+
 Array = np.ndarray[Any, np.dtype[Any]]
 ArrayOrTuple = Union[Array, tuple[Array, ...]]
 
@@ -44,7 +47,7 @@ class ArrayCommunicator(ObjectCommunicator):
             TypeError: If that is not what ``data`` is; the receiver then raises as well.
         """
         message, error = self._attempt(lambda: _checked_arrays(data, "send"))
-        self._pkl5.send(message, dest=dest, tag=tag)
+        self._post(message, dest, tag, limit=SMALL).wait()
         self._raise_failure(message, error)
 
     @point_to_point

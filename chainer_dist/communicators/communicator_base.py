@@ -6,13 +6,16 @@ import abc
 import warnings
 from typing import TYPE_CHECKING, Any
 
+import chainer
+import numpy as np
+
+from chainer_dist.communicators.agreement import agree, digest, raise_mismatch
 from chainer_dist.communicators.arrays import Array, ArrayCommunicator
 from chainer_dist.communicators.operation import collective
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    import chainer
     from typing_extensions import Self
 
 
@@ -39,6 +42,21 @@ class CommunicatorBase(ArrayCommunicator, abc.ABC):
                 same order on every rank (which the caller has made sure of). Two of them may be
                 one and the same object. float16 is summed in float32.
         """
+
+    @property
+    def has_own_mean(self) -> bool:
+        """Whether gradients are averaged by a ``multi_node_mean_grad`` that a program has written."""
+        own = "multi_node_mean_grad" in vars(self)
+        return own or type(self).multi_node_mean_grad is not CommunicatorBase.multi_node_mean_grad
+
+    @property
+    def batched_copy(self) -> bool:
+        """The configuration value of this name, as with ChainerMN; packing is always batched."""
+        return bool(self.get_config("batched_copy"))
+
+    @batched_copy.setter
+    def batched_copy(self, value: bool) -> None:
+        self.set_config("batched_copy", value)
 
     def background(self) -> Self:
         """Return a communicator over the same ranks for a thread beside the main one. Collective."""
@@ -79,3 +97,30 @@ class CommunicatorBase(ArrayCommunicator, abc.ABC):
             stacklevel=2,
         )
         self.multi_node_mean_grad(model, zero_fill)
+
+    # What follows are private methods of ChainerMN's that programs call from links, extensions and
+    # communicators of their own.
+
+    def _multi_node_mean(self, sendbuf: Array | None, recvbuf: Array) -> None:
+        """Write the mean of the ranks' ``sendbuf`` to ``recvbuf``; None stands for ``recvbuf``. Collective."""
+        if chainer.is_debug():
+            self._check_ready_to_allreduce(sendbuf, recvbuf)
+        if sendbuf is not None:
+            np.copyto(recvbuf, sendbuf)
+        self.mean_arrays([recvbuf])
+        if chainer.is_debug():
+            self._ensure_all_finite(recvbuf)
+
+    def _check_ready_to_allreduce(self, array_a: Array | None, array_b: Array) -> None:
+        """Raise RankMismatchError on every rank if shapes or dtypes differ. Collective."""
+        described = [
+            (name, "None" if array is None else f"{array.shape} {array.dtype}")
+            for name, array in (("what is sent", array_a), ("what is received", array_b))
+        ]
+        if not all(agree(self, digest(described))):
+            raise_mismatch(self, described)
+
+    def _ensure_all_finite(self, array: Array) -> None:
+        """Raise ValueError if an array has NaN or infinity. Local."""
+        if not np.isfinite(array).all():
+            raise ValueError("Parameters diverged after allreduce.")

@@ -122,8 +122,12 @@ class Group:
         part = self.mpi_comm.Split(color, key)
         if part == MPI.COMM_NULL:
             return None
-        child = type(self).__new__(type(self))
-        child._adopt(cast("MPI.Intracomm", part))
+        if type(self).__init__ is Group.__init__:
+            child = type(self).__new__(type(self))
+            child._adopt(cast("MPI.Intracomm", part))
+        else:  # a program's own class, which may set more there; ChainerMN calls it like this
+            child = type(self)(mpi_comm=cast("MPI.Intracomm", part))
+            part.Free()
         child._configs.update(self._configs)
         return child
 

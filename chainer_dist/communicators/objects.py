@@ -3,6 +3,9 @@
 mpi4py's pkl5 does the transport: pickle protocol 5, with large buffers sent as they lie in
 memory, and any size beyond 2 GiB. What is added here is that an object which cannot be pickled, or
 unpickled on some rank, raises on all ranks, instead of leaving some of them waiting.
+
+Messages between two ranks begin in the way of mpi4py's ``send``. An object that fits one message is all
+of it, so that mpi4py's ``send`` and ``recv`` on the same communicator understand those here.
 """
 
 from __future__ import annotations
@@ -28,11 +31,39 @@ if TYPE_CHECKING:
     from mpi4py.util import pkl5
 
 
+# Bytes of an object that are sent as one message; MPI counts up to 2 ** 31 - 1 of them.
+_ONE_MESSAGE = 1 << 30
+
+
 class _Pickled(NamedTuple):
     """An object on its way: its pickle, and the large buffers that were left out of it."""
 
     data: pickle.PickleBuffer
     buffers: list[pickle.PickleBuffer]
+    number: int | None = None  # of the gradient that is to come back for it
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes in all."""
+        return sum(each.raw().nbytes for each in (self.data, *self.buffers))
+
+
+class _Inline:
+    """A pickled object, with its buffers, that is unpickled to the object itself."""
+
+    def __init__(self, message: _Pickled) -> None:
+        self._message = message
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _load, (self._message.data, *self._message.buffers)
+
+
+class _Announcement:
+    """Tells that an object follows, as pkl5 sends it."""
+
+
+def _load(data: Any, *buffers: Any) -> Any:
+    return pickle.loads(data, buffers=buffers)
 
 
 class _Failed(NamedTuple):
@@ -49,6 +80,8 @@ class ObjectCommunicator(Group):
     def send_obj(self, obj: Any, dest: int, tag: int = 0) -> None:
         """Send an object to rank ``dest``, which must call :meth:`recv_obj`.
 
+        Up to 1 GiB can as well be received by ``mpi_comm.recv``.
+
         Args:
             obj: Any picklable object, of any size.
             dest: Receiving rank.
@@ -58,7 +91,7 @@ class ObjectCommunicator(Group):
             Exception: If the object cannot be pickled; the receiver then raises as well.
         """
         message, error = self._attempt(lambda: obj)
-        self._pkl5.send(message, dest=dest, tag=tag)
+        self._post(message, dest, tag).wait()
         self._raise_failure(message, error)
 
     def isend_obj(self, obj: Any, dest: int, tag: int = 0) -> pkl5.Request:
@@ -77,7 +110,7 @@ class ObjectCommunicator(Group):
             Exception: If the object cannot be pickled; the receiver then raises as well.
         """
         message, error = self._attempt(lambda: obj)
-        request = self._pkl5.isend(message, dest=dest, tag=tag)
+        request = self._post(message, dest, tag)
         if error is not None:
             request.wait()
         self._raise_failure(message, error)
@@ -89,6 +122,8 @@ class ObjectCommunicator(Group):
     ) -> Any:
         """Receive an object that rank ``source`` sent with :meth:`send_obj` or :meth:`isend_obj`.
 
+        Or with ``mpi_comm.send`` or ``mpi_comm.isend``.
+
         Args:
             source: Sending rank, or ``MPI.ANY_SOURCE``.
             status: Filled with source and tag where given.
@@ -98,10 +133,7 @@ class ObjectCommunicator(Group):
             Exception: If the sender could not pickle its object, with its error; or if the object
                 cannot be unpickled here, of which the sender learns nothing.
         """
-        from mpi4py import MPI
-
-        tag = MPI.ANY_TAG if tag is None else tag
-        return self._opened(self._pkl5.recv(source=source, tag=tag, status=status))
+        return self._receive(source, tag, status)[0]
 
     @collective("root")
     def bcast_obj(self, obj: Any, max_buf_len: int = 256 * 1024 * 1024, root: int = 0) -> Any:
@@ -204,6 +236,37 @@ class ObjectCommunicator(Group):
         from mpi4py.util import pkl5
 
         return pkl5.Intracomm(self.mpi_comm)
+
+    def _post(
+        self, message: _Pickled | _Failed, dest: int, tag: int, limit: int = _ONE_MESSAGE
+    ) -> pkl5.Request:
+        """Begin to send what :meth:`_attempt` made; up to ``limit`` bytes in one message. Local."""
+        from mpi4py import MPI
+        from mpi4py.util import pkl5
+
+        if isinstance(message, _Pickled) and message.nbytes > limit:
+            first = self.mpi_comm.isend(_Announcement(), dest=dest, tag=tag)
+            return pkl5.Request([first, *self._pkl5.isend(message, dest=dest, tag=tag)])
+        data: Any = message
+        if isinstance(message, _Pickled) and message.number is None:
+            data = _Inline(message)
+        packed = pickle.dumps(data, protocol=5)
+        return pkl5.Request([self.mpi_comm.Isend([packed, MPI.BYTE], dest=dest, tag=tag)])
+
+    def _receive(
+        self, source: int, tag: int | None, status: MPI.Status | None = None
+    ) -> tuple[Any, int | None]:
+        """Return an object that another rank has sent, and the number of its gradient or None."""
+        from mpi4py import MPI
+
+        status = MPI.Status() if status is None else status
+        tag = MPI.ANY_TAG if tag is None else tag
+        message = self.mpi_comm.recv(source=source, tag=tag, status=status)
+        if isinstance(message, _Announcement):
+            message = self._pkl5.recv(source=status.Get_source(), tag=status.Get_tag())
+        if isinstance(message, (_Pickled, _Failed)):
+            return self._opened(message), getattr(message, "number", None)
+        return message, None
 
     # The five below are shared with arrays: `make` returns the object, or raises what is wrong
     # with it, and all ranks are told.

@@ -20,10 +20,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from chainer_dist.communicators.agreement import describe_error, raise_first
+from chainer_dist.communicators.arrays import SMALL
 from chainer_dist.communicators.operation import point_to_point
 
 if TYPE_CHECKING:
-    import pickle
     from collections.abc import Callable, Sequence
 
     from chainer_dist.communicators import CommunicatorBase
@@ -35,14 +35,6 @@ ROOM = 1 << 30
 _PATIENCE = 60.0
 
 _numbers = itertools.count()
-
-
-class _Numbered(NamedTuple):
-    """A pickled message as communicators send it, with the number of its gradient, if it wants one."""
-
-    data: pickle.PickleBuffer
-    buffers: list[pickle.PickleBuffer]
-    number: int | None
 
 
 class _Posted(NamedTuple):
@@ -105,7 +97,7 @@ def post(
     message: Any
     message, error = comm._attempt(lambda: _copied(make()))
     if error is None:
-        message = _Numbered(message.data, message.buffers, number)
+        message = message._replace(number=number)
     _start(comm, message, dest, tag)
     if error is not None:
         raise error
@@ -121,13 +113,12 @@ def take(comm: CommunicatorBase, source: int, tag: int) -> tuple[Any, int | None
     Raises:
         Exception: What the sender could not send it for.
     """
-    message = comm._pkl5.recv(source=source, tag=tag)
-    received = comm._opened(message)
+    received, number = comm._receive(source, tag)
     if isinstance(received, tuple):
         received = tuple(np.require(each, requirements="W") for each in received)
     else:
         received = np.require(received, requirements="W")
-    return received, getattr(message, "number", None)
+    return received, number
 
 
 def post_gradient(
@@ -178,9 +169,8 @@ def make_room() -> None:
 
 def _start(comm: CommunicatorBase, message: Any, dest: int, tag: int) -> None:
     _forget_received()
-    request = comm._pkl5.isend(message, dest=dest, tag=tag)
-    buffers = [message.data, *message.buffers] if hasattr(message, "data") else []
-    n_bytes = sum(buffer.raw().nbytes for buffer in buffers)
+    request = comm._post(message, dest, tag, limit=SMALL)
+    n_bytes = getattr(message, "nbytes", 0)
     _posted.append(_Posted(request, n_bytes, f"rank {comm.rank} to rank {dest}"))
 
 

@@ -61,7 +61,23 @@ class _Collective(CommunicationNode):
     def label(self) -> str:
         return self.name
 
-    def __call__(self, xs: Any, delegate: Any = None) -> tuple[tuple[Any, ...], Any]:
+    def __call__(self, *inputs: Any) -> Any:
+        """Communicate as an object of ChainerMN's class would. Collective.
+
+        Args:
+            inputs: Variables or arrays: what this rank contributes. On a rank that contributes nothing
+                none, or a variable that backward goes on to.
+
+        Returns:
+            A variable, a tuple if there are several, or a delegate where this rank gets nothing.
+        """
+        contributes = self._same_dtype or self._is_root
+        ys, delegate = (
+            self.communicate(inputs) if contributes else self.communicate((), *inputs[:1])
+        )
+        return ys[0] if len(ys) == 1 else ys or delegate
+
+    def communicate(self, xs: Any, delegate: Any = None) -> tuple[tuple[Any, ...], Any]:
         """Check the inputs together, and communicate. Collective.
 
         Args:
@@ -141,6 +157,8 @@ class _Collective(CommunicationNode):
 
 
 class _Bcast(_Collective):
+    """From one rank to all; see :func:`bcast`."""
+
     name = "bcast"
     _same_dtype = False
 
@@ -150,7 +168,7 @@ class _Bcast(_Collective):
     def _gradients(
         self, gys: tuple[Any, ...], delegate: Any, within: str
     ) -> tuple[tuple[Any, ...], Any]:
-        return _SumToRoot(self.comm, self.root, within=within)(gys, delegate)
+        return _SumToRoot(self.comm, self.root, within=within).communicate(gys, delegate)
 
 
 class _SumToRoot(_Collective):
@@ -163,10 +181,12 @@ class _SumToRoot(_Collective):
     def _gradients(
         self, gys: tuple[Any, ...], delegate: Any, within: str
     ) -> tuple[tuple[Any, ...], Any]:
-        return _Bcast(self.comm, self.root, within=within)(gys, delegate)
+        return _Bcast(self.comm, self.root, within=within).communicate(gys, delegate)
 
 
 class _Gather(_Collective):
+    """From all ranks to one; see :func:`gather`."""
+
     name = "gather"
 
     def _communicate(self, xs: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -175,10 +195,12 @@ class _Gather(_Collective):
     def _gradients(
         self, gys: tuple[Any, ...], delegate: Any, within: str
     ) -> tuple[tuple[Any, ...], Any]:
-        return _Scatter(self.comm, self.root, within=within)(gys, delegate)
+        return _Scatter(self.comm, self.root, within=within).communicate(gys, delegate)
 
 
 class _Scatter(_Collective):
+    """A part for each rank, from one; see :func:`scatter`."""
+
     name = "scatter"
     _same_dtype = False
 
@@ -188,13 +210,15 @@ class _Scatter(_Collective):
     def _gradients(
         self, gys: tuple[Any, ...], delegate: Any, within: str
     ) -> tuple[tuple[Any, ...], Any]:
-        return _Gather(self.comm, self.root, within=within)(gys, delegate)
+        return _Gather(self.comm, self.root, within=within).communicate(gys, delegate)
 
     def _check(self, xs: Any) -> Any:
         return super()._check(_one_a_rank(xs, self.comm.size, self.name) if self._is_root else ())
 
 
 class _AllGather(_Collective):
+    """From each rank to all; see :func:`allgather`."""
+
     name = "allgather"
 
     def _communicate(self, xs: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -203,11 +227,13 @@ class _AllGather(_Collective):
     def _gradients(
         self, gys: tuple[Any, ...], delegate: Any, within: str
     ) -> tuple[tuple[Any, ...], Any]:
-        parts, after = _AllToAll(self.comm, within=within)(gys, delegate)
+        parts, after = _AllToAll(self.comm, within=within).communicate(gys, delegate)
         return (_sum(parts),), after
 
 
 class _AllToAll(_Collective):
+    """From each rank to each; see :func:`alltoall`."""
+
     name = "alltoall"
 
     def _communicate(self, xs: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -216,7 +242,7 @@ class _AllToAll(_Collective):
     def _gradients(
         self, gys: tuple[Any, ...], delegate: Any, within: str
     ) -> tuple[tuple[Any, ...], Any]:
-        return _AllToAll(self.comm, within=within)(gys, delegate)
+        return _AllToAll(self.comm, within=within).communicate(gys, delegate)
 
     def _check(self, xs: Any) -> Any:
         return super()._check(_one_a_rank(xs, self.comm.size, self.name))
@@ -231,7 +257,7 @@ class _AllReduce(_Collective):
     def _gradients(
         self, gys: tuple[Any, ...], delegate: Any, within: str
     ) -> tuple[tuple[Any, ...], Any]:
-        return _AllReduce(self.comm, op=self.op, within=within)(gys, delegate)
+        return _AllReduce(self.comm, op=self.op, within=within).communicate(gys, delegate)
 
     def _check(self, xs: Any) -> Any:
         if self.op not in ("sum", "mean"):
@@ -271,7 +297,7 @@ def allgather(comm: CommunicatorBase, x: Any) -> tuple[Any, ...]:
         RankMismatchError: On every rank, if the ranks' dtypes or operations differ.
         TypeError: On every rank, if any rank passes something else.
     """
-    ys, _ = _AllGather(comm)((x,))
+    ys, _ = _AllGather(comm).communicate((x,))
     return ys
 
 
@@ -294,7 +320,7 @@ def allreduce(comm: CommunicatorBase, x: Any, op: str = "sum") -> Any:
         RankMismatchError: On every rank, if the ranks' shapes, dtypes or operations differ.
         TypeError, ValueError: On every rank, if any rank passes something else.
     """
-    (y,), _ = _AllReduce(comm, op=op)((x,))
+    (y,), _ = _AllReduce(comm, op=op).communicate((x,))
     return y
 
 
@@ -314,7 +340,7 @@ def alltoall(comm: CommunicatorBase, xs: Sequence[Any]) -> tuple[Any, ...]:
         RankMismatchError: On every rank, if the ranks' dtypes or operations differ.
         TypeError, ValueError: On every rank, if any rank passes something else.
     """
-    ys, _ = _AllToAll(comm)(xs)
+    ys, _ = _AllToAll(comm).communicate(xs)
     return ys
 
 
@@ -343,7 +369,7 @@ def bcast(comm: CommunicatorBase, x: Any, root: int = 0, *, delegate_variable: A
     """
     if comm.rank != root and delegate_variable is None:
         delegate_variable = _delegate_in(x)
-    (y,), _ = _Bcast(comm, root)((x,) if comm.rank == root else (), delegate_variable)
+    (y,), _ = _Bcast(comm, root).communicate((x,) if comm.rank == root else (), delegate_variable)
     return y
 
 
@@ -365,7 +391,7 @@ def gather(comm: CommunicatorBase, x: Any, root: int = 0) -> Any:
         TypeError, ValueError: On every rank, if any rank passes something else, or ``root`` is no
             rank.
     """
-    ys, delegate = _Gather(comm, root)((x,))
+    ys, delegate = _Gather(comm, root).communicate((x,))
     return ys if comm.rank == root else delegate
 
 
@@ -392,7 +418,7 @@ def scatter(
     if comm.rank != root and delegate_variable is None:
         delegate_variable = _delegate_in(xs)
     mine = _rows(xs) if comm.rank == root else ()
-    (y,), _ = _Scatter(comm, root)(mine, delegate_variable)
+    (y,), _ = _Scatter(comm, root).communicate(mine, delegate_variable)
     return y
 
 

@@ -28,23 +28,45 @@ _unanswered: weakref.WeakSet[_Recv] = weakref.WeakSet()
 class _Send(CommunicationNode):
     """Sends all inputs but the last, a delegate; returns a delegate."""
 
-    def __init__(self, comm: CommunicatorBase, rank: int, tag: int, *, as_tuple: bool) -> None:
-        self._comm, self._peer, self._tag, self._as_tuple = comm, rank, tag, as_tuple
+    def __init__(
+        self,
+        comm: CommunicatorBase,
+        peer_rank: int,
+        peer_tag: int,
+        *,
+        as_tuple: bool | None = None,
+    ) -> None:
+        self._comm, self._peer, self._tag, self._as_tuple = comm, peer_rank, peer_tag, as_tuple
         self._number: int | None = None
+
+    def __call__(self, *inputs: Any) -> Any:
+        """Send all inputs but the last, a delegate, as an object of ChainerMN's class would.
+
+        Returns:
+            A delegate.
+        """
+        _messages.check_peer(self._comm, self._peer, self._tag)
+        _messages.make_room()
+        (delegate,) = self.apply(inputs)
+        return delegate
 
     @property
     def label(self) -> str:
+        """What pictures of the graph say."""
         return f"send to rank {self._peer}"
 
     def forward(self, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+        """Send the arrays."""
         xs = inputs[:-1]
         if chainer.config.enable_backprop and any(is_float(x.dtype) for x in xs):
             self._number = _messages.new_number()
-        data = xs if self._as_tuple else xs[0]
+        as_tuple = len(xs) > 1 if self._as_tuple is None else self._as_tuple
+        data = xs if as_tuple else xs[0]
         _messages.post(self._comm, lambda: data, self._peer, self._tag, self._number)
         return (np.empty(0, dtype=np.float32),)
 
     def backward(self, indexes: tuple[int, ...], _: tuple[Any, ...]) -> tuple[Any, ...]:
+        """Receive their gradients."""
         received: tuple[Any, ...] = ()
         if self._number is not None:
             try:
@@ -79,17 +101,29 @@ class _Gradients(chainer.FunctionNode):  # type: ignore[misc]  # Chainer has no 
 class _Recv(CommunicationNode):
     """Returns what it receives, and a delegate; its one input is a delegate."""
 
-    def __init__(self, comm: CommunicatorBase, rank: int, tag: int) -> None:
-        self._comm, self._peer, self._tag = comm, rank, tag
+    def __init__(self, comm: CommunicatorBase, peer_rank: int, peer_tag: int) -> None:
+        self._comm, self._peer, self._tag = comm, peer_rank, peer_tag
         self._number: int | None = None
         self._outputs: list[tuple[tuple[int, ...], Any]] = []
         self.as_tuple = False
 
+    def __call__(self, *inputs: Any) -> Any:
+        """Receive as an object of ChainerMN's class would; backward goes on to an input.
+
+        Returns:
+            A variable, or a tuple of them if several were sent.
+        """
+        _messages.check_peer(self._comm, self._peer, self._tag)
+        *ys, _ = self.apply(inputs or (new_delegate(),))
+        return tuple(ys) if len(ys) > 1 else ys[0]
+
     @property
     def label(self) -> str:
+        """What pictures of the graph say."""
         return f"recv from rank {self._peer}"
 
     def forward(self, _: tuple[Any, ...]) -> tuple[Any, ...]:
+        """Receive arrays."""
         received, self._number = _messages.take(self._comm, self._peer, self._tag)
         self.as_tuple = isinstance(received, tuple)
         ys = received if self.as_tuple else (received,)
@@ -102,6 +136,7 @@ class _Recv(CommunicationNode):
         return (*ys, np.empty(0, dtype=np.float32))
 
     def backward(self, _: tuple[int, ...], grads: tuple[Any, ...]) -> tuple[Any, ...]:
+        """Send their gradients."""
         if self._number is not None:
             arrays = [
                 np.zeros(shape, dtype) if grad is None else grad.array

@@ -12,13 +12,15 @@ from chainer_dist.functions._node import new_delegate, zeros
 class _PseudoConnect(chainer.FunctionNode):  # type: ignore[misc]  # Chainer has no types
     """The identity of the last inputs; the first ``n_delegates`` get zeros as gradients."""
 
-    def __init__(self, n_delegates: int) -> None:
+    def __init__(self, n_delegates: int = 1) -> None:
         self._n_delegates = n_delegates
 
     def forward(self, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+        """Return all inputs but the delegates."""
         return inputs[self._n_delegates :]
 
     def backward(self, indexes: tuple[int, ...], grads: tuple[Any, ...]) -> tuple[Any, ...]:
+        """Return the gradients, and zeros for the delegates."""
         all_grads = (*[None] * self._n_delegates, *grads)
         return tuple(self._gradient(i, all_grads[i]) for i in indexes)
 

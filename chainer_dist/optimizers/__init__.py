@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import operator
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, cast
 
 from chainer_dist.communicators.shared_memory import SharedMemoryCommunicator
 from chainer_dist.compression.quantized import as_code
 from chainer_dist.optimizers.double_buffering import DoubleBufferingOptimizer
+from chainer_dist.optimizers.foreign import is_foreign, wrap_foreign
 from chainer_dist.optimizers.join import Join
 from chainer_dist.optimizers.local_sgd import create_local_sgd_optimizer
 from chainer_dist.optimizers.multi_node_optimizer import JOB, MultiNodeOptimizer, Options
@@ -59,7 +60,10 @@ def create_multi_node_optimizer(
     - Parameters are updated in place in each rank's own arrays; see ``share_parameters``.
 
     Args:
-        actual_optimizer: Any Chainer optimizer, set up or not. It is changed by the updates.
+        actual_optimizer: Any Chainer optimizer, set up or not. It is changed by the updates. Any other
+            object with ``setup``, ``target`` and ``update`` will do as well, as that of another
+            library, wrapped: gradients are averaged, then its own ``update`` is called on every rank.
+            Of the options below it takes ``zero_fill`` only.
         communicator: Over whose ranks gradients are averaged.
         double_buffering: Whether gradients are exchanged in the background while the next step
             computes. Each update then uses the gradients of the step before it: the first call
@@ -122,12 +126,25 @@ def create_multi_node_optimizer(
         ValueError: If ``double_buffering`` and ``compression`` are asked for together, or one of
             them (but for ``Float16`` and ``BFloat16``) with ``sharded_update=True``, or
             ``double_buffering`` with an MPI library that was not built, or not started, for several
-            threads; or ``overlap`` with one of them or another communicator than
+            threads; or one of them with a communicator that has a ``multi_node_mean_grad`` of its own; or ``overlap`` with one of them or another communicator than
             ``shared_memory``; or if ``accumulate_steps`` is not 1 or more. From updates, if
             ``sharded_update`` is True and the update cannot be sharded.
         RankMismatchError: From updates, on every rank, if ``accumulate_steps``, ``overlap`` or
             the kind of ``compression`` differs.
     """
+    if is_foreign(actual_optimizer):
+        wanted = {
+            "double_buffering": double_buffering,
+            "sharded_update": sharded_update,
+            "mean_grad": mean_grad,
+            "share_parameters": share_parameters,
+            "compression": compression,
+            "accumulate_steps": accumulate_steps != 1,
+            "overlap": overlap,
+        }
+        return cast(
+            "MultiNodeOptimizer", wrap_foreign(actual_optimizer, communicator, zero_fill, wanted)
+        )
     accumulate_steps = operator.index(accumulate_steps)
     if accumulate_steps < 1:
         raise ValueError(f"accumulate_steps is {accumulate_steps}, expected 1 or more")
@@ -147,6 +164,9 @@ def create_multi_node_optimizer(
         raise ValueError(
             f"overlap needs the communicator shared_memory, this one is {communicator.name}"
         )
+    _check_own_mean(
+        communicator, apart or (compression and "compression") or (overlap and "overlap")
+    )
     if apart:
         sharded_update = overlap = False
     options = Options(
@@ -154,6 +174,14 @@ def create_multi_node_optimizer(
     )
     kind = DoubleBufferingOptimizer if double_buffering else MultiNodeOptimizer
     return kind(actual_optimizer, communicator, zero_fill, options)
+
+
+def _check_own_mean(communicator: CommunicatorBase, option: object) -> None:
+    if option and communicator.has_own_mean:
+        raise ValueError(
+            f"{type(communicator).__name__} averages gradients in a multi_node_mean_grad of its own, "
+            f"which {option} would pass by; leave that out"
+        )
 
 
 def _check_sharding(sharded_update: object, *, mean_grad: bool) -> None:

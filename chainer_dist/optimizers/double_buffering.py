@@ -59,6 +59,7 @@ class DoubleBufferingOptimizer(MultiNodeOptimizer):
         for param in parameters.params:
             # The rules divide a gradient by the scale that it was computed with.
             param.grad, param._loss_scale = means.get(id(param), (None, param._loss_scale))
+        exchange.check_means(parameters)
         with self._equal_randomness():
             self.actual_optimizer.update(None)
 

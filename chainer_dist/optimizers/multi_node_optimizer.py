@@ -121,7 +121,7 @@ class MultiNodeOptimizer:
         actual_optimizer: chainer.Optimizer,
         communicator: CommunicatorBase,
         zero_fill: bool,
-        options: Options,
+        options: Options = Options(None, mean_grad=False, share_parameters=False),  # noqa: B008 - a tuple
     ) -> None:
         self.actual_optimizer = actual_optimizer
         self.communicator: CommunicatorBase | None = communicator
@@ -152,6 +152,23 @@ class MultiNodeOptimizer:
     def sharded(self) -> bool | None:
         """Whether each rank updates a slice of the parameters only; None before the first update."""
         return None if self._signature is None else self._shards is not None
+
+    @property
+    def target_params(self) -> list[tuple[str, bool]]:
+        """Names of the parameters last made equal, and whether they were initialized. ChainerMN's."""
+        return [(name, spec is not None) for name, spec in self._replicas.structure or ()]
+
+    def is_changed(self, target: chainer.Link, previous_params: Any = None) -> bool:
+        """Tell whether parameters appeared, or were initialized, since those last made equal. Local.
+
+        Args:
+            target: A link.
+            previous_params: Pairs to compare with instead, as in ChainerMN's double buffering.
+        """
+        now = [(name, spec is not None) for name, spec in exchange.ParameterSet(target).structure]
+        if previous_params is None:
+            return now != self.target_params
+        return now != [(name, param.array is not None) for name, param in previous_params]
 
     def setup(self, link: chainer.Link) -> Self:
         """Set the target link, and make its parameters equal to rank 0's. Collective."""
@@ -337,6 +354,11 @@ class MultiNodeOptimizer:
             if self._connected().size == 1:  # hooks change the gradients where they are
                 exchange.private_grads(parameters)
             self._shards.update(parameters, averaged=self._averaged, absent=absent)
+            return
+        if self._connected().has_own_mean:
+            self._connected().multi_node_mean_grad(self.target, self.zero_fill)
+            with self._equal_randomness():
+                self.actual_optimizer.update(None)
             return
         compression = self._options.compression
         if compression is not None:
@@ -610,6 +632,8 @@ class MultiNodeOptimizer:
             return "sharded_update is False"
         if not isinstance(comm, SharedMemoryCommunicator):
             return f"the communicator is {comm.name}, not shared_memory"
+        if comm.has_own_mean:
+            return f"{type(comm).__name__} has its own multi_node_mean_grad()"
         return obstacle(self.actual_optimizer, parameters)
 
     def _unshare(self) -> None:
@@ -626,6 +650,7 @@ class MultiNodeOptimizer:
         if (
             options.overlap is False
             or not isinstance(comm, SharedMemoryCommunicator)
+            or comm.has_own_mean
             or not (comm.inter_size > 1 or (options.overlap and comm.size > 1))
         ):
             return None

@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from chainer_dist import exchange
 from chainer_dist.communicators.agreement import digest, raise_together
 from chainer_dist.errors import RankMismatchError
 from chainer_dist.exchange import ParameterSet, same
@@ -20,6 +19,7 @@ if TYPE_CHECKING:
 
     from chainer_dist.communicators import CommunicatorBase
     from chainer_dist.communicators.arrays import Array
+    from chainer_dist.exchange import Structure
 
 __all__ = ["AS_KNOWN", "CHANGED", "LOADED", "Replicas"]
 
@@ -33,10 +33,13 @@ class Replicas:
 
     Values that are changed in place are not noticed, as that would mean to read all of them in
     each update.
+
+    Attributes:
+        structure: Of the parameters when the ranks last compared them; None before.
     """
 
     def __init__(self) -> None:
-        self._structure: exchange.Structure | None = None
+        self.structure: Structure | None = None
         self._arrays: list[Array] = []
         self._is_loaded = False
 
@@ -50,7 +53,7 @@ class Replicas:
     @property
     def is_waiting(self) -> bool:
         """Whether a parameter had no shape yet when the ranks last compared; the same on every rank."""
-        return any(spec is None for _, spec in self._structure or ())
+        return any(spec is None for _, spec in self.structure or ())
 
     @property
     def is_loaded(self) -> bool:
@@ -59,11 +62,11 @@ class Replicas:
 
     def has_structure_of(self, parameters: ParameterSet) -> bool:
         """Tell whether there are the same parameters as when the ranks last compared. Local."""
-        return parameters.structure == self._structure
+        return parameters.structure == self.structure
 
     def knows(self, name: str, parameters: ParameterSet) -> bool:
         """Tell whether a parameter was there, initialized, when the ranks last compared. Local."""
-        return (name, dict(parameters.structure)[name]) in (self._structure or ())
+        return (name, dict(parameters.structure)[name]) in (self.structure or ())
 
     def compare(self, parameters: ParameterSet) -> tuple[int, int]:
         """Return what is new since the ranks last compared, and a digest of the new values. Local.
@@ -93,7 +96,7 @@ class Replicas:
 
         Arrays that are replaced by the update of these parameters count as well.
         """
-        self._structure = parameters.structure
+        self.structure = parameters.structure
         self._arrays = [param.array for param in parameters.params]
         self._is_loaded = False
 
@@ -129,7 +132,7 @@ class Replicas:
             for name, array in zip(parameters.names, parameters.arrays)
             if has_gradients and comm.size > 1 and name not in kept
         }
-        exchange.bcast_data(comm, model)
+        comm.bcast_data(model)
         parameters = ParameterSet(model)
         self.keep(parameters)
         share_draws(comm, model)

@@ -1,0 +1,75 @@
+"""ChainerMN's helpers around arrays of models, as far as they are of use without GPUs."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    import chainer
+
+    from chainer_dist.communicators.arrays import Array
+
+__all__ = [
+    "DeviceMemory",
+    "HostPinnedMemory",
+    "array_to_buffer_object",
+    "count_grad_elements",
+    "extract_params_set_data",
+    "extract_params_set_grad",
+    "get_device_memory_pointer",
+]
+
+
+def extract_params_set_data(model: chainer.Link) -> list[chainer.Parameter]:
+    """Return a model's initialized parameters in the order of their names. Local."""
+    return [param for _, param in sorted(model.namedparams()) if param.array is not None]
+
+
+def extract_params_set_grad(model: chainer.Link, zero_fill: bool) -> list[chainer.Parameter]:
+    """Return those of a model's parameters whose gradients are exchanged, by name. Local.
+
+    Args:
+        model: Anything with ``namedparams()``.
+        zero_fill: Whether a gradient that is None counts as zero.
+    """
+    params = extract_params_set_data(model)
+    return params if zero_fill else [param for param in params if param.grad is not None]
+
+
+def count_grad_elements(params: Sequence[chainer.Parameter], zero_fill: bool) -> int:
+    """Return how many elements the gradients of parameters have together. Local."""
+    return sum((param.array if zero_fill else param.grad).size for param in params)
+
+
+def array_to_buffer_object(array: Array, mpi_dtype: Any = None) -> Array:
+    """Return what mpi4py takes for a NumPy array: the array, or a contiguous copy of it. Local."""
+    del mpi_dtype
+    return get_device_memory_pointer(array)
+
+
+def get_device_memory_pointer(array: Array) -> Array:
+    """Return a NumPy array, or a contiguous copy of it. Local.
+
+    Raises:
+        ValueError: If it is another kind of array.
+    """
+    if not isinstance(array, np.ndarray):
+        raise ValueError(  # noqa: TRY004 - as ChainerMN
+            f"{type(array)} is from an unsupported array module; chainer_dist exchanges NumPy arrays"
+        )
+    return np.ascontiguousarray(array)
+
+
+class HostPinnedMemory:
+    """Memory that a GPU reads and writes; to make some is an error, as there are no GPUs."""
+
+    def __init__(self) -> None:
+        raise RuntimeError(f"{type(self).__name__} cannot be used: Cupy is not available.")
+
+
+class DeviceMemory(HostPinnedMemory):
+    """Memory of a GPU; to make some is an error, as there are no GPUs."""
