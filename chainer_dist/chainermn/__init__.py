@@ -27,7 +27,7 @@ VARIABLE = "CHAINER_DIST_AS_CHAINERMN"
 
 _OURS, _THEIRS = "chainer_dist", "chainermn"
 
-# Modules of this package, which are found below chainer_dist.communicators as well.
+#: Modules of this package, which are found below ``chainer_dist.communicators`` as well.
 MODULES = (
     "_communication_utility",
     "_memory_utility",
@@ -39,7 +39,7 @@ MODULES = (
     "pure_nccl_communicator",
 )
 
-# Module, or class in a module: names in it, and what they stand for.
+#: Names that modules, and classes in modules, have as in ChainerMN, and what they stand for.
 NAMES = {
     "datasets.scatter": {"_scatter_index": "chainermn._names:_scatter_index"},
     "extensions.checkpoint": {"_CheckpointStats": "chainermn._names:_CheckpointStats"},

@@ -47,8 +47,9 @@ def create_multi_node_optimizer(
     With the communicator ``shared_memory`` the update is sharded where that provably gives the same
     parameters: each rank of a node runs Chainer's update rules on a slice of the parameters, and the
     others copy the result. So it is for Chainer's rules (except MSVAG) with the hooks ``WeightDecay``,
-    ``Lasso``, ``GradientHardClipping`` and ``GradientClipping``, whose norm is summed over slices, and
-    with no other hooks. In any other case every rank updates all parameters, as in ChainerMN, and
+    ``Lasso``, ``GradientHardClipping`` and ``GradientClipping``, whose norm is summed over slices, with
+    hooks that say that they act elementwise, by a true attribute ``is_elementwise``, and with no others,
+    outside of Chainer's debug mode. In any other case every rank updates all parameters, as in ChainerMN, and
     rank 0 logs the reason, once, as a warning of the logger ``chainer_dist``. ``optimizer.sharded``
     tells which it is. What a sharded update changes:
 

@@ -61,6 +61,11 @@ def make_step(
     elif contender == "chainermn":
         import chainermn
 
+        if chainermn.__name__ != "chainermn":
+            raise RuntimeError(
+                "ChainerMN cannot be measured while `import chainermn` means chainer_dist: unset "
+                "CHAINER_DIST_AS_CHAINERMN"
+            )
         optimizer = chainermn.create_multi_node_optimizer(
             optimizer, chainermn.create_communicator("naive")
         )
