@@ -22,6 +22,10 @@ if TYPE_CHECKING:
     from chainer_dist.communicators.arrays import Array
 
 
+# Squares of what is larger overflow in float32. Beside such a number ordinary ones are lost in rounding.
+_TOO_LARGE = 2.0**64
+
+
 class Nodes(NamedTuple):
     """One rank of each node, which speaks for it."""
 
@@ -126,7 +130,8 @@ class NodeCompression(Compression):
 
     What is kept for the next exchange follows the loss scale. Where a mean comes out as NaN or
     infinite, everything is kept as it was before: the update is not made with dynamic loss scaling,
-    and the model is lost without it.
+    and the model is lost without it. Of gradients beyond 2**64, finite as they may be, nothing is kept
+    for the next ones, and what was kept before stays.
     """
 
     def __init__(self) -> None:
@@ -264,9 +269,16 @@ def are_finite(arrays: Iterable[Array]) -> bool:
     return all(np.isfinite(array).all() for array in arrays)
 
 
+def are_too_large(array: Array) -> bool:
+    """Tell whether gradients have something that is not to be kept for the next: NaN, or beyond 2**64. Local."""
+    return bool(array.size) and not (array.min() > -_TOO_LARGE and array.max() < _TOO_LARGE)
+
+
 def flatten(grads: Mapping[str, Array]) -> Array:
     """Return all gradients, one after the other, in one new float32 array. Local."""
-    return np.concatenate([np.ravel(grad) for grad in grads.values()]).astype(np.float32)
+    flat = np.concatenate([np.ravel(grad) for grad in grads.values()])
+    with np.errstate(over="ignore"):  # the mean is infinite then
+        return flat.astype(np.float32)
 
 
 def unpack(values: Array, arrays: Iterable[Array]) -> None:

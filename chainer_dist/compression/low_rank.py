@@ -8,7 +8,12 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from chainer_dist.communicators.agreement import digest
-from chainer_dist.compression.compression import Kept, NodeCompression, allreduce_mean
+from chainer_dist.compression.compression import (
+    Kept,
+    NodeCompression,
+    allreduce_mean,
+    are_too_large,
+)
 
 if TYPE_CHECKING:
     import chainer
@@ -57,15 +62,18 @@ class PowerSGD(NodeCompression):
         rights = {name: self._start(name, matrix) for name, matrix in matrices.items()}
         lefts = {name: matrix @ rights[name] for name, matrix in matrices.items()}
         self.sent = allreduce_mean(nodes, [*lefts.values(), *rest])
-        for name, left in lefts.items():
-            lefts[name] = _orthonormal(left)
-            rights[name] = np.ascontiguousarray(matrices[name].T @ lefts[name])
+        for name, matrix in matrices.items():
+            lefts[name] = left = _orthonormal(lefts[name])
+            rights[name] = right = np.ascontiguousarray(matrix.T @ left)
+            # Less than what this node has sent itself: less than the mean would leave a part of its own
+            # that is never sent, and grows, as what the other nodes keep makes up for it.
+            if not are_too_large(matrix):
+                self._residual.keep(name, matrix - left @ right.T)
         self.sent += allreduce_mean(nodes, list(rights.values()))
         for name, matrix in matrices.items():
-            mean = lefts[name] @ rights[name].T
-            self._residual.keep(name, matrix - mean)
-            self._rights.keep(name, rights[name])
-            matrix[...] = mean
+            matrix[...] = lefts[name] @ rights[name].T
+            if not are_too_large(rights[name]):
+                self._rights.keep(name, rights[name])
 
     def _pays(self, grad: Array) -> bool:
         rows = grad.shape[0] if grad.ndim else 1
@@ -77,7 +85,7 @@ class PowerSGD(NodeCompression):
         shape = (matrix.shape[1], self.rank)
         last = self._rights.get(name, shape)
         if last is not None:
-            return last
+            return _normalized(last)
         random = np.random.RandomState(digest((name, shape)) % (1 << 32))
         return random.standard_normal(shape).astype(matrix.dtype)
 
@@ -85,6 +93,13 @@ class PowerSGD(NodeCompression):
         """See :meth:`NodeCompression.serialize`."""
         super().serialize(serializer, comm)
         self._rights.serialize(serializer["rights"])
+
+
+def _normalized(matrix: Array) -> Array:
+    """Return a matrix whose columns are multiplied by powers of 2, so that products stay in range."""
+    _, exponents = np.frexp(np.abs(matrix).max(axis=0))
+    normalized: Array = np.ldexp(matrix, -exponents)
+    return normalized
 
 
 def _orthonormal(matrix: Array) -> Array:

@@ -9,7 +9,13 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from chainer_dist.communicators.shared_memory import SharedMemoryCommunicator
-from chainer_dist.compression.compression import Compression, NodeCompression, flatten, unpack
+from chainer_dist.compression.compression import (
+    Compression,
+    NodeCompression,
+    are_too_large,
+    flatten,
+    unpack,
+)
 
 if TYPE_CHECKING:
     from chainer_dist.communicators import CommunicatorBase
@@ -225,4 +231,10 @@ class Int8(Quantized):
 
     def _after(self, stage: str, values: Array, code: Array) -> None:
         with np.errstate(invalid="ignore"):  # of what overflows nothing is kept
-            self._residual.keep(stage, values - self.decode(code))
+            rest = values - self.decode(code)
+        if are_too_large(values):
+            before = self._residual.get(stage, values.shape)
+            large = [are_too_large(block) for block in values.reshape(-1, self.block)]
+            kept = 0 if before is None else before.reshape(-1, self.block)[large]
+            rest.reshape(-1, self.block)[large] = kept
+        self._residual.keep(stage, rest)

@@ -9,9 +9,18 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from chainer_dist.compression.compression import Kept, NodeCompression, are_finite, flatten, unpack
+from chainer_dist.compression.compression import (
+    Kept,
+    NodeCompression,
+    are_finite,
+    are_too_large,
+    flatten,
+    unpack,
+)
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable, Sequence
+
     import chainer
 
     from chainer_dist.communicators import CommunicatorBase
@@ -84,7 +93,7 @@ class TopK(NodeCompression):
         if comm.inter_size == 1 and self.momentum:
             with self._unless_it_overflows(grads):
                 values = flatten(grads)
-                self._add_momentum(values)
+                self._add_momentum(values, _too_large_parts(grads.values()))
                 unpack(values, grads.values())
 
     def mean_over_nodes(self, nodes: Nodes, grads: dict[str, Array]) -> None:
@@ -93,13 +102,16 @@ class TopK(NodeCompression):
         rest = flatten(grads)
         if not rest.size:
             return
-        self._add_momentum(rest)
+        large = _too_large_parts(grads.values())
+        self._add_momentum(rest, large)
+        before = self._residual.get("all", rest.shape)
         self._residual.add_to({"all": rest})
         count = math.ceil(self._density_now() * rest.size)
         largest = np.argpartition(np.abs(rest), rest.size - count)[rest.size - count :]
         indices = np.sort(largest).astype(np.uint32 if rest.size < 1 << 32 else np.uint64)
         values = rest[indices]
         rest[indices] = 0
+        _restore(rest, large, before)
         self._residual.keep("all", rest)
         velocity = self._velocity.get("all", rest.shape)
         if velocity is not None:
@@ -121,14 +133,16 @@ class TopK(NodeCompression):
         factor: float = (self.density / first) ** (self._updates / self.warmup_updates)
         return first * factor
 
-    def _add_momentum(self, values: Array) -> None:
+    def _add_momentum(self, values: Array, large: Sequence[slice]) -> None:
         """Replace gradients by what they are with momentum, in place. Local."""
         if not self.momentum:
             return
-        velocity = self._velocity.get("all", values.shape)
-        if velocity is not None:
-            values += velocity * np.float32(self.momentum)
-        self._velocity.keep("all", values.copy())
+        before = self._velocity.get("all", values.shape)
+        if before is not None:
+            values += before * np.float32(self.momentum)
+        velocity = values.copy()
+        _restore(velocity, large, before)
+        self._velocity.keep("all", velocity)
 
     def serialize(self, serializer: chainer.AbstractSerializer, comm: CommunicatorBase) -> None:
         """See :meth:`Compression.serialize`."""
@@ -138,3 +152,19 @@ class TopK(NodeCompression):
         self._velocity.serialize(serializer["velocity"], rank)
         with contextlib.suppress(KeyError):  # saved with another compression
             self._updates = int(serializer("updates", self._updates))
+
+
+def _too_large_parts(grads: Iterable[Array]) -> list[slice]:
+    """Return where those gradients are, among all of them, of which nothing is to be kept."""
+    found, start = [], 0
+    for grad in grads:
+        if are_too_large(grad):
+            found.append(slice(start, start + grad.size))
+        start += grad.size
+    return found
+
+
+def _restore(values: Array, parts: Iterable[slice], before: Array | None) -> None:
+    """Put what was there before, or zeros, in the place of some parts. Local."""
+    for part in parts:
+        values[part] = 0 if before is None else before[part]
