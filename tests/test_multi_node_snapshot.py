@@ -22,7 +22,7 @@ from chainer_dist import (
 )
 from chainer_dist.extensions import multi_node_snapshot
 from chainer_dist.iterators import DistributedIterator
-from damage import DAMAGES, damage
+from damage import DAMAGES, Attack, damage
 
 DATA = [(np.array([i, i * i % 7], np.float32), i % 3) for i in range(24)]
 
@@ -187,6 +187,42 @@ def test_a_damaged_file_takes_all_back_to_the_one_before(comm, out, how):
         [f"snapshot at_3.{rank}"] if comm.rank == 0 else []
     )
     assert trainer.updater.iteration == 2
+
+
+@pytest.mark.parametrize("how", ["pickle", "pipe", "link"])
+def test_what_others_may_have_written(comm, out, how):
+    """A pickle is refused on all ranks and does not run; a pipe and a link count as damaged."""
+    make_trainer(comm, out, 3, snapshot()).run()
+    comm.mpi_comm.Barrier()
+    path, marker = out / f"at_3.{min(1, comm.size - 1)}", out / "marker"
+    if comm.rank == 0:
+        with np.load(path, allow_pickle=True) as arrays:
+            values = dict(arrays)
+        path.rename(out / "elsewhere")
+        if how == "pickle":
+            values["updater/iteration"] = np.array(Attack(marker), object)
+            with path.open("wb") as file:
+                np.savez(file, **values)
+        elif how == "pipe":
+            os.mkfifo(path)
+        else:
+            path.symlink_to(out / "elsewhere")
+        stamp = time.time() + 9  # it stays the newest
+        os.utime(path, (stamp, stamp), follow_symlinks=False)
+        os.utime(out / "elsewhere", (stamp, stamp))
+    comm.mpi_comm.Barrier()
+    trainer = make_trainer(comm, out, 2, snapshot())
+    if how == "pickle":
+        with pytest.raises(
+            ValueError, match=r"updater/iteration was saved as a pickle.*allow_pickle"
+        ):
+            trainer.run(show_loop_exception_msg=False)
+    else:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            trainer.run()
+        assert trainer.updater.iteration == 2
+    assert not marker.exists()
 
 
 def test_a_full_disk_is_heard_of_by_all(comm, out):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 import types
 
 import chainer
@@ -12,6 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from chainer_dist.extensions import ObservationAggregator
+from damage import Attack
 
 
 def trainer_at(iteration, observation, epoch_length=5):
@@ -203,3 +205,26 @@ def test_in_a_trainer_log_report_sees_the_mean(comm, tmp_path):
     trainer.extend(ObservationAggregator(comm, "main/y"))
     trainer.run()
     assert [entry["main/y"] for entry in log.log] == [(comm.size + 1) / 2] * 2
+
+
+def test_snapshots_need_no_pickle(comm, tmp_path):
+    """Values of any kind; those of earlier versions, if they are numbers; and nothing that could run code."""
+    values = [1.5, (2, 3), np.arange(3), {"a": [None, np.float32(4)]}]
+    aggregator = ObservationAggregator(comm, "x")
+    aggregator.observation_history = values
+    serializer = DictionarySerializer()
+    serializer.save(aggregator)
+    assert not any(np.asarray(each).dtype.hasobject for each in serializer.target.values())
+    again = ObservationAggregator(comm, "x")
+    loaded = {key: np.asarray(each) for key, each in serializer.target.items()}
+    NpzDeserializer(loaded).load(again)
+    assert repr(again.observation_history) == repr(values)
+
+    def before(content):
+        return NpzDeserializer({**loaded, "values": np.frombuffer(pickle.dumps(content), np.uint8)})
+
+    before([1.5, (2, 3)]).load(again)
+    assert again.observation_history == [1.5, (2, 3)]
+    with pytest.raises(ValueError, match="could run any code"):
+        before([Attack(tmp_path / "marker")]).load(again)
+    assert not (tmp_path / "marker").exists()

@@ -362,7 +362,7 @@ def _plain(holder: _Holder, values: Mapping[str, Any] | None = None) -> dict[str
     for name in holder.names:
         value = (vars(holder.owner) if values is None else values).get(name)
         try:
-            pack(value)
+            pack(value, is_small=True)
         except NotPlainError:
             continue
         found[name] = value
@@ -381,7 +381,7 @@ def _describe(value: Any) -> str:
 
 def _write(serializer: Any, values: dict[str, Any], was: dict[str, str | None]) -> None:
     packed, arrays = pack(values)
-    text = json.dumps({"values": packed["dict"], "was": was})
+    text = json.dumps({"values": [pair["tuple"] for pair in packed["dict"]], "was": was})
     serializer("values", np.frombuffer(text.encode(), dtype=np.uint8))
     for number, array in enumerate(arrays):
         serializer(str(number), array)

@@ -31,13 +31,18 @@ class NotPlainError(TypeError):
     """A value has in it what is neither a number nor anything else that can be packed."""
 
 
-def pack(value: Any) -> tuple[Any, list[Array]]:
+def pack(value: Any, *, is_small: bool = False) -> tuple[Any, list[Array]]:
     """Return a value as something that JSON has, and arrays that it refers to by number. Local.
+
+    Args:
+        value: To pack.
+        is_small: Whether what has many elements is no plain value either.
 
     Raises:
         NotPlainError: If there is something in it of any other kind.
     """
-    arrays: list[Array] = []
+    arrays = _Arrays()
+    arrays.is_small = is_small
     try:
         return _pack(value, arrays), arrays
     except RecursionError as error:
@@ -65,7 +70,7 @@ def unpack(packed: Any, arrays: Sequence[Array], current: Any = None) -> Any:
         raise ValueError(f"no plain value was packed here: {packed!r:.100}") from error
 
 
-def _pack(value: Any, arrays: list[Array]) -> Any:
+def _pack(value: Any, arrays: _Arrays) -> Any:
     kind = type(value)
     if kind in _SCALARS:
         return value
@@ -76,31 +81,33 @@ def _pack(value: Any, arrays: list[Array]) -> Any:
     raise NotPlainError(f"an object of {kind.__name__} is no plain value")
 
 
-def _few(value: Any) -> Any:
-    if len(value) > MOST_ELEMENTS:
+class _Arrays(list["Array"]):
+    """The arrays of a value, in the order in which they were met."""
+
+    is_small = False
+
+
+def _pack_each(value: Any, arrays: _Arrays) -> list[Any]:
+    if arrays.is_small and len(value) > MOST_ELEMENTS:
         raise NotPlainError(f"there are {len(value)} elements in it")
-    return value
+    return [_pack(each, arrays) for each in value]
 
 
-def _pack_each(value: Any, arrays: list[Array]) -> list[Any]:
-    return [_pack(each, arrays) for each in _few(value)]
+def _pack_items(value: Any, arrays: _Arrays) -> list[Any]:
+    return _pack_each([*value.items()], arrays)
 
 
-def _pack_items(value: Any, arrays: list[Array]) -> list[Any]:
-    return [_pack_each(pair, arrays) for pair in _few(value.items())]
-
-
-def _pack_variable(value: Any, arrays: list[Array]) -> list[Any]:
+def _pack_variable(value: Any, arrays: _Arrays) -> list[Any]:
     array = value.array
     number = None if array is None else _keep(array, arrays)
     # Backward adds gradients up in an order that the ranks in the graph decide.
     return [number, value.requires_grad, value.rank]
 
 
-def _keep(array: Any, arrays: list[Array]) -> int:
+def _keep(array: Any, arrays: _Arrays) -> int:
     if not isinstance(array, np.ndarray) or array.dtype.hasobject:
         raise NotPlainError("an array of objects is no plain value")
-    if len(arrays) == MOST_ARRAYS:
+    if arrays.is_small and len(arrays) == MOST_ARRAYS:
         raise NotPlainError(f"there are more than {MOST_ARRAYS} arrays in it")
     arrays.append(array)
     return len(arrays) - 1
@@ -167,10 +174,8 @@ _UNPACK: dict[str, Any] = {
     "deque": lambda content, arrays, _: collections.deque(
         _each(content[1], arrays), maxlen=content[0]
     ),
-    "dict": lambda content, arrays, _: dict(_each(pair, arrays) for pair in content),
-    "OrderedDict": lambda content, arrays, _: collections.OrderedDict(
-        _each(pair, arrays) for pair in content
-    ),
+    "dict": lambda content, arrays, _: dict(_each(content, arrays)),
+    "OrderedDict": lambda content, arrays, _: collections.OrderedDict(_each(content, arrays)),
     "Variable": _variable,
     "number": lambda content, arrays, _: arrays[content][()],
     "ndarray": lambda content, arrays, _: np.array(arrays[content]),
