@@ -361,6 +361,55 @@ def test_extensions_that_forget(comm, out):
     assert np.random.rand() == drawn
 
 
+TRIGGERS = {
+    "max": lambda: triggers.MaxValueTrigger("score", (2, "iteration")),
+    "min": lambda: triggers.MinValueTrigger("score", (3, "iteration")),
+    "points": lambda: triggers.ManualScheduleTrigger([3, 8], "iteration"),
+    "epochs": lambda: triggers.ManualScheduleTrigger([0.5, 1.4], "epoch"),
+    "once": triggers.OnceTrigger,
+    "interval": lambda: triggers.IntervalTrigger(0.4, "epoch"),
+    "early": lambda: early_stopping(100),
+    "patience": Patience,
+}
+
+
+def test_triggers(comm, out):
+    """Each fires in the iterations in which it does without an interruption; logs are the same, too."""
+
+    def score(trainer):
+        i = trainer.updater.iteration
+        trainer.observation["score"] = np.float32(0.1) * (i * 7 % 11)
+        if i % 4 == 1:
+            trainer.observation["seldom"] = np.float32(1 / i)
+
+    def extend(trainer):
+        trainer.fired = []
+        trainer.extend(score, name="score", trigger=(1, "iteration"), priority=300)
+        for name, make in TRIGGERS.items():
+
+            def note(trainer, name=name):
+                trainer.fired.append((trainer.updater.iteration, name))
+
+            trainer.extend(note, name=name, trigger=make())
+        keys = ["score", "seldom"]
+        trainer.extend(extensions.LogReport(keys, trigger=(5, "iteration"), filename=None))
+
+    def log(trainer):
+        rows = trainer.get_extension("LogReport").log
+        return [{k: v for k, v in row.items() if k != "elapsed_time"} for row in rows]
+
+    right = make_trainer(comm, (14, "iteration"), extend)
+    right.run()
+    fired = []
+    for stop in (1, 4, 7, 14):
+        trainer = make_trainer(comm, (stop, "iteration"), extend, out)
+        trainer.run()
+        fired += trainer.fired
+    assert fired == right.fired
+    assert {name for _, name in fired} == {*TRIGGERS}
+    assert log(trainer) == log(right)
+
+
 # Before the first update
 
 

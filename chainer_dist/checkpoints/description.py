@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 __all__ = ["compare", "describe", "without_state"]
 
 _MOST_NAMED = 5
+_STATELESS = ("function", "method", "Checkpoint")  # kinds of extensions
 
 
 def describe(target: Any, *, with_states: bool = True) -> dict[str, Any]:
@@ -175,8 +176,8 @@ def _trainer(saved: dict[str, str], now: dict[str, str]) -> Iterator[str]:
         }:
             continue  # told of with the extension
         before, after = saved.get(key), now.get(key)
-        if {before, after} <= {None, "function", "method"}:
-            continue  # these have no state
+        if {before, after} <= {None, *_STATELESS}:
+            continue
         if before is None:
             yield f"{key} ({after}) was not saved, and begins anew"
         elif after is None:
