@@ -107,13 +107,14 @@ def test_several_writers_at_once(tmp_path):
 def test_leftovers_of_killed_writers_go(tmp_path):
     """With the next file of that name; not those of other files, nor of writers that live."""
     code = (
-        "import sys, pathlib; from chainer_dist._files import replacing\n"
+        "import sys, pathlib, runpy\n"
+        "replacing = runpy.run_path(sys.argv[2])['replacing']\n"  # Chainer takes long to import
         "with replacing(pathlib.Path(sys.argv[1])) as file:\n"
         "    file.write('half'); file.flush(); print('ready', flush=True); sys.stdin.read()\n"
     )
     processes = [
         subprocess.Popen(
-            [sys.executable, "-c", code, tmp_path / name],
+            [sys.executable, "-c", code, tmp_path / name, _files.__file__],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
         )
