@@ -225,6 +225,23 @@ def test_the_source_line_is_the_users():
         assert found == f"{__file__}:{line} in test_the_source_line_is_the_users"
 
 
+def test_code_of_the_user_within_an_operation():
+    """Is what chainer_dist calls; what calls chainer_dist, and the standard library that it waits by, are not."""
+    namespace = {"__name__": "chainer_dist.communicators.objects"}
+    exec("def inside(call):\n    return call()\n", namespace)  # noqa: S102 - a function of that module
+    inside = namespace["inside"]
+    assert inside(lambda: operation.user_code_within(sys._getframe(1))) == ""
+    line = sys._getframe().f_lineno + 1
+    found = inside(lambda: operation.user_code_within(sys._getframe()))
+    assert found == f"{__file__}:{line} in <lambda>"
+    frames = []
+    library = {"__name__": "threading", "call": lambda: frames.append(sys._getframe(1))}
+    exec(compile("def wait():\n    call()\n", threading.__file__, "exec"), library)  # noqa: S102 - the same
+    inside(library["wait"])
+    assert operation.user_code_within(frames[0]) == ""
+    assert operation.user_code_within(sys._getframe()) == ""
+
+
 @pytest.mark.parametrize(
     ("value", "text"),
     [

@@ -6,6 +6,7 @@ import contextlib
 import os
 import re
 import select
+import sys
 import threading
 import time
 from collections import deque
@@ -202,14 +203,9 @@ def finish(seconds: float) -> bool:
 def write(kind: bytes, output: bytes) -> None:
     """Print what a rank has printed, to standard output or error. Local.
 
-    After :func:`start` it does not wait. Nothing is raised where nobody reads, or nothing can be written.
+    To be called after :func:`start`. It waits for nobody, and raises nothing where nothing can be written.
     """
-    if _writers:
-        _writers[kind].write(output)
-        return
-    with contextlib.suppress(OSError):
-        while output:
-            output = output[os.write(1 if kind == wire.OUT else 2, output) :]
+    _writers[kind].write(output)
 
 
 def open_closed_streams() -> None:
@@ -232,7 +228,15 @@ def give_up_printing() -> None:
 
 def say(text: str) -> None:
     """Print a line of the launcher's own to standard error, if that is possible. Local."""
-    write(wire.ERR, f"chainer-dist: {one_line(text)}\n".encode(errors="backslashreplace"))
+    line = f"chainer-dist: {one_line(text)}\n"
+    if _writers:
+        write(wire.ERR, line.encode(errors="backslashreplace"))
+        return
+    with contextlib.suppress(
+        OSError, ValueError, AttributeError
+    ):  # there may be nothing to write to
+        sys.stderr.write(line)
+        sys.stderr.flush()
 
 
 def one_line(text: str) -> str:
