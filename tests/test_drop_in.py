@@ -542,6 +542,28 @@ def test_helpers_of_communicators(comm):
         assert memory.count_grad_elements(params, zero_fill) == original.count_grad_elements(
             params, zero_fill
         )
+    model.cleargrads()
+    model.used.W.grad = np.ones_like(model.used.W.array)
+    packed = np.zeros(16, np.float64)
+
+    class Buffer:
+        def from_device(self, array, n_bytes, offset, stream):
+            assert stream is None
+            packed[offset // 8 :][: n_bytes // 8] = array.reshape(-1)
+
+        def to_device(self, array, n_bytes, offset, stream):
+            assert stream is None
+            array[...] = packed[offset // 8 :][: n_bytes // 8].reshape(array.shape)
+
+    params = memory.extract_params_set_grad(model, zero_fill=True)
+    model.used.b.grad = None
+    memory.pack_params(params, "grad", Buffer(), np.float64, zero_fill=True)
+    assert packed.sum() == model.used.W.size
+    packed *= 2
+    memory.unpack_params(params, "grad", Buffer(), np.float64, zero_fill=True)
+    assert (model.used.W.grad == 2).all()
+    assert (model.used.b.grad == 0).all()
+    assert model.used.b.grad.dtype == np.float32
     array = np.ones((2, 3)).T
     assert memory.array_to_buffer_object(array).flags.c_contiguous
     with pytest.raises(RuntimeError, match="DeviceMemory cannot be used"):
@@ -780,6 +802,28 @@ class TestForeignOptimizers:
         assert (calls, rule.steps) == ([4, 4], 2)
         np.testing.assert_allclose(model.used.W.array, self.expected(comm, 2), rtol=1e-5)
 
+    def test_a_wrapper_that_passes_on_everything(self, comm):
+        """What wraps one of Chainer's optimizers, and has all it has, keeps all options."""
+
+        class Counting:
+            def __init__(self, optimizer):
+                self.optimizer, self.calls = optimizer, 0
+
+            def update(self, lossfun=None, *args, **kwds):
+                self.calls += 1
+                self.optimizer.update(lossfun, *args, **kwds)
+
+            def __getattr__(self, name):
+                return getattr(self.__dict__["optimizer"], name)
+
+        model, counting = make_model(), Counting(chainer.optimizers.SGD(lr=0.1))
+        optimizer = chainer_dist.create_multi_node_optimizer(counting, comm, accumulate_steps=1)
+        optimizer.setup(model)
+        for step in range(2):
+            optimizer.update(lambda x: F.mean(model.used(x) ** 2), data_of(comm.rank, step))
+        assert (counting.calls, optimizer.t) == (2, 2)
+        np.testing.assert_allclose(model.used.W.array, self.expected(comm, 2), rtol=1e-5)
+
     def test_layers_that_get_their_shape_late(self, comm):
         """Gradients of unequal parameters are not used: they become equal first, as with ChainerMN."""
         model = chainer.Sequential(L.Linear(None, 2))
@@ -791,6 +835,8 @@ class TestForeignOptimizers:
         optimizer.setup(model)
         for _ in range(2):
             optimizer.update(lambda x: F.mean(model(x)), data_of(comm.rank))
+        assert optimizer.target_params == [("/0/W", True), ("/0/b", True)]
+        assert not optimizer.is_changed(model)
         weights = comm.allgather_obj(model[0].W.array)
         assert all((weight == weights[0]).all() for weight in weights)
         assert len(updates) == 1

@@ -21,6 +21,8 @@ __all__ = [
     "extract_params_set_data",
     "extract_params_set_grad",
     "get_device_memory_pointer",
+    "pack_params",
+    "unpack_params",
 ]
 
 
@@ -43,6 +45,64 @@ def extract_params_set_grad(model: chainer.Link, zero_fill: bool) -> list[chaine
 def count_grad_elements(params: Sequence[chainer.Parameter], zero_fill: bool) -> int:
     """Return how many elements the gradients of parameters have together. Local."""
     return sum((param.array if zero_fill else param.grad).size for param in params)
+
+
+def pack_params(  # noqa: PLR0917 - ChainerMN's positional parameters
+    params: Sequence[chainer.Parameter],
+    attr_name: str,
+    buffer: Any,
+    transfer_dtype: Any,
+    zero_fill: bool,
+    stream: Any = None,
+) -> None:
+    """Copy an attribute of parameters, one after the other, to a buffer. Local.
+
+    Args:
+        params: Parameters.
+        attr_name: ``grad`` or ``data``.
+        buffer: It has ``from_device(array, n_bytes, offset, stream)``.
+        transfer_dtype: dtype of the numbers in the buffer.
+        zero_fill: Whether a gradient that is None counts as zero.
+        stream: Passed on.
+    """
+    offset = 0
+    for param in params:
+        array = getattr(param, attr_name)
+        if array is None and attr_name == "grad" and zero_fill:
+            array = np.zeros_like(param.array)
+        array = np.ascontiguousarray(array, dtype=transfer_dtype)
+        buffer.from_device(array, array.nbytes, offset, stream)
+        offset += array.nbytes
+
+
+def unpack_params(  # noqa: PLR0917 - ChainerMN's positional parameters
+    params: Sequence[chainer.Parameter],
+    attr_name: str,
+    buffer: Any,
+    transfer_dtype: Any,
+    zero_fill: bool,
+    stream: Any = None,
+) -> None:
+    """Copy to an attribute of parameters, in place, what :func:`pack_params` copied. Local.
+
+    Args:
+        params: Parameters.
+        attr_name: ``grad`` or ``data``.
+        buffer: It has ``to_device(array, n_bytes, offset, stream)``, which fills the array.
+        transfer_dtype: dtype of the numbers in the buffer.
+        zero_fill: Whether a gradient that is None becomes an array.
+        stream: Passed on.
+    """
+    offset = 0
+    for param in params:
+        array = getattr(param, attr_name)
+        if array is None and attr_name == "grad" and zero_fill:
+            array = np.empty_like(param.array)
+            param.grad = array
+        received = np.empty(array.shape, dtype=transfer_dtype)
+        buffer.to_device(received, received.nbytes, offset, stream)
+        array[...] = received
+        offset += received.nbytes
 
 
 def array_to_buffer_object(array: Array, mpi_dtype: Any = None) -> Array:

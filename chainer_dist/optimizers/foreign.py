@@ -8,6 +8,7 @@ import chainer
 
 from chainer_dist import exchange
 from chainer_dist.communicators.agreement import agree
+from chainer_dist.optimizers.multi_node_optimizer import MultiNodeOptimizer
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -81,6 +82,9 @@ class ForeignMultiNodeOptimizer:
         self.communicator = communicator
         self.zero_fill = zero_fill
         self._structure: exchange.Structure | None = None  # of the last parameters made equal
+
+    target_params = MultiNodeOptimizer.target_params
+    is_changed = MultiNodeOptimizer.is_changed
 
     def setup(self, link: Any) -> Self:
         """Set the target, and make its parameters equal to rank 0's. Collective."""
