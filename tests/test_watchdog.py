@@ -236,7 +236,9 @@ optimizer.update(loss)
     assert job.status == 0, job.output
     said = r"ranks? 0.*: has come, at <string>:\d+ in <module> \(waiting for blocks of rank 1\)"
     assert re.search(said, job.output), job.output
-    assert re.search(r"rank 1: has come, at <string>:\d+ in <lambda> \(update\)", job.output)
+    said = r"rank 1 \(pid \d+ on \S+\): has come, at <string>:\d+ in <lambda> \(update\)"
+    assert re.search(said, job.output), job.output
+    assert re.search(r"rank 0 in .*, which waits for rank 1\n", job.output), job.output
 
 
 @pytest.mark.mpi_skip

@@ -317,20 +317,18 @@ def user_line(frame: FrameType | None) -> str:
     return "an unknown line" if innermost is None else _line(innermost, innermost.f_lineno)
 
 
-def user_code_within(frame: FrameType | None) -> str:
-    """Return, as :func:`user_line` does, which code of others chainer_dist is calling, or "" if it is not.
+def calls_user_code(frame: FrameType | None) -> bool:
+    """Return whether chainer_dist is calling code of others in this frame.
 
     The standard library does not count: chainer_dist waits by it.
     """
-    found = ""
+    found = False
     while frame is not None:
-        name = str(frame.f_globals.get("__name__")).partition(".")[0]
-        if name == "chainer_dist":
+        if str(frame.f_globals.get("__name__")).partition(".")[0] == "chainer_dist":
             return found
-        if not (found or _is_own(frame) or _is_of_python(frame)):
-            found = _line(frame, frame.f_lineno)
+        found = found or not (_is_own(frame) or _is_of_python(frame))
         frame = frame.f_back
-    return ""
+    return False
 
 
 def raising_line(error: BaseException) -> str:

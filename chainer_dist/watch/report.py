@@ -60,7 +60,7 @@ def answer(comm: CommunicatorBase | None, *, full: bool) -> dict[str, Any]:
                 "inner": inner,
                 "seconds": now - wait.begun,
                 "line": operation.user_line(frames.get(thread)),
-                "busy": operation.user_code_within(frames.get(thread)),
+                "busy": operation.calls_user_code(frames.get(thread)),
             }
     main = threading.main_thread().ident or 0
     found["now"] = _now(stacks.get(main, []), operation.user_line(frames.get(main)), now)
@@ -160,10 +160,9 @@ def _line(wait: Operation, answered: Any) -> _Line:
 def _line_within(wait: Operation, waits: dict[str, Any]) -> _Line:
     """Say what a rank does that is in an operation of the same number."""
     inner = f" ({waits['inner']})" if waits["inner"] else ""
-    if waits.get("busy"):
-        return _Line(f": has come, and runs other code within it: {waits['busy']}", has_come=False)
     if waits["name"] == wait.kind.name:
-        return _Line(f": has come, at {waits['line']}{inner}", has_come=True)
+        # Who runs code of the user's within the operation is the one that the others wait for.
+        return _Line(f": has come, at {waits['line']}{inner}", has_come=not waits.get("busy"))
     where = f"{waits['text']}{inner}, at {waits['line']}"
     return _Line(f": is in another operation {wait.number}: {where}", has_come=False)
 
