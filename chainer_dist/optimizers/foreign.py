@@ -9,6 +9,7 @@ import chainer
 from chainer_dist import exchange
 from chainer_dist.communicators.agreement import agree
 from chainer_dist.optimizers.multi_node_optimizer import MultiNodeOptimizer
+from chainer_dist.optimizers.replicas import Replicas
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -73,7 +74,7 @@ class ForeignMultiNodeOptimizer:
         zero_fill: As given.
     """
 
-    _OWN = frozenset({"actual_optimizer", "communicator", "zero_fill", "_structure"})
+    _OWN = frozenset({"actual_optimizer", "communicator", "zero_fill", "_replicas"})
 
     def __init__(
         self, actual_optimizer: Any, communicator: CommunicatorBase, zero_fill: bool
@@ -81,7 +82,7 @@ class ForeignMultiNodeOptimizer:
         self.actual_optimizer = actual_optimizer
         self.communicator = communicator
         self.zero_fill = zero_fill
-        self._structure: exchange.Structure | None = None  # of the last parameters made equal
+        self._replicas = Replicas()
 
     target_params = MultiNodeOptimizer.target_params
     is_changed = MultiNodeOptimizer.is_changed
@@ -90,9 +91,9 @@ class ForeignMultiNodeOptimizer:
         """Set the target, and make its parameters equal to rank 0's. Collective."""
         self.actual_optimizer.setup(link)
         self._make_equal()
-        self._structure = (
-            None  # once more before the first update, as they may be changed until then
-        )
+        self._replicas = (
+            Replicas()
+        )  # once more before the first update, as they may be changed until then
         return self
 
     def update(self, lossfun: Callable[..., Any] | None = None, *args: Any, **kwds: Any) -> None:
@@ -110,7 +111,7 @@ class ForeignMultiNodeOptimizer:
         Raises:
             RankMismatchError: On every rank, naming the rank and the parameter, if ranks differ.
         """
-        if self._structure is None:
+        if self._replicas.structure is None:
             self._make_equal()
         target = self.target
         if lossfun is not None:
@@ -121,7 +122,7 @@ class ForeignMultiNodeOptimizer:
                 target.zerograds()
             loss.backward(loss_scale=getattr(self, "_loss_scale", None))
         parameters = exchange.ParameterSet(target)
-        is_changed = parameters.structure != self._structure
+        is_changed = not self._replicas.has_structure_of(parameters)
         if not all(agree(self.communicator, parameters.digest, int(is_changed))) or is_changed:
             self._make_equal()
             return
@@ -130,7 +131,7 @@ class ForeignMultiNodeOptimizer:
 
     def _make_equal(self) -> None:
         self.communicator.bcast_data(self.target)
-        self._structure = exchange.ParameterSet(self.target).structure
+        self._replicas.keep(exchange.ParameterSet(self.target))
 
     def __getattr__(self, name: str) -> Any:
         try:
