@@ -1,0 +1,247 @@
+"""Convolutions of any number of dimensions, transposed ones, and their gradients, by oneDNN.
+
+A transposed convolution is the gradient of a convolution with respect to its input, and Chainer computes that
+gradient so; oneDNN's ``convolution_backward_data`` serves both.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+from chainer.functions.connection.convolution_2d import Convolution2DFunction, Convolution2DGradW
+from chainer.functions.connection.convolution_nd import ConvolutionND, ConvolutionNDGradW
+from chainer.functions.connection.deconvolution_2d import Deconvolution2DFunction
+from chainer.functions.connection.deconvolution_nd import DeconvolutionND
+from chainer.utils.conv import get_conv_outsize
+
+from chainer_dist.kernels import layouts
+from chainer_dist.kernels.onednn import (
+    BIAS,
+    DIFF_DST,
+    DIFF_SRC,
+    DIFF_WEIGHTS,
+    DST,
+    SRC,
+    TRAINING,
+    WEIGHTS,
+    Layout,
+    Operation,
+    dimensions,
+    kept,
+)
+from chainer_dist.kernels.replacements import replaces
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from chainer_dist.kernels.layouts import Array
+
+MOST_DIMENSIONS = 3  # of sizes
+
+_DIRECT = 1  # an algorithm of oneDNN
+
+
+class Window(NamedTuple):
+    """How a convolution goes over its input, a number for each of its dimensions."""
+
+    stride: tuple[int, ...]
+    pad: tuple[int, ...]
+    dilate: tuple[int, ...]
+    groups: int
+
+    @classmethod
+    def of(cls, function: Any) -> Window:
+        """Return that of one of Chainer's functions. Local."""
+        if hasattr(function, "sy"):
+            stride, pad = (function.sy, function.sx), (function.ph, function.pw)
+            return cls(stride, pad, (function.dy, function.dx), function.groups)
+        return cls(function.stride, function.pad, function.dilate, function.groups)
+
+
+class Geometry(NamedTuple):
+    """All that decides which operation a convolution of ``x`` to ``y`` by ``w`` is.
+
+    ``x`` is (batch, channels, sizes...), and ``x_is_dense`` says that it lies in memory so; ``y`` likewise. ``w`` is
+    (channels of y, channels of x / groups, sizes...).
+    """
+
+    x: tuple[int, ...]
+    w: tuple[int, ...]
+    y: tuple[int, ...]
+    window: Window
+    x_is_dense: bool = False
+
+    def padding_at_end(self) -> tuple[int, ...]:
+        """Return how far the last windows reach beyond the end of ``x``, which Chainer does not say. Local."""
+        sizes = zip(self.x[2:], self.w[2:], self.y[2:], *self.window[:3])
+        return tuple(max(0, s * (y - 1) + (k - 1) * d + 1 - x - p) for x, k, y, s, p, d in sizes)
+
+    def weights(self) -> tuple[int, ...]:
+        """Return the shape of the weights as oneDNN has it: groups first, if there are several. Local."""
+        if self.window.groups == 1:
+            return self.w
+        groups = self.window.groups
+        return (groups, self.w[0] // groups, *self.w[1:])
+
+    def sizes(self) -> list[Any]:
+        """Return stride, dilation and padding as arguments of oneDNN's functions. Local."""
+        stride, pad, dilate, _ = self.window
+        between = [d - 1 for d in dilate]
+        return [dimensions(each) for each in (stride, between, pad, self.padding_at_end())]
+
+    def forward(self, bias: Layout | None) -> list[Any]:
+        """Return the parameters of the forward operation. Local."""
+        x, y = Layout.channels_last(self.x), Layout.channels_last(self.y)
+        weights = Layout(self.weights(), None)
+        return [TRAINING, _DIRECT, x, weights, bias, y, *self.sizes()]
+
+
+@kept
+def _forward(geometry: Geometry, has_bias: bool) -> Operation:
+    bias = Layout.flat(geometry.w[0]) if has_bias else None
+    inputs = [(SRC, _given(geometry)), (WEIGHTS, Layout.dense(geometry.weights()))]
+    if bias:
+        inputs.append((BIAS, bias))
+    outputs = [(DST, Layout.channels_last(geometry.y))]
+    return Operation("convolution_forward", geometry.forward(bias), inputs, outputs)
+
+
+@kept
+def _backward_data(geometry: Geometry) -> Operation:
+    x, y = Layout.channels_last(geometry.x), Layout.channels_last(geometry.y)
+    weights = Layout.dense(geometry.weights())
+    hint = Operation("convolution_forward", geometry.forward(None), [], [])
+    parameters = [_DIRECT, x, weights.anyhow(), y, *geometry.sizes(), hint]
+    inputs, outputs = [(DIFF_DST, y), (WEIGHTS, weights)], [(DIFF_SRC, x)]
+    return Operation("convolution_backward_data", parameters, inputs, outputs)
+
+
+@kept
+def _backward_weights(geometry: Geometry) -> Operation:
+    x, y = Layout.channels_last(geometry.x), Layout.channels_last(geometry.y)
+    weights = Layout.dense(geometry.weights())
+    hint = Operation("convolution_forward", geometry.forward(None), [], [])
+    parameters = [_DIRECT, x, weights.anyhow(), None, y, *geometry.sizes(), hint]
+    inputs, outputs = [(SRC, _given(geometry)), (DIFF_DST, y)], [(DIFF_WEIGHTS, weights)]
+    return Operation("convolution_backward_weights", parameters, inputs, outputs)
+
+
+def _given(geometry: Geometry) -> Layout:
+    return (Layout.dense if geometry.x_is_dense else Layout.channels_last)(geometry.x)
+
+
+def _input(x: Array) -> tuple[Array, bool]:
+    """Return an array that oneDNN reads, and whether it is C-contiguous, and not channels last. Local."""
+    if layouts.is_channels_last(x):
+        return x, False
+    return np.ascontiguousarray(x), True
+
+
+def convolve(
+    x: Array,
+    w: Array,
+    b: Array | None,
+    y_sizes: Sequence[int],
+    window: Window,
+) -> Array:
+    """Return the convolution of ``x`` (n, c, sizes...) by ``w``, new, channels last. Local."""
+    x, is_dense = _input(x)
+    y = layouts.empty((x.shape[0], w.shape[0], *y_sizes))
+    geometry = Geometry(x.shape, w.shape, y.shape, window, is_dense)
+    bias = () if b is None else (np.ascontiguousarray(b),)
+    _forward(geometry, b is not None)(x, np.ascontiguousarray(w), *bias, y)
+    return y
+
+
+def transposed(
+    y: Array,
+    w: Array,
+    b: Array | None,
+    x_sizes: Sequence[int],
+    window: Window,
+) -> Array:
+    """Return the transposed convolution of ``y`` by ``w`` (channels of y, of the result, ...), new. Local."""
+    y = layouts.channels_last(y)
+    x = layouts.empty((y.shape[0], w.shape[1] * window.groups, *x_sizes))
+    geometry = Geometry(x.shape, w.shape, y.shape, window)
+    _backward_data(geometry)(y, np.ascontiguousarray(w), x)
+    if b is not None:
+        layouts.to_last(x)[...] += b
+    return x
+
+
+def gradient_of_weights(
+    x: Array,
+    y: Array,
+    w_sizes: Sequence[int],
+    window: Window,
+) -> Array:
+    """Return the gradient with respect to the weights from ``x`` and the gradient ``y``, new, C-contiguous. Local."""
+    x, is_dense = _input(x)
+    y = layouts.channels_last(y)
+    w = np.empty((y.shape[1], x.shape[1] // window.groups, *w_sizes), np.float32)
+    geometry = Geometry(x.shape, w.shape, y.shape, window, is_dense)
+    _backward_weights(geometry)(x, y, w)
+    return w
+
+
+def _can_convolve(x: Array, w: Array, b: Array | None, groups: int) -> bool:
+    biases = () if b is None else (b,)
+    divides = x.shape[1] == w.shape[1] * groups and w.shape[0] % groups == 0
+    return layouts.is_suitable(x, w, *biases) and divides
+
+
+def _can_transpose(y: Array, w: Array, b: Array | None, groups: int) -> bool:
+    biases = () if b is None else (b,)
+    divides = y.shape[1] == w.shape[0] and w.shape[0] % groups == 0
+    return layouts.is_suitable(y, w, *biases) and divides
+
+
+@replaces(Convolution2DFunction, "_forward_cpu_core")
+@replaces(Convolution2DFunction, "_forward_grouped_convolution")
+def _convolution_2d(chainers: Any, self: Any, x: Array, W: Array, b: Array | None) -> Any:
+    if not _can_convolve(x, W, b, self.groups):
+        return chainers(self, x, W, b)
+    return (convolve(x, W, b, self._get_out_size(x.shape, W.shape), Window.of(self)),)
+
+
+@replaces(Convolution2DGradW, "_forward_cpu_core")
+@replaces(Convolution2DGradW, "_forward_grouped_convolution")
+def _convolution_2d_gradient(chainers: Any, self: Any, x: Array, gy: Array) -> Any:
+    if not layouts.is_suitable(x, gy) or self.W_dtype != np.float32:
+        return chainers(self, x, gy)
+    return (gradient_of_weights(x, gy, (self.kh, self.kw), Window.of(self)),)
+
+
+@replaces(Deconvolution2DFunction, "_forward_cpu_core")
+@replaces(Deconvolution2DFunction, "_forward_grouped_convolution")
+def _deconvolution_2d(chainers: Any, self: Any, x: Array, W: Array, b: Array | None) -> Any:
+    if not _can_transpose(x, W, b, self.groups):
+        return chainers(self, x, W, b)
+    return (transposed(x, W, b, (self.outh, self.outw), Window.of(self)),)
+
+
+@replaces(ConvolutionND, "_forward_xp")
+def _convolution_nd(chainers: Any, self: Any, *inputs: Any) -> Any:
+    x, W, b, _ = inputs
+    if not _can_convolve(x, W, b, self.groups) or self.ndim > MOST_DIMENSIONS:
+        return chainers(self, *inputs)
+    sizes = zip(x.shape[2:], W.shape[2:], self.stride, self.pad, self.dilate)
+    y_sizes = [get_conv_outsize(x, k, s, p, self.cover_all, d) for x, k, s, p, d in sizes]
+    return (convolve(x, W, b, y_sizes, Window.of(self)),)
+
+
+@replaces(ConvolutionNDGradW, "_forward_xp")
+def _convolution_nd_gradient(chainers: Any, self: Any, x: Array, gy: Array, xp: Any) -> Any:
+    if not layouts.is_suitable(x, gy) or self.W_dtype != np.float32 or self.ndim > MOST_DIMENSIONS:
+        return chainers(self, x, gy, xp)
+    return (gradient_of_weights(x, gy, self.ksize, Window.of(self)),)
+
+
+@replaces(DeconvolutionND, "_forward_xp")
+def _deconvolution_nd(chainers: Any, self: Any, *inputs: Any) -> Any:
+    x, W, b, _ = inputs
+    if not _can_transpose(x, W, b, self.groups) or self.ndim > MOST_DIMENSIONS:
+        return chainers(self, *inputs)
+    return (transposed(x, W, b, self.outs, Window.of(self)),)

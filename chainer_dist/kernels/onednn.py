@@ -1,0 +1,420 @@
+"""Operations of oneDNN on NumPy arrays, in place in their memory, through its C interface.
+
+The interface is that of oneDNN 3 (``dnnl.h`` and ``dnnl_types.h``, whose numbers the constants below are); every 3.x
+has it. An :class:`Operation` is made for one geometry and kept, since making one compiles code; running one takes
+some microseconds beside the work itself.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import math
+import os
+import sys
+import sysconfig
+import threading
+from collections import OrderedDict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Sequence
+
+# Names a file instead of the library that is found.
+VARIABLE = "CHAINER_DIST_ONEDNN"
+
+# How many operations are kept, for all geometries and threads together. One holds some 100 kB of compiled code.
+CAPACITY = 1024
+
+_MAJOR = 3  # the version whose interface this is
+_MAX_DIMENSIONS = 12
+_FLOAT32 = 3
+_ANY_LAYOUT = 1
+_EXECUTION_ARGUMENT = 255  # a query: the memory of an argument
+_IMPLEMENTATION = 8  # a query: its name
+
+# Kinds of propagation.
+TRAINING, INFERENCE, BACKWARD, BACKWARD_DATA = 64, 96, 128, 160
+
+# Arguments of operations.
+SRC, DST, WEIGHTS, BIAS = 1, 17, 33, 41
+MEAN, VARIANCE, SCALE, SHIFT = 49, 50, 51, 52
+WORKSPACE = 64
+DIFF_SRC, DIFF_DST, DIFF_WEIGHTS, DIFF_BIAS = 129, 145, 161, 169
+DIFF_SCALE, DIFF_SHIFT = 255, 256
+
+_Dimensions = ctypes.c_int64 * _MAX_DIMENSIONS
+_Handle = ctypes.c_void_p
+
+
+class OneDNNError(RuntimeError):
+    """oneDNN refused to do something, or there is no oneDNN that can be used."""
+
+
+class _Argument(ctypes.Structure):
+    _fields_ = (("argument", ctypes.c_int), ("memory", _Handle))
+
+
+class _Version(ctypes.Structure):
+    _fields_ = (("major", ctypes.c_int), ("minor", ctypes.c_int), ("patch", ctypes.c_int))
+
+
+class Library(NamedTuple):
+    """A loaded library.
+
+    Attributes:
+        functions: Its C functions.
+        path: Where it was found; a bare name was found by the loader.
+        version: Such as ``3.2.0``.
+        instructions: The instruction set that it uses, such as ``avx512_core_bf16``.
+        engine: The processor, as oneDNN has it.
+        stream: What operations are executed in.
+    """
+
+    functions: Any
+    path: str
+    version: str
+    instructions: str
+    engine: Any
+    stream: Any
+
+
+def candidates() -> Iterator[str]:
+    """Yield where the library may be, the best first. Local.
+
+    The environment variable alone if it is set; else the ``lib`` directory of this Python environment, where the package
+    ``onednn-cpu-gomp`` of PyPI puts it, and the loader's path, for those of distributions, conda and modules.
+    """
+    if chosen := os.environ.get(VARIABLE):
+        yield chosen
+        return
+    for directory in dict.fromkeys((sys.prefix, sysconfig.get_config_var("base") or sys.prefix)):
+        path = Path(directory, "lib", "libdnnl.so.3")
+        if path.is_file():
+            yield str(path)
+    yield "libdnnl.so.3"
+
+
+@functools.lru_cache(maxsize=1)
+def library() -> Library:
+    """Return the library, loaded at the first call. Local.
+
+    Raises:
+        OneDNNError: If there is none that can be used; the message says why for each place.
+    """
+    if sys.platform != "linux":
+        raise OneDNNError(f"oneDNN is looked for on Linux only, this is {sys.platform}")
+    reasons = []
+    for path in candidates():
+        try:
+            return _load(path)
+        except (OSError, OneDNNError) as error:  # noqa: PERF203 - a few places
+            reasons.append(f"{path}: {error}" if path not in str(error) else str(error))
+    raise OneDNNError("; ".join(reasons))
+
+
+def _load(path: str) -> Library:
+    functions = ctypes.CDLL(path)
+    try:
+        functions.dnnl_version.restype = ctypes.POINTER(_Version)
+        version = functions.dnnl_version().contents
+        text = f"{version.major}.{version.minor}.{version.patch}"
+        if version.major != _MAJOR:
+            raise OneDNNError(f"{path} is oneDNN {text}, and {_MAJOR}.x is needed")
+        functions.dnnl_primitive_desc_query_md.restype = _Handle
+        functions.dnnl_memory_desc_get_size.restype = ctypes.c_size_t
+        functions.dnnl_cpu_isa2str.restype = ctypes.c_char_p
+        functions.omp_get_max_threads.restype = ctypes.c_int
+        instructions = functions.dnnl_cpu_isa2str(functions.dnnl_get_effective_cpu_isa())
+    except AttributeError as error:
+        raise OneDNNError(f"{path} lacks a function: {error}") from None
+    engine, stream = _Handle(), _Handle()
+    _check(functions.dnnl_engine_create(ctypes.byref(engine), 1, ctypes.c_size_t(0)), "an engine")
+    _check(functions.dnnl_stream_create(ctypes.byref(stream), engine, 1), "a stream")
+    # Operations are kept here, bounded; oneDNN's own cache would keep those that are dropped.
+    _check(functions.dnnl_set_primitive_cache_capacity(0), "a cache of no size")
+    return Library(
+        functions,
+        path,
+        text,
+        (instructions or b"?").decode().replace("cpu_isa_", ""),
+        engine,
+        stream,
+    )
+
+
+def _check(status: int, what: str) -> None:
+    if status:
+        raise OneDNNError(f"oneDNN answered {status} when asked for {what}")
+
+
+class Layout(NamedTuple):
+    """Shape and strides, both in values, of a float32 array; no strides mean any layout that oneDNN likes."""
+
+    shape: tuple[int, ...]
+    strides: tuple[int, ...] | None
+
+    @classmethod
+    def of(cls, array: np.ndarray[Any, Any]) -> Layout:
+        """Return that of an array. Local."""
+        return cls(array.shape, tuple(stride // array.itemsize for stride in array.strides))
+
+    @classmethod
+    def flat(cls, size: int) -> Layout:
+        """Return that of so many values in a row. Local."""
+        return cls((size,), (1,))
+
+    @classmethod
+    def dense(cls, shape: Sequence[int]) -> Layout:
+        """Return that of a C-contiguous array. Local."""
+        return cls(tuple(shape), _strides(shape))
+
+    @classmethod
+    def channels_last(cls, shape: Sequence[int]) -> Layout:
+        """Return that of an array of (batch, channels, ...) whose channels lie side by side. Local."""
+        n, c, *sizes = shape
+        batch, *others, channels = _strides((n, *sizes, c))
+        return cls(tuple(shape), (batch, channels, *others))
+
+    def anyhow(self) -> Layout:
+        """Return the same shape in any layout. Local."""
+        return Layout(self.shape, None)
+
+
+def _strides(shape: Sequence[int]) -> tuple[int, ...]:
+    return tuple(math.prod(shape[i + 1 :]) for i in range(len(shape)))
+
+
+class _Owned:
+    """A handle of oneDNN that is destroyed with this object."""
+
+    def __init__(self, create: str, destroy: str, *arguments: Any) -> None:
+        functions = library().functions
+        self.handle = _Handle()
+        self._destroy: Callable[[Any], Any] = getattr(functions, destroy)
+        _check(getattr(functions, create)(ctypes.byref(self.handle), *arguments), create)
+
+    def __del__(self) -> None:
+        if getattr(self, "handle", None):
+            self._destroy(self.handle)
+
+
+def _descriptor(layout: Layout) -> _Owned:
+    n = len(layout.shape)
+    shape = _Dimensions(*layout.shape)
+    destroy = "dnnl_memory_desc_destroy"
+    if layout.strides is None:
+        return _Owned("dnnl_memory_desc_create_with_tag", destroy, n, shape, _FLOAT32, _ANY_LAYOUT)
+    strides = _Dimensions(*layout.strides)
+    return _Owned("dnnl_memory_desc_create_with_strides", destroy, n, shape, _FLOAT32, strides)
+
+
+def dimensions(values: Sequence[int]) -> Any:
+    """Return sizes as an argument of oneDNN's functions. Local."""
+    return _Dimensions(*values)
+
+
+class _Primitive:
+    """A primitive and the memory objects of its arguments, whose addresses are set before each execution."""
+
+    def __init__(self, description: _Owned, arguments: Sequence[tuple[int, Any]]) -> None:
+        opened = library()
+        self._functions = opened.functions
+        self._stream = opened.stream
+        self._primitive = _Owned(
+            "dnnl_primitive_create", "dnnl_primitive_destroy", description.handle
+        )
+        self._memories = [
+            _Owned(
+                "dnnl_memory_create",
+                "dnnl_memory_destroy",
+                _Handle(descriptor),
+                opened.engine,
+                None,
+            )
+            for _, descriptor in arguments
+        ]
+        self._arguments = (_Argument * len(arguments))(
+            *[
+                _Argument(argument, memory.handle)
+                for (argument, _), memory in zip(arguments, self._memories)
+            ]
+        )
+
+    def run(self, addresses: Sequence[int]) -> None:
+        place = self._functions.dnnl_memory_set_data_handle
+        for memory, address in zip(self._memories, addresses):
+            place(memory.handle, _Handle(address))
+        _check(
+            self._functions.dnnl_primitive_execute(
+                self._primitive.handle, self._stream, len(self._arguments), self._arguments
+            ),
+            "an execution",
+        )
+
+
+class Operation:
+    """One of oneDNN's primitives, for arrays of given layouts. Local.
+
+    Where the primitive was left the choice of an argument's layout and chose another than the array has, the
+    argument is reordered on its way in or out.
+
+    Args:
+        name: The primitive, such as ``convolution_forward``.
+        parameters: What its ``..._primitive_desc_create`` takes between the engine and the attributes. A :class:`Layout`
+            stands for its descriptor, an :class:`Operation` for its own description, None for nothing.
+        inputs: Arguments that are read: the constant, and the layout of the array that will be given.
+        outputs: Arguments that are written likewise.
+
+    Raises:
+        OneDNNError: If oneDNN has no implementation.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        parameters: Sequence[Any],
+        inputs: Sequence[tuple[int, Layout]],
+        outputs: Sequence[tuple[int, Layout]],
+    ) -> None:
+        opened = library()
+        functions = opened.functions
+        kept: list[_Owned] = []
+
+        def descriptor(layout: Layout) -> Any:
+            kept.append(_descriptor(layout))
+            return kept[-1].handle
+
+        def convert(value: Any) -> Any:
+            if isinstance(value, Layout):
+                return descriptor(value)
+            if isinstance(value, Operation):
+                return value._description.handle
+            return ctypes.c_float(value) if isinstance(value, float) else value
+
+        self._description = _Owned(
+            f"dnnl_{name}_primitive_desc_create",
+            "dnnl_primitive_desc_destroy",
+            opened.engine,
+            *map(convert, parameters),
+            None,
+        )
+        arguments = []
+        self._inputs: list[tuple[int, int, _Primitive]] = []  # position, bytes, reorder
+        self._outputs: list[tuple[int, int, _Primitive]] = []
+        for position, (argument, layout) in enumerate([*inputs, *outputs]):
+            wanted = self._wanted(argument)
+            given = descriptor(layout)
+            if not functions.dnnl_memory_desc_equal(given, _Handle(wanted)):
+                size = functions.dnnl_memory_desc_get_size(_Handle(wanted))
+                if position < len(inputs):
+                    reorder = _reorder(opened, given, _Handle(wanted))
+                    self._inputs.append((position, size, reorder))
+                else:
+                    reorder = _reorder(opened, _Handle(wanted), given)
+                    self._outputs.append((position, size, reorder))
+            arguments.append((argument, wanted))
+        self._primitive = _Primitive(self._description, arguments)
+
+    def _wanted(self, argument: int) -> Any:
+        return library().functions.dnnl_primitive_desc_query_md(
+            self._description.handle, _EXECUTION_ARGUMENT, argument
+        )
+
+    def size(self, argument: int) -> int:
+        """Return how many bytes an argument takes, such as the workspace; 0 if there is none. Local."""
+        return int(library().functions.dnnl_memory_desc_get_size(_Handle(self._wanted(argument))))
+
+    @property
+    def implementation(self) -> str:
+        """The name of the implementation that oneDNN chose."""
+        name = ctypes.c_char_p()
+        library().functions.dnnl_primitive_desc_query(
+            self._description.handle, _IMPLEMENTATION, 0, ctypes.byref(name)
+        )
+        return (name.value or b"").decode()
+
+    def __call__(self, *arrays: np.ndarray[Any, Any]) -> None:
+        """Run on arrays in the order of inputs and outputs; outputs are written in place. Local."""
+        addresses = [array.__array_interface__["data"][0] for array in arrays]
+        if not self._inputs and not self._outputs:
+            self._primitive.run(addresses)
+            return
+        reordered = []
+        placed = list(addresses)
+        for position, size, reorder in self._inputs:
+            reordered.append(scratch(size))
+            placed[position] = address(reordered[-1])
+            reorder.run((addresses[position], placed[position]))
+        for position, size, _ in self._outputs:
+            reordered.append(scratch(size))
+            placed[position] = address(reordered[-1])
+        self._primitive.run(placed)
+        for position, _, reorder in self._outputs:
+            reorder.run((placed[position], addresses[position]))
+
+
+def address(array: np.ndarray[Any, Any]) -> int:
+    """Return where an array's first value lies. Local."""
+    return int(array.__array_interface__["data"][0])
+
+
+def scratch(size: int) -> np.ndarray[Any, Any]:
+    """Return so many bytes. Local."""
+    return np.empty(size, np.uint8)
+
+
+def _reorder(opened: Library, source: Any, target: Any) -> _Primitive:
+    description = _Owned(
+        "dnnl_reorder_primitive_desc_create",
+        "dnnl_primitive_desc_destroy",
+        source,
+        opened.engine,
+        target,
+        opened.engine,
+        None,
+    )
+    return _Primitive(description, [(SRC, source.value), (DST, target.value)])
+
+
+_kept: OrderedDict[Any, Any] = OrderedDict()
+_lock = threading.Lock()
+
+
+def kept(make: Callable[..., Any]) -> Callable[..., Any]:
+    """Decorate what makes operations from hashable arguments so that they are made once. Local.
+
+    Each thread has its own, since addresses are put into them; each number of OpenMP threads too, since oneDNN
+    divides the work when an operation is made. At most :data:`CAPACITY` are kept, those used last.
+    """
+
+    @functools.wraps(make)
+    def get(*arguments: Any) -> Any:
+        key = (
+            make,
+            threading.get_ident(),
+            library().functions.omp_get_max_threads(),
+            arguments,
+        )
+        with _lock:
+            made = _kept.get(key)
+            if made is not None:
+                _kept.move_to_end(key)
+                return made
+        made = make(*arguments)
+        with _lock:
+            _kept[key] = made
+            if len(_kept) > CAPACITY:
+                _kept.popitem(last=False)
+        return made
+
+    return get
+
+
+def clear() -> None:
+    """Give back all operations that are kept. Local."""
+    with _lock:
+        _kept.clear()

@@ -1,0 +1,72 @@
+"""Put kernels into Chainer in the place of its own code, and take them out again."""
+
+from __future__ import annotations
+
+import functools
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import chainer
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+
+class _Replacement(NamedTuple):
+    owner: Any  # a class or a module
+    attribute: str
+    original: Any
+    kernel: Any
+    needs_onednn: bool
+
+
+_replacements: list[_Replacement] = []
+
+
+def replaces(
+    owner: Any, attribute: str, *, needs_onednn: bool = True
+) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Decorate a kernel: a function that stands for a method of Chainer's, or for a function of a module. Local.
+
+    The kernel is called with Chainer's own function first, then with the arguments; what it has no way for, it hands to
+    Chainer's own.
+
+    Args:
+        owner: Class or module that has it.
+        attribute: Name that it has there.
+        needs_onednn: Whether the kernel is used with oneDNN only.
+    """
+
+    def register(kernel: Callable[..., Any]) -> Callable[..., Any]:
+        original = vars(owner)[attribute]
+
+        @functools.wraps(original)
+        def stand_in(*args: Any, **kwargs: Any) -> Any:
+            if _is_refused():
+                return original(*args, **kwargs)
+            return kernel(original, *args, **kwargs)
+
+        _replacements.append(_Replacement(owner, attribute, original, stand_in, needs_onednn))
+        return kernel
+
+    return register
+
+
+def _is_refused() -> bool:
+    """Return whether this thread asked Chainer for its own code by ``use_ideep``, the setting that meant oneDNN. Local.
+
+    Chainer's default is "never" too, so that only a value that was set for this thread counts.
+    """
+    return bool(vars(chainer.config._local).get("use_ideep") == "never")
+
+
+def put(*, with_onednn: bool) -> None:
+    """Put the kernels into Chainer, those that need oneDNN only where asked for. Local."""
+    for each in _replacements:
+        used = with_onednn or not each.needs_onednn
+        setattr(each.owner, each.attribute, each.kernel if used else each.original)
+
+
+def take_out() -> None:
+    """Give Chainer its own code back. Local."""
+    for each in _replacements:
+        setattr(each.owner, each.attribute, each.original)
