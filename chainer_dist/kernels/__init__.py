@@ -28,7 +28,17 @@ VARIABLE = "CHAINER_DIST_KERNELS"
 
 _NAMES = ("onednn", "numpy", "chainer")
 
-_FAMILIES = ("convolution",)
+_FAMILIES = (
+    "activation",
+    "batch_normalization",
+    "convolution",
+    "dropout",
+    "embed_id",
+    "layer_normalization",
+    "linear",
+    "pooling",
+    "softmax",
+)
 
 
 class Status(NamedTuple):

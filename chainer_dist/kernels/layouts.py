@@ -30,7 +30,7 @@ def is_suitable(*arrays: Any) -> bool:
 
 def is_channels_last(array: Array) -> bool:
     """Return whether the channels of an array of at least 2 dimensions lie side by side, without gaps. Local."""
-    return to_last(array).flags.c_contiguous
+    return bool(to_last(array).flags.c_contiguous)
 
 
 def to_last(array: Array) -> Any:
@@ -43,10 +43,11 @@ def to_second(array: Array) -> Any:
     return array.transpose(0, array.ndim - 1, *range(1, array.ndim - 1))
 
 
-def empty(shape: Sequence[int]) -> Array:
-    """Return a new float32 array of (batch, channels, sizes...) with channels last in memory. Local."""
+def empty(shape: Sequence[int], dtype: Any = np.float32) -> Array:
+    """Return a new array of (batch, channels, sizes...) with channels last in memory. Local."""
     n, c, *sizes = shape
-    return to_second(np.empty((n, *sizes, c), np.float32))
+    array: Array = to_second(np.empty((n, *sizes, c), dtype))
+    return array
 
 
 def channels_last(array: Array) -> Array:
@@ -56,3 +57,21 @@ def channels_last(array: Array) -> Array:
     copy = empty(array.shape)
     copy[...] = array
     return copy
+
+
+def in_memory_order(array: Array) -> Array | None:
+    """Return all values of an array as one row in the order in which they lie, a view; None if there are gaps. Local."""
+    if array.flags.c_contiguous:
+        return np.ravel(array)
+    if array.ndim > 2 and is_channels_last(array):  # noqa: PLR2004 - batch and channels
+        return np.ravel(to_last(array))
+    return np.ravel(array.T) if array.flags.f_contiguous else None
+
+
+def is_finite(array: Array) -> bool:
+    """Return whether no value is NaN or infinite; may be False for values above 1e15 too. Local.
+
+    It reads the array once, and makes none: a sum of squares is finite if the values are.
+    """
+    row = in_memory_order(array)
+    return row is not None and bool(np.isfinite(np.dot(row, row)))

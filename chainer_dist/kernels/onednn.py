@@ -266,7 +266,8 @@ class Operation:
         name: The primitive, such as ``convolution_forward``.
         parameters: What its ``..._primitive_desc_create`` takes between the engine and the attributes. A :class:`Layout`
             stands for its descriptor, an :class:`Operation` for its own description, None for nothing.
-        inputs: Arguments that are read: the constant, and the layout of the array that will be given.
+        inputs: Arguments that are read: the constant, and the layout of the array that will be given; None is the one
+            that the primitive has for it, as for the workspace, which is not of float32.
         outputs: Arguments that are written likewise.
 
     Raises:
@@ -277,8 +278,8 @@ class Operation:
         self,
         name: str,
         parameters: Sequence[Any],
-        inputs: Sequence[tuple[int, Layout]],
-        outputs: Sequence[tuple[int, Layout]],
+        inputs: Sequence[tuple[int, Layout | None]],
+        outputs: Sequence[tuple[int, Layout | None]],
     ) -> None:
         opened = library()
         functions = opened.functions
@@ -307,7 +308,7 @@ class Operation:
         self._outputs: list[tuple[int, int, _Primitive]] = []
         for position, (argument, layout) in enumerate([*inputs, *outputs]):
             wanted = self._wanted(argument)
-            given = descriptor(layout)
+            given = _Handle(wanted) if layout is None else descriptor(layout)
             if not functions.dnnl_memory_desc_equal(given, _Handle(wanted)):
                 size = functions.dnnl_memory_desc_get_size(_Handle(wanted))
                 if position < len(inputs):

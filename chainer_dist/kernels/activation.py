@@ -1,0 +1,161 @@
+"""Elementwise activations and their gradients, in fewer passes over memory.
+
+ReLU itself stays NumPy's, which is one pass already: oneDNN's turns NaN into zero, and would hide that training failed.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from chainer.functions.activation.elu import ELU, ELUGrad
+from chainer.functions.activation.leaky_relu import LeakyReLU, _LeakyReLUGrad
+from chainer.functions.activation.relu import ReLUGrad2
+from chainer.functions.activation.sigmoid import Sigmoid, SigmoidGrad
+from chainer.functions.activation.tanh import TanhGrad
+
+from chainer_dist.kernels import layouts
+from chainer_dist.kernels.onednn import (
+    DIFF_DST,
+    DIFF_SRC,
+    DST,
+    SRC,
+    TRAINING,
+    Layout,
+    Operation,
+    kept,
+)
+from chainer_dist.kernels.replacements import replaces
+
+if TYPE_CHECKING:
+    from chainer_dist.kernels.layouts import Array
+
+_RELU, _LOGISTIC = 0x20, 0x29
+# The gradient from the output instead of the input.
+_TANH_BY_OUTPUT, _LOGISTIC_BY_OUTPUT, _RELU_BY_OUTPUT = 0x101, 0x104, 0x100
+
+# Below so many values the call costs more than the passes that it saves.
+_FEW = 4096
+
+
+@kept
+def _forward(algorithm: int, size: int, alpha: float) -> Operation:
+    row = Layout.flat(size)
+    parameters = [TRAINING, algorithm, row, row, alpha, 0.0]
+    return Operation("eltwise_forward", parameters, [(SRC, row)], [(DST, row)])
+
+
+@kept
+def _backward(algorithm: int, size: int, alpha: float) -> Operation:
+    row = Layout.flat(size)
+    hint = Operation("eltwise_forward", [TRAINING, algorithm, row, row, alpha, 0.0], [], [])
+    parameters = [algorithm, row, row, row, alpha, 0.0, hint]
+    known = SRC if algorithm == _RELU else DST
+    inputs = [(DIFF_DST, row), (known, row)]
+    return Operation("eltwise_backward", parameters, inputs, [(DIFF_SRC, row)])
+
+
+def _is_worth_it(*arrays: Array) -> bool:
+    return (
+        layouts.is_suitable(*arrays)
+        and arrays[0].size >= _FEW
+        and layouts.in_memory_order(arrays[0]) is not None
+    )
+
+
+def _apply(algorithm: int, x: Array, alpha: float = 0.0) -> Array:
+    y = np.empty_like(x)  # in the order of x
+    _forward(algorithm, x.size, alpha)(x, y)
+    return y
+
+
+def _apply_gradient(algorithm: int, known: Array, gy: Array, alpha: float = 0.0) -> Array:
+    gx = np.empty_like(known)
+    if gy.strides != known.strides:
+        gx[...] = gy
+        gy = gx  # oneDNN may write where it has read
+    _backward(algorithm, known.size, alpha)(gy, known, gx)
+    return gx
+
+
+@replaces(ReLUGrad2, "forward_cpu")
+def _relu_gradient(chainers: Any, self: Any, inputs: tuple[Array]) -> Any:
+    (gy,) = inputs
+    if not _is_worth_it(self.b, gy) or self.b.shape != gy.shape:
+        return chainers(self, inputs)
+    return (_apply_gradient(_RELU_BY_OUTPUT, self.b, gy),)
+
+
+@replaces(LeakyReLU, "forward_cpu")
+def _leaky_relu(chainers: Any, self: Any, inputs: tuple[Array]) -> Any:
+    (x,) = inputs
+    if not _is_worth_it(x) or self.slope == 0:  # as for ReLU
+        return chainers(self, inputs)
+    if self.slope >= 0:
+        self.retain_outputs((0,))
+    else:
+        self.retain_inputs((0,))
+    return (_apply(_RELU, x, float(self.slope)),)
+
+
+@replaces(_LeakyReLUGrad, "forward_cpu")
+def _leaky_relu_gradient(chainers: Any, self: Any, inputs: tuple[Array]) -> Any:
+    (gy,) = inputs
+    if not _is_worth_it(self.cond, gy):
+        return chainers(self, inputs)
+    return (_apply_gradient(_RELU, self.cond, gy, float(self.slope)),)
+
+
+@replaces(ELU, "forward_cpu", needs_onednn=False)
+def _elu(chainers: Any, self: Any, inputs: tuple[Array]) -> Any:
+    (x,) = inputs
+    if not layouts.is_suitable(x):
+        return chainers(self, inputs)
+    if self.alpha < 0:
+        self.retain_inputs((0,))
+    self.retain_outputs((0,))
+    y = np.minimum(x, 0)
+    np.expm1(y, out=y)
+    y *= np.float32(self.alpha)
+    np.copyto(y, x, where=x > 0)
+    return (y,)
+
+
+@replaces(ELUGrad, "forward_cpu", needs_onednn=False)
+def _elu_gradient(chainers: Any, self: Any, inputs: tuple[Array]) -> Any:
+    (y,) = inputs
+    if not layouts.is_suitable(y, self.cond):
+        return chainers(self, inputs)
+    gx = y + np.float32(self.alpha)
+    np.copyto(gx, np.float32(1), where=self.cond > 0)
+    return (gx,)
+
+
+@replaces(Sigmoid, "forward_cpu")
+def _sigmoid(chainers: Any, self: Any, inputs: tuple[Array]) -> Any:
+    (x,) = inputs
+    if not _is_worth_it(x):
+        return chainers(self, inputs)
+    self.retain_outputs((0,))
+    self._use_cudnn = False
+    return (_apply(_LOGISTIC, x),)
+
+
+@replaces(SigmoidGrad, "forward_cpu")
+def _sigmoid_gradient(chainers: Any, self: Any, inputs: tuple[Array, Array]) -> Any:
+    return _gradient_by_output(_LOGISTIC_BY_OUTPUT, chainers, self, inputs)
+
+
+@replaces(TanhGrad, "forward_cpu")
+def _tanh_gradient(chainers: Any, self: Any, inputs: tuple[Array, Array]) -> Any:
+    return _gradient_by_output(_TANH_BY_OUTPUT, chainers, self, inputs)
+
+
+def _gradient_by_output(
+    algorithm: int, chainers: Any, function: Any, inputs: tuple[Array, Array]
+) -> Any:
+    y, gy = inputs
+    if not _is_worth_it(y, gy) or y.shape != gy.shape:
+        return chainers(function, inputs)
+    function.retain_inputs((0, 1))
+    return (_apply_gradient(algorithm, y, gy),)

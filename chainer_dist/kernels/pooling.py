@@ -1,0 +1,176 @@
+"""Maximum and average pooling of any number of dimensions, and their gradients, by oneDNN."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+from chainer.functions.pooling.average_pooling_2d import AveragePooling2D, AveragePooling2DGrad
+from chainer.functions.pooling.average_pooling_nd import AveragePoolingND, AveragePoolingNDGrad
+from chainer.functions.pooling.max_pooling_nd import MaxPoolingND, MaxPoolingNDGrad
+from chainer.utils.conv import get_conv_outsize
+
+from chainer_dist.kernels import layouts
+from chainer_dist.kernels.convolution import MOST_DIMENSIONS
+from chainer_dist.kernels.onednn import (
+    DIFF_DST,
+    DIFF_SRC,
+    DST,
+    SRC,
+    TRAINING,
+    WORKSPACE,
+    Layout,
+    Operation,
+    dimensions,
+    kept,
+)
+from chainer_dist.kernels.replacements import replaces
+
+if TYPE_CHECKING:
+    from chainer_dist.kernels.layouts import Array
+
+_MAX, _AVERAGE_WITH_PADDING, _AVERAGE_WITHOUT_PADDING = 0x1FF, 0x2FF, 0x3FF
+
+_MOST_IN_A_BYTE = 255  # positions in a window whose index oneDNN stores in one byte
+
+
+class _Pooling(NamedTuple):
+    """All that decides which operation a pooling of ``x`` (batch, channels, sizes...) is."""
+
+    algorithm: int
+    x: tuple[int, ...]
+    y: tuple[int, ...]
+    size: tuple[int, ...]
+    stride: tuple[int, ...]
+    pad: tuple[int, ...]
+
+    @classmethod
+    def of(cls, algorithm: int, function: Any, x: tuple[int, ...]) -> _Pooling:
+        """Return that of one of Chainer's functions of an input of this shape. Local."""
+        if hasattr(function, "kh"):
+            size, stride = (function.kh, function.kw), (function.sy, function.sx)
+            pad, cover_all = (function.ph, function.pw), False
+        else:
+            size, stride, pad = function.ksize, function.stride, function.pad
+            cover_all = function.cover_all
+        sizes = zip(x[2:], size, stride, pad)
+        y = tuple(get_conv_outsize(n, k, s, p, cover_all) for n, k, s, p in sizes)
+        return cls(algorithm, x, (*x[:2], *y), tuple(size), tuple(stride), tuple(pad))
+
+    def padding_at_end(self) -> tuple[int, ...]:
+        """Return how far the last windows reach beyond the end of ``x``. Local."""
+        sizes = zip(self.x[2:], self.y[2:], self.size, self.stride, self.pad)
+        return tuple(max(0, s * (y - 1) + k - x - p) for x, y, k, s, p in sizes)
+
+    def is_possible(self) -> bool:
+        """Return whether each window has a value of ``x`` in it. Local."""
+        ends = zip(self.size, self.pad, self.padding_at_end(), self.y[2:])
+        return len(self.size) <= MOST_DIMENSIONS and all(
+            p < k and end < k and y > 0 for k, p, end, y in ends
+        )
+
+    def parameters(self) -> list[Any]:
+        """Return what oneDNN's functions take last. Local."""
+        between = [0] * len(self.size)
+        sizes = (self.stride, self.size, between, self.pad, self.padding_at_end())
+        return [
+            Layout.channels_last(self.x),
+            Layout.channels_last(self.y),
+            *map(dimensions, sizes),
+        ]
+
+    def indexes(self) -> Any:
+        """Return the dtype of the index of the largest value of each window. Local."""
+        return np.uint8 if np.prod(self.size) <= _MOST_IN_A_BYTE else np.int32
+
+
+@kept
+def _forward(pooling: _Pooling) -> Operation:
+    outputs: list[tuple[int, Layout | None]] = [(DST, Layout.channels_last(pooling.y))]
+    if pooling.algorithm == _MAX:
+        outputs.append((WORKSPACE, None))
+    inputs = [(SRC, Layout.channels_last(pooling.x))]
+    parameters = [TRAINING, pooling.algorithm, *pooling.parameters()]
+    return Operation("pooling_forward", parameters, inputs, outputs)
+
+
+@kept
+def _backward(pooling: _Pooling) -> Operation:
+    hint = Operation(
+        "pooling_forward", [TRAINING, pooling.algorithm, *pooling.parameters()], [], []
+    )
+    inputs: list[tuple[int, Layout | None]] = [(DIFF_DST, Layout.channels_last(pooling.y))]
+    if pooling.algorithm == _MAX:
+        inputs.append((WORKSPACE, None))
+    parameters = [pooling.algorithm, *pooling.parameters(), hint]
+    outputs = [(DIFF_SRC, Layout.channels_last(pooling.x))]
+    return Operation("pooling_backward", parameters, inputs, outputs)
+
+
+@replaces(MaxPoolingND, "forward_cpu")
+def _max_pooling(chainers: Any, self: Any, inputs: tuple[Array]) -> Any:
+    (x,) = inputs
+    pooling = _Pooling.of(_MAX, self, x.shape)
+    if not layouts.is_suitable(x) or not pooling.is_possible():
+        return chainers(self, inputs)
+    x = layouts.channels_last(x)
+    if not layouts.is_finite(
+        x
+    ):  # oneDNN passes over NaN, and takes infinity for the largest number
+        return chainers(self, inputs)
+    y = layouts.empty(pooling.y)
+    # Which value of its window each is, as Chainer counts too.
+    self.indexes = layouts.empty(pooling.y, pooling.indexes())
+    self._in_shape, self._in_dtype = x.shape, x.dtype
+    _forward(pooling)(x, y, self.indexes)
+    return (y,)
+
+
+@replaces(MaxPoolingNDGrad, "forward_cpu")
+def _max_pooling_gradient(chainers: Any, self: Any, inputs: tuple[Array]) -> Any:
+    (gy,) = inputs
+    indexes = self.func.indexes
+    pooling = _Pooling.of(_MAX, self.func, self.func._in_shape)
+    if (
+        not layouts.is_suitable(gy)
+        or not pooling.is_possible()
+        or indexes.dtype != pooling.indexes()
+        or not layouts.is_channels_last(indexes)
+    ):
+        return chainers(self, inputs)
+    gx = layouts.empty(pooling.x)
+    _backward(pooling)(layouts.channels_last(gy), indexes, gx)
+    return (gx,)
+
+
+def _average_kind(function: Any) -> int:
+    without = hasattr(function, "pad_value") and function.pad_value is None
+    return _AVERAGE_WITHOUT_PADDING if without else _AVERAGE_WITH_PADDING
+
+
+@replaces(AveragePooling2D, "forward_cpu")
+@replaces(AveragePoolingND, "forward_cpu")
+def _average_pooling(chainers: Any, self: Any, inputs: tuple[Array]) -> Any:
+    (x,) = inputs
+    pooling = _Pooling.of(_average_kind(self), self, x.shape)
+    if not layouts.is_suitable(x) or not pooling.is_possible():
+        return chainers(self, inputs)
+    self._in_shape, self._in_dtype = x.shape, x.dtype
+    if pooling.algorithm == _AVERAGE_WITHOUT_PADDING:  # for Chainer's gradient, if it comes to that
+        self.width = self._get_pooling_width(np, x.shape[2:], x.dtype)
+    y = layouts.empty(pooling.y)
+    _forward(pooling)(layouts.channels_last(x), y)
+    return (y,)
+
+
+@replaces(AveragePooling2DGrad, "forward_cpu")
+@replaces(AveragePoolingNDGrad, "forward_cpu")
+def _average_pooling_gradient(chainers: Any, self: Any, inputs: tuple[Array]) -> Any:
+    (gy,) = inputs
+    function = getattr(self, "func", self)
+    pooling = _Pooling.of(_average_kind(function), function, function._in_shape)
+    if not layouts.is_suitable(gy) or not pooling.is_possible():
+        return chainers(self, inputs)
+    gx = layouts.empty(pooling.x)
+    _backward(pooling)(layouts.channels_last(gy), gx)
+    return (gx,)

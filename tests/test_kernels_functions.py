@@ -1,0 +1,230 @@
+"""Activations, linear layers, normalization of layers, losses, embeddings and dropout, against Chainer in float64."""
+
+from __future__ import annotations
+
+import chainer
+import chainer.functions as F
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from chainer_dist import kernels
+from kernel_cases import assert_like_chainer, draw_array, outcome
+
+pytestmark = pytest.mark.mpi_skip  # nothing here knows of ranks
+
+NAMES = ["numpy", "onednn"]
+
+names = st.sampled_from(NAMES)
+
+ACTIVATIONS = {
+    "relu": F.relu,
+    "leaky_relu": F.leaky_relu,
+    "leaky_relu that falls": lambda x: F.leaky_relu(x, slope=-0.5),
+    "leaky_relu that is relu": lambda x: F.leaky_relu(x, slope=0.0),
+    "elu": F.elu,
+    "elu that falls": lambda x: F.elu(x, alpha=-0.5),
+    "sigmoid": F.sigmoid,
+    "tanh": F.tanh,
+}
+
+shapes = st.sampled_from(
+    [(3,), (2, 3), (4096,), (70, 70), (3, 20, 9, 9), (2, 16, 150), (9, 5, 7, 4, 6)]
+)
+
+
+@st.composite
+def arrays_of(draw, shapes):
+    """Return an array of one of the shapes."""
+    return draw_array(draw, draw(shapes))
+
+
+@pytest.mark.parametrize("function", ACTIVATIONS.values(), ids=ACTIVATIONS)
+@given(x=arrays_of(shapes), name=names)
+def test_activation(function, x, name):
+    """Outputs, gradients and second gradients are Chainer's to rounding."""
+    assert_like_chainer(function, [x], name=name)
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("function", ACTIVATIONS.values(), ids=ACTIVATIONS)
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf, 0.0])
+def test_what_is_not_finite_stays_in_activations(function, value, name):
+    """NaN and infinity come out where Chainer lets them."""
+    x = np.random.RandomState(0).standard_normal((90, 90)).astype(np.float32)
+    x[5, 7] = value
+    outcomes = []
+    with np.errstate(all="ignore"):
+        for each in ("chainer", name):
+            with kernels.use(each):
+                outcomes.append(outcome(function, [x], double=False))
+    if np.isnan(value):  # where there is no slope, any gradient will do
+        for _, gradient in outcomes:
+            gradient[5, 7] = 0
+    for expected, found in zip(*outcomes):
+        np.testing.assert_allclose(found, expected, 1e-5, 1e-6)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_gradients_that_are_not_finite_stay(name):
+    """NaN and infinity in a gradient are handed on as Chainer hands them on."""
+    x = np.random.RandomState(0).standard_normal((90, 90)).astype(np.float32)
+    gy = np.ones_like(x)
+    gy[3, 4:8] = np.nan, np.inf, -np.inf, np.nan
+    for function in ACTIVATIONS.values():
+        found = []
+        with np.errstate(all="ignore"):
+            for each in ("chainer", name):
+                with kernels.use(each):
+                    variable = chainer.Variable(x)
+                    (g,) = chainer.grad([function(variable)], [variable], [chainer.Variable(gy)])
+                    found.append(g.array)
+        np.testing.assert_allclose(found[1], found[0], 1e-5, 1e-6)
+
+
+@st.composite
+def linears(draw):
+    """Return the arrays of a linear layer, with a bias or without."""
+    n, inputs, outputs = (draw(st.sampled_from([1, 2, 5, 33, 64, 130])) for _ in range(3))
+    arrays = [draw_array(draw, (n, inputs)), draw_array(draw, (outputs, inputs))]
+    if draw(st.booleans()):
+        arrays.append(draw_array(draw, (outputs,)))
+    return arrays
+
+
+@given(linears(), names)
+def test_linear(arrays, name):
+    """A linear layer of any size and arrangement is Chainer's to rounding."""
+    assert_like_chainer(F.linear, arrays, name=name)
+
+
+@st.composite
+def rows(draw):
+    """Return a matrix, and two arrays of a value for each of its columns."""
+    n, units = draw(st.integers(1, 9)), draw(st.sampled_from([2, 7, 16, 100]))
+    return [draw_array(draw, (n, units)), draw_array(draw, (units,)), draw_array(draw, (units,))]
+
+
+@given(rows(), names)
+def test_layer_normalization(arrays, name):
+    """Layer normalization can be differentiated twice."""
+    assert_like_chainer(F.layer_normalization, arrays, name=name, tolerance=2e-4)
+
+
+@given(rows(), names)
+def test_layer_normalization_differentiated_once(arrays, name):
+    """Its gradient as one operation is that of the graph."""
+    assert_like_chainer(F.layer_normalization, arrays, name=name, double=False, tolerance=2e-4)
+
+
+def test_layer_normalization_of_one_gradient_only():
+    """Parameters need not be differentiated."""
+    x = np.random.RandomState(0).standard_normal((6, 16)).astype(np.float32)
+
+    def function(x):
+        return F.layer_normalization(x, np.ones(16, x.dtype), np.zeros(16, x.dtype))
+
+    assert_like_chainer(function, [x], double=False)
+
+
+@st.composite
+def labelled(draw):
+    """Return scores and classes, some of which are to be ignored."""
+    n, classes = draw(st.integers(1, 40)), draw(st.sampled_from([1, 2, 10, 5000]))
+    x = draw_array(draw, (n, classes), scale=draw(st.sampled_from([1.0, 50.0])))
+    t = np.random.RandomState(n).randint(-1, classes, n).astype(np.int32)
+    return x, t
+
+
+@given(labelled(), st.booleans(), st.sampled_from(["mean", "no"]), names)
+def test_softmax_cross_entropy(case, normalize, reduce, name):
+    """The loss of scores of any size is Chainer's to rounding."""
+    x, t = case
+
+    def function(x):
+        return F.softmax_cross_entropy(x, t, normalize, reduce=reduce)
+
+    assert_like_chainer(function, [x], name=name, double=False)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_softmax_cross_entropy_in_other_ways(name):
+    """Its other options are right too, and a wrong label is refused in debug mode."""
+    rng = np.random.RandomState(0)
+    x = rng.standard_normal((4, 5)).astype(np.float32)
+    images = rng.standard_normal((2, 5, 3, 3)).astype(np.float32)
+    t = np.array([0, 4, -1, 2], np.int32)
+    weights = rng.rand(5)
+    ways = [
+        (x, lambda x: F.softmax_cross_entropy(x, t, class_weight=weights.astype(x.dtype))),
+        (x, lambda x: F.softmax_cross_entropy(x, t, ignore_label=4)),
+        (x, lambda x: F.softmax_cross_entropy(x, t, cache_score=False)),
+        (x, lambda x: F.softmax_cross_entropy(x, F.softmax(x).array)),
+        (images, lambda x: F.softmax_cross_entropy(x, np.zeros((2, 3, 3), np.int32))),
+    ]
+    for given_x, function in ways:
+        assert_like_chainer(function, [given_x], name=name, double=False)
+    with (
+        kernels.use(name),
+        chainer.using_config("debug", True),
+        pytest.raises(ValueError, match="label"),
+    ):
+        F.softmax_cross_entropy(x, t + 3)
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_what_is_not_finite_stays_in_a_loss(value):
+    """A loss of NaN or infinity is not hidden."""
+    x = np.zeros((3, 4), np.float32)
+    x[1, 2] = value
+    t = np.array([0, 1, 2], np.int32)
+    outcomes = []
+    with np.errstate(all="ignore"):
+        for each in ("chainer", "numpy"):
+            with kernels.use(each):
+                outcomes.append(outcome(lambda x: F.softmax_cross_entropy(x, t), [x], double=False))
+    for expected, found in zip(*outcomes):
+        np.testing.assert_allclose(found, expected, 1e-6)
+
+
+@st.composite
+def words(draw):
+    """Return numbers of words, and vectors of all words."""
+    n_words, units = draw(st.integers(1, 30)), draw(st.integers(1, 5))
+    shape = draw(st.sampled_from([(1,), (7,), (4, 6), (2, 3, 4)]))
+    ids = np.random.RandomState(draw(st.integers(0, 99))).randint(0, n_words, shape)
+    return ids.astype(draw(st.sampled_from([np.int32, np.int64]))), draw_array(
+        draw, (n_words, units)
+    )
+
+
+@given(words(), st.sampled_from([None, -1, 0, 1]), names)
+def test_embedding(case, ignore_label, name):
+    """The gradient of an embedding is the sum over equal words."""
+    ids, w = case
+
+    def function(w):
+        return F.embed_id(ids, w, ignore_label)
+
+    assert_like_chainer(function, [w], name=name)
+
+
+def test_embedding_of_words_counted_from_the_end():
+    """Negative numbers of words mean the same as in Chainer."""
+    ids = np.array([-1, 2, -1, 4], np.int32)
+    w = np.arange(10, dtype=np.float32).reshape(5, 2)
+    assert_like_chainer(lambda w: F.embed_id(ids, w), [w], name="numpy")
+
+
+@given(arrays_of(shapes), st.sampled_from([0.0, 0.3, 0.9]))
+def test_dropout_draws_what_chainer_draws(x, ratio):
+    """The same seed drops the same values, and leaves the same state."""
+    outcomes = []
+    for name in ("chainer", "numpy"):
+        np.random.seed(5)
+        with kernels.use(name):
+            outcomes.append(outcome(lambda x: F.dropout(x, ratio), [x], double=True))
+        outcomes[-1].append(np.random.rand(3))
+    for expected, found in zip(*outcomes):
+        np.testing.assert_array_equal(found, expected)

@@ -1,0 +1,218 @@
+"""Convolutions, pooling and normalization by oneDNN, against Chainer in float64."""
+
+from __future__ import annotations
+
+import chainer.functions as F
+import numpy as np
+import pytest
+from chainer.utils.conv import get_conv_outsize, get_deconv_outsize
+from hypothesis import given
+from hypothesis import strategies as st
+
+from chainer_dist import kernels
+from kernel_cases import arrange, assert_like_chainer, draw_array
+
+pytestmark = pytest.mark.mpi_skip  # nothing here knows of ranks
+
+
+@st.composite
+def convolutions(draw, transposed=False):
+    """Return a convolution's dimensions, arrays and options."""
+    ndim = draw(st.integers(1, 3))
+    groups = draw(st.sampled_from([1, 1, 2, 4]))
+    each = [groups * draw(st.integers(1, 3)) for _ in range(2)]
+    size, stride, pad, dilate = (
+        [draw(st.integers(low, high)) for _ in range(ndim)]
+        for low, high in ((1, 3), (1, 3), (0, 2), (1, 2))
+    )
+    outer = [draw(st.integers(1, 6)) for _ in range(ndim)]
+    options = {"stride": stride, "pad": pad, "dilate": dilate, "groups": groups}
+    outs = zip(outer, size, stride, pad, dilate)
+    if transposed:
+        fits = all(get_deconv_outsize(n, k, s, p, d=d) > 0 for n, k, s, p, d in outs)
+        w = (each[0], each[1] // groups, *size)
+    else:
+        options["cover_all"] = draw(st.booleans())
+        fits = all(
+            get_conv_outsize(n, k, s, p, options["cover_all"], d) > 0 for n, k, s, p, d in outs
+        )
+        w = (each[1], each[0] // groups, *size)
+    if not fits:
+        outer = [n + (k - 1) * d for n, k, d in zip(outer, size, dilate)]
+        options["pad"] = [0] * ndim
+    arrays = [
+        draw_array(draw, (draw(st.integers(1, 3)), each[0], *outer)),
+        draw_array(draw, w),
+    ]
+    if draw(st.booleans()):
+        arrays.append(draw_array(draw, (each[1],)))
+    return (
+        ndim,
+        arrays,
+        {k: v if k in ("groups", "cover_all") else tuple(v) for k, v in options.items()},
+    )
+
+
+def _without_lists(ndim, options, function_2d, function_nd, x, w, b=None):
+    if ndim == 2:
+        return function_2d(x, w, b, **options)
+    return function_nd(x, w, b, **options)
+
+
+@given(convolutions())
+def test_convolution(case):
+    """Convolutions in 1, 2 and 3 dimensions are Chainer's to rounding."""
+    ndim, arrays, options = case
+
+    def function(*inputs):
+        return _without_lists(ndim, options, F.convolution_2d, F.convolution_nd, *inputs)
+
+    assert_like_chainer(function, arrays)
+
+
+@given(convolutions(transposed=True))
+def test_transposed_convolution(case):
+    """So are transposed ones."""
+    ndim, arrays, options = case
+
+    def function(*inputs):
+        return _without_lists(ndim, options, F.deconvolution_2d, F.deconvolution_nd, *inputs)
+
+    assert_like_chainer(function, arrays)
+
+
+@st.composite
+def poolings(draw):
+    """Return an array to pool, and window sizes, strides and padding."""
+    ndim = draw(st.integers(1, 3))
+    size = [draw(st.integers(1, 3)) for _ in range(ndim)]
+    stride = tuple(draw(st.integers(1, 3)) for _ in range(ndim))
+    pad = tuple(draw(st.integers(0, k - 1)) for k in size)
+    sizes = [k + draw(st.integers(0, 4)) for k in size]
+    x = draw_array(draw, (draw(st.integers(1, 3)), draw(st.integers(1, 5)), *sizes))
+    return x, tuple(size), stride, pad
+
+
+@given(poolings(), st.booleans())
+def test_max_pooling(case, cover_all):
+    """The maximum of windows and its gradients are Chainer's."""
+    x, size, stride, pad = case
+
+    def function(x):
+        return F.max_pooling_nd(x, size, stride, pad, cover_all=cover_all)
+
+    assert_like_chainer(function, [x])
+
+
+@given(poolings())
+def test_max_pooling_tells_the_same_indexes(case):
+    """Unpooling and others use the indexes of the largest values."""
+    x, size, stride, pad = case
+    indexes = {}
+    for name in ("chainer", "onednn"):
+        with kernels.use(name):
+            _, indexes[name] = F.max_pooling_nd(x, size, stride, pad, return_indices=True)
+    np.testing.assert_array_equal(indexes["chainer"], indexes["onednn"])
+
+
+def test_the_first_of_equal_values_has_the_gradient():
+    """Of equal values the first counts, as in Chainer."""
+    x = np.zeros((2, 3, 4, 4), np.float32)
+    assert_like_chainer(lambda x: F.max_pooling_2d(x, 2), [x])
+
+
+@given(poolings(), st.sampled_from([0, None]))
+def test_average_pooling(case, pad_value):
+    """Means of windows, with and without padding in them."""
+    x, size, stride, pad = case
+
+    def function(x):
+        return F.average_pooling_nd(x, size, stride, pad, pad_value)
+
+    assert_like_chainer(function, [x], double=pad_value == 0)  # Chainer's changes its input else
+
+
+@given(poolings())
+def test_average_pooling_2d(case):
+    """The function for two dimensions is another one in Chainer."""
+    x, size, stride, pad = case
+    if len(size) == 2:
+        assert_like_chainer(lambda x: F.average_pooling_2d(x, size, stride, pad), [x])
+
+
+@st.composite
+def batches(draw, least=2):
+    """Return a batch of at least two values a channel, and two arrays of a value a channel."""
+    ndim = draw(st.integers(0, 3))
+    n, channels = draw(st.integers(least, 4)), draw(st.sampled_from([1, 3, 16, 20]))
+    x = draw_array(draw, (n, channels, *(draw(st.integers(1, 4)) for _ in range(ndim))))
+    return [x, draw_array(draw, (channels,)), draw_array(draw, (channels,))]
+
+
+@given(batches(least=3))
+def test_batch_normalization(arrays):
+    """Outputs, gradients and running statistics are Chainer's to rounding."""
+    _, gamma, _ = arrays
+    statistics = {}
+
+    def function(*inputs):
+        mean, var = np.zeros(gamma.shape), np.ones(gamma.shape)
+        y = F.batch_normalization(*inputs, eps=1e-2, running_mean=mean, running_var=var)
+        statistics[y.dtype] = mean, var
+        return y
+
+    assert_like_chainer(function, arrays, tolerance=1e-4)
+    for ours, chainers in zip(statistics[np.dtype("f")], statistics[np.dtype("d")]):
+        np.testing.assert_allclose(ours, chainers, 1e-5, 1e-6)
+
+
+@given(batches())
+def test_batch_normalization_by_given_statistics(arrays):
+    """Fixed statistics can be differentiated too."""
+    x, gamma, beta = arrays
+    variance = np.abs(gamma) + np.float32(0.1)
+
+    def function(x, gamma, beta, mean, variance):
+        return F.fixed_batch_normalization(x, gamma, beta, mean, variance)
+
+    assert_like_chainer(function, [x, gamma, beta, beta.copy(), variance], tolerance=1e-4)
+
+
+FUNCTIONS = {
+    "convolution": lambda x: F.convolution_2d(x, np.ones((4, 3, 3, 3), np.float32), pad=1),
+    "transposed convolution": lambda x: F.deconvolution_2d(x, np.ones((3, 4, 2, 2), np.float32)),
+    "max pooling": lambda x: F.max_pooling_2d(x, 2),
+    "average pooling": lambda x: F.average_pooling_2d(x, 2),
+    "batch normalization": lambda x: F.batch_normalization(
+        x, np.ones(3, np.float32), np.zeros(3, np.float32)
+    ),
+}
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("function", FUNCTIONS.values(), ids=FUNCTIONS)
+def test_what_is_not_finite_stays(function, value):
+    """NaN and infinity come out where Chainer lets them."""
+    x = np.random.RandomState(0).standard_normal((2, 3, 6, 6)).astype(np.float32)
+    x[1, 2, 3, 3] = value
+    x = arrange(x, "channels last")
+    with np.errstate(all="ignore"):
+        with kernels.use("chainer"):
+            expected = function(x).array
+        with kernels.use("onednn"):
+            found = function(x).array
+    np.testing.assert_array_equal(np.isnan(found), np.isnan(expected))
+    np.testing.assert_array_equal(np.isinf(found), np.isinf(expected))
+
+
+@pytest.mark.parametrize("function", FUNCTIONS.values(), ids=FUNCTIONS)
+@pytest.mark.parametrize("dtype", [np.float16, np.float64])
+def test_other_dtypes_are_chainers(function, dtype):
+    """float16 and float64 are computed by Chainer's own code."""
+    x = np.random.RandomState(0).standard_normal((2, 3, 6, 6)).astype(dtype)
+    outcomes = []
+    for name in ("chainer", "onednn"):
+        with kernels.use(name):
+            outcomes.append(function(x).array)
+    np.testing.assert_array_equal(*outcomes)
+    assert outcomes[1].dtype == outcomes[0].dtype
