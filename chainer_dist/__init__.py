@@ -29,6 +29,7 @@ from chainer_dist import (
     functions,
     global_except_hook,
     iterators,
+    kernels,
     links,
     optimizers,
     parallel,
@@ -84,6 +85,7 @@ __all__ = [
     "functions",
     "global_except_hook",
     "iterators",
+    "kernels",
     "links",
     "optimizers",
     "parallel",
@@ -96,4 +98,5 @@ __all__ = [
     "watch",
 ]
 
+kernels.use_default()
 global_except_hook._add_hook_if_enabled()

@@ -19,6 +19,8 @@ def arrange(array, how):
         return np.moveaxis(last, -1, 1)
     if how == "fortran":
         return np.asfortranarray(array)
+    if array.ndim == 0:
+        return array
     if how == "reversed":
         return array[::-1].copy()[::-1]
     if how == "spaced":
@@ -41,7 +43,7 @@ arrangements = st.sampled_from(ARRANGEMENTS)
 def draw_array(draw, shape, scale=1.0):
     """Return float32 numbers of a shape, none of which are equal, in some arrangement."""
     rng = np.random.RandomState(draw(st.integers(0, 1000)))
-    array = (rng.standard_normal(shape) * scale).astype(np.float32)
+    array = np.asarray(rng.standard_normal(shape) * scale, np.float32)
     return arrange(array, draw(arrangements))
 
 
@@ -56,7 +58,7 @@ def outcome(function, arrays, *, double):
     y = function(*given)
 
     def draw(like):
-        return chainer.Variable(rng.standard_normal(like.shape).astype(like.dtype))
+        return chainer.Variable(np.asarray(rng.standard_normal(like.shape), like.dtype))
 
     gy = draw(y)
     gradients = chainer.grad([y], variables, [gy], enable_double_backprop=double)

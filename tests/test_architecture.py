@@ -29,6 +29,7 @@ LAYERS = [
         "global_except_hook",
         "testing",
         "nccl",
+        "kernels",
     ],
     ["communicators"],
     ["compression"],

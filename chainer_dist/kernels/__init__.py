@@ -10,7 +10,7 @@ empty arrays, unusual strides) Chainer's own code computes.
 ``CHAINER_DIST_KERNELS``. Nothing in this package knows of ranks.
 
 A new kernel is a function in one of these files, decorated with
-:func:`~chainer_dist.kernels.replacements.replaces`; a new family is a file and one line in :data:`_FAMILIES`.
+``replacements.replaces``; a new family is a file and one word in ``_FAMILIES``.
 """
 
 from __future__ import annotations
@@ -98,7 +98,10 @@ def _choose(name: str, known: Status | None = None) -> None:
     global _status  # noqa: PLW0603 - one choice for the process
     if name not in (*_NAMES, "auto"):
         raise ValueError(f"kernels are {', '.join(_NAMES)} or auto, got {name!r}")
-    reason = "chosen"
+    reason = {
+        "numpy": "NumPy, as was asked for",
+        "chainer": "Chainer's own code, as was asked for",
+    }.get(name, "")
     if name in ("onednn", "auto"):
         try:
             opened = onednn.library()

@@ -17,11 +17,12 @@ if TYPE_CHECKING:
 
 
 def is_suitable(*arrays: Any) -> bool:
-    """Return whether all are plain, aligned float32 arrays of at least one value. Local."""
+    """Return whether all are plain, aligned float32 arrays with dimensions and at least one value. Local."""
     return all(
         type(array) is np.ndarray
         and array.dtype.char == "f"
         and array.dtype.isnative
+        and array.ndim > 0
         and array.size > 0
         and array.flags.aligned
         for array in arrays

@@ -83,7 +83,8 @@ def _cross_entropy_gradient(chainers: Any, self: Any, inputs: tuple[Array, Array
         or self.class_weight is not None
         or self.y is None
         or x.ndim != 2  # noqa: PLR2004 - a matrix
-        or not layouts.is_suitable(x, self.y, gloss)
+        or gloss.dtype != np.float32
+        or not layouts.is_suitable(x, self.y)
     ):
         return chainers(self, inputs)
     counts = (t != self.ignore_label).astype(np.float32)

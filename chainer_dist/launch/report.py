@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 import threadpoolctl
 
 import chainer_dist
-from chainer_dist import _threads, communicators
+from chainer_dist import _threads, communicators, kernels
 from chainer_dist.launch import mpi
 
 if TYPE_CHECKING:
@@ -66,6 +66,7 @@ def collect() -> tuple[list[dict[str, Any]], dict[str, str], str]:
         "quota": _threads._quota(),
         "shared_memory": _shared_memory(),
         "start_method": multiprocessing.get_start_method(),
+        "kernels": kernels.status()._asdict(),
     }
     try:
         from mpi4py import MPI
@@ -122,6 +123,7 @@ def summary(
             for (name, _), there in hosts.items()
         ],
         "start_method": first["start_method"],
+        "kernels": first["kernels"],
         "communicators": {**auto, "names": list(communicators.names())},
         "differing": _differing(ranks),
         "started_as": first["started_as"],
@@ -197,6 +199,7 @@ def text(facts: Mapping[str, Any]) -> str:
             f"  auto      {facts['communicators']['auto']}: {facts['communicators']['why']}"
         )
     lines.append(f"  all       {', '.join(facts['communicators']['names'])}")
+    lines += ["", "Forward and backward", f"  {facts['kernels']['text']}"]
     lines += ["", "Warnings"]
     lines += [f"  - {warning}" for warning in facts["warnings"]] or ["  none"]
     return "\n".join(lines)
@@ -234,6 +237,15 @@ def _differing(ranks: Sequence[Mapping[str, Any]]) -> list[str]:
             found.append(
                 f"ranks have different versions of {name}: {which}; install the same everywhere"
             )
+    computing = {rank["kernels"]["name"]: rank for rank in reversed(ranks)}
+    if len(computing) > 1:
+        which = ", ".join(
+            f"{rank['kernels']['text']} on rank {rank['rank']} ({rank['host']})"
+            for rank in computing.values()
+        )
+        found.append(
+            f"ranks compute forward and backward in different ways, and wait for the slowest: {which}"
+        )
     return found
 
 
