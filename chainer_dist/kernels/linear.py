@@ -7,61 +7,70 @@ from typing import TYPE_CHECKING, Any
 import chainer
 import numpy as np
 from chainer.functions.connection.linear import LinearFunction, LinearGradData, LinearGradWeight
+from chainer.functions.math.matmul import MatMul
 
-from chainer_dist.kernels import layouts
-from chainer_dist.kernels.onednn import DST, SRC, WEIGHTS, Layout, Operation, kept
+from chainer_dist.kernels import layouts, onednn
+from chainer_dist.kernels.onednn import BIAS, DST, SRC, WEIGHTS, Layout, Operation, kept
 from chainer_dist.kernels.replacements import replaces
 
 if TYPE_CHECKING:
     from chainer_dist.kernels.layouts import Array
+
+# Chainer puts what it finds here into the configuration for the gradients; its default would refuse kernels there.
+_ALLOWED = "auto"
 
 # Below so many multiplications the call costs more than it saves.
 _FEW = 1 << 16
 
 
 @kept
-def _multiply(a: Layout, b: Layout) -> Operation:
+def _multiply(a: Layout, b: Layout, has_bias: bool) -> Operation:
     y = Layout.dense((*a.shape[:-1], b.shape[-1]))
-    return Operation("matmul", [a, b, None, y], [(SRC, a), (WEIGHTS, b)], [(DST, y)])
+    bias = Layout.dense((*[1] * (len(b.shape) - 1), b.shape[-1])) if has_bias else None
+    inputs = [(SRC, a), (WEIGHTS, b), *([(BIAS, bias)] if bias else [])]
+    return Operation("matmul", [a, b, bias, y], inputs, [(DST, y)])
 
 
-def multiply(a: Array, b: Array) -> Array:
+def multiply(a: Array, b: Array, bias: Array | None = None) -> Array:
     """Return the product of two matrices, or of two stacks of as many matrices, new, C-contiguous. Local.
+
+    Of oneDNN's two ways the one is faster where the second matrix is transposed, or a bias is added; the other otherwise.
 
     Args:
         a: (..., m, k), float32; in its last two dimensions C- or Fortran-contiguous, or any other layout
             at the price of a copy.
         b: (..., k, n) likewise.
+        bias: (n,), float32; None for zeros.
     """
     a, b = _matrices(a), _matrices(b)
     y = np.empty((*a.shape[:-1], b.shape[-1]), np.float32)
-    _multiply(Layout.of(a), Layout.of(b))(a, b, y)
+    if bias is None and a.ndim == 2 and onednn.matrix_order(b)[0] == b"N":  # noqa: PLR2004 - matrices
+        onednn.multiply_matrices(a, b, y)
+    else:
+        biases = () if bias is None else (np.ascontiguousarray(bias),)
+        _multiply(Layout.of(a), Layout.of(b), bias is not None)(a, b, *biases, y)
     return y
 
 
 def _matrices(array: Array) -> Array:
     """Return the array itself if oneDNN can multiply it as it lies, or a copy. Local."""
-    rows, columns = array.strides[-2:]
-    lies_well = array.itemsize in (rows, columns) and min(array.strides) > 0
+    lies_well = onednn.matrix_order(array)[0] and min(array.strides) > 0
     return array if lies_well else np.ascontiguousarray(array)
 
 
-def _is_worth_it(a: Array, b: Array) -> bool:
-    return layouts.is_suitable(a, b) and a.size * b.shape[-1] >= _FEW
+def _is_worth_it(a: Array, b: Array, *biases: Array) -> bool:
+    return layouts.is_suitable(a, b, *biases) and a.size * b.shape[-1] >= _FEW
 
 
 @replaces(LinearFunction, "forward")
 def _linear(chainers: Any, self: Any, inputs: tuple[Array, ...]) -> Any:
     x, w, *biases = inputs
     # A static graph records Chainer's own calls.
-    if chainer.config.schedule_func is not None or not _is_worth_it(x, w.T):
+    if chainer.config.schedule_func is not None or not _is_worth_it(x, w.T, *biases):
         return chainers(self, inputs)
-    self._config_use_ideep = chainer.config.use_ideep
+    self._config_use_ideep = _ALLOWED
     self.retain_inputs((0, 1))
-    y = multiply(x, w.T)
-    for b in biases:
-        y += b
-    return (y,)
+    return (multiply(x, w.T, *biases),)
 
 
 @replaces(LinearGradData, "forward")
@@ -69,7 +78,7 @@ def _linear_gradient_of_input(chainers: Any, self: Any, inputs: tuple[Array, Arr
     w, gy = inputs
     if not _is_worth_it(gy, w):
         return chainers(self, inputs)
-    self._config_use_ideep = chainer.config.use_ideep
+    self._config_use_ideep = _ALLOWED
     self.retain_inputs((0, 1))
     return (multiply(gy, w),)
 
@@ -79,6 +88,27 @@ def _linear_gradient_of_weights(chainers: Any, self: Any, inputs: tuple[Array, A
     x, gy = inputs
     if self._w_dtype != np.float32 or not _is_worth_it(gy.T, x):
         return chainers(self, inputs)
-    self._config_use_ideep = chainer.config.use_ideep
+    self._config_use_ideep = _ALLOWED
     self.retain_inputs((0, 1))
     return (multiply(gy.T, x),)
+
+
+@replaces(MatMul, "forward")
+def _matmul(chainers: Any, self: Any, inputs: tuple[Array, Array]) -> Any:
+    a, b = inputs
+    if (
+        self.dtype not in (None, np.float32)
+        or not layouts.is_suitable(a, b)
+        or a.ndim < 2  # noqa: PLR2004 - a matrix
+        or a.shape[:-2] != b.shape[:-2]
+    ):
+        return chainers(self, inputs)
+    transa, transb = self.transa, self.transb
+    if self.transc:
+        a, b, transa, transb = b, a, not transb, not transa
+    a = a.swapaxes(-1, -2) if transa else a
+    b = b.swapaxes(-1, -2) if transb else b
+    if not _is_worth_it(a, b):
+        return chainers(self, inputs)
+    self.retain_inputs((0, 1))
+    return (multiply(a, b),)

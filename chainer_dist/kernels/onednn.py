@@ -46,6 +46,11 @@ WORKSPACE = 64
 DIFF_SRC, DIFF_DST, DIFF_WEIGHTS, DIFF_BIAS = 129, 145, 161, 169
 DIFF_SCALE, DIFF_SHIFT = 255, 256
 
+# Which are transposed; m, n, k; a factor, a and its step, b and its step; a factor, y and its step.
+_SIZE, _PLACE = ctypes.c_int64, ctypes.c_void_p
+_SGEMM: list[Any] = [ctypes.c_char, ctypes.c_char, _SIZE, _SIZE, _SIZE]
+_SGEMM += [ctypes.c_float, _PLACE, _SIZE, _PLACE, _SIZE, ctypes.c_float, _PLACE, _SIZE]
+
 _Dimensions = ctypes.c_int64 * _MAX_DIMENSIONS
 _Handle = ctypes.c_void_p
 
@@ -127,6 +132,7 @@ def _load(path: str) -> Library:
         functions.dnnl_primitive_desc_query_md.restype = _Handle
         functions.dnnl_memory_desc_get_size.restype = ctypes.c_size_t
         functions.dnnl_cpu_isa2str.restype = ctypes.c_char_p
+        functions.dnnl_sgemm.argtypes = _SGEMM
         functions.omp_get_max_threads.restype = ctypes.c_int
         instructions = functions.dnnl_cpu_isa2str(functions.dnnl_get_effective_cpu_isa())
     except AttributeError as error:
@@ -159,8 +165,10 @@ class Layout(NamedTuple):
 
     @classmethod
     def of(cls, array: np.ndarray[Any, Any]) -> Layout:
-        """Return that of an array. Local."""
-        return cls(array.shape, tuple(stride // array.itemsize for stride in array.strides))
+        """Return that of an array, whose strides may be anything where it has one value. Local."""
+        own = zip(array.shape, array.strides, _strides(array.shape))
+        steps = (dense if n == 1 else step // array.itemsize for n, step, dense in own)
+        return cls(array.shape, tuple(steps))
 
     @classmethod
     def flat(cls, size: int) -> Layout:
@@ -356,6 +364,38 @@ class Operation:
         self._primitive.run(placed)
         for position, _, reorder in self._outputs:
             reorder.run((placed[position], addresses[position]))
+
+
+def multiply_matrices(
+    a: np.ndarray[Any, Any], b: np.ndarray[Any, Any], y: np.ndarray[Any, Any]
+) -> None:
+    """Write the product of two float32 matrices into a third, C-contiguous one. Local.
+
+    Args:
+        a: (m, k); either its rows or its columns are contiguous, as :func:`matrix_order` says.
+        b: (k, n) likewise.
+        y: (m, n).
+    """
+    (kind_a, step_a), (kind_b, step_b) = matrix_order(a), matrix_order(b)
+    (m, k), n = a.shape, b.shape[1]
+    status = library().functions.dnnl_sgemm(
+        kind_a, kind_b, m, n, k, 1.0, address(a), step_a, address(b), step_b, 0.0, address(y), n
+    )
+    _check(status, "a product of matrices")
+
+
+def matrix_order(array: np.ndarray[Any, Any]) -> tuple[bytes, int]:
+    """Return how the last two dimensions lie in memory, and the step from one row, or column, to the next. Local.
+
+    ``N``: each row is contiguous. ``T``: each column is. Nothing and 0: neither, or they overlap. Steps are in values.
+    """
+    rows, columns = array.shape[-2:]
+    by_row, by_column = (stride // array.itemsize for stride in array.strides[-2:])
+    if (by_column == 1 or columns == 1) and (by_row >= columns or rows == 1):
+        return b"N", max(columns, by_row if rows > 1 else 1)
+    if (by_row == 1 or rows == 1) and (by_column >= rows or columns == 1):
+        return b"T", max(rows, by_column if columns > 1 else 1)
+    return b"", 0
 
 
 def address(array: np.ndarray[Any, Any]) -> int:

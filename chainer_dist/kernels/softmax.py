@@ -1,4 +1,4 @@
-"""Softmax cross entropy in NumPy, block by block within the processor's cache."""
+"""Softmax and its logarithm by oneDNN, and softmax cross entropy in NumPy, block by block within the cache."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING, Any
 
 import chainer
 import numpy as np
+from chainer.functions.activation.log_softmax import LogSoftmax, LogSoftmaxGrad
+from chainer.functions.activation.softmax import Softmax, _SoftmaxGrad
 from chainer.functions.loss.softmax_cross_entropy import (
     SoftmaxCrossEntropy,
     _check_input_values,
@@ -13,12 +15,27 @@ from chainer.functions.loss.softmax_cross_entropy import (
 )
 
 from chainer_dist.kernels import layouts
+from chainer_dist.kernels.onednn import (
+    DIFF_DST,
+    DIFF_SRC,
+    DST,
+    SRC,
+    TRAINING,
+    Layout,
+    Operation,
+    kept,
+)
 from chainer_dist.kernels.replacements import replaces
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from chainer_dist.kernels.layouts import Array
+
+_SOFTMAX, _LOG_SOFTMAX = 0x30000, 0x30001
+
+# Below so many values the call costs more than the passes that it saves.
+_FEW = 4096
 
 # Values of a block, some 256 kB.
 _BLOCK = 1 << 16
@@ -46,6 +63,87 @@ def softmax_rows(x: Array) -> tuple[Array, Array]:
         np.log(sums, out=sums)
         np.add(largest, sums, out=log_sums[block])
     return y, log_sums
+
+
+@kept
+def _forward(algorithm: int, x: Layout, axis: int) -> Operation:
+    return Operation("softmax_forward", [TRAINING, algorithm, x, x, axis], [(SRC, x)], [(DST, x)])
+
+
+@kept
+def _backward(algorithm: int, y: Layout, axis: int) -> Operation:
+    hint = Operation("softmax_forward", [TRAINING, algorithm, y, y, axis], [], [])
+    inputs = [(DST, y), (DIFF_DST, y)]
+    parameters = [algorithm, y, y, y, axis, hint]
+    return Operation("softmax_backward", parameters, inputs, [(DIFF_SRC, y)])
+
+
+def _is_worth_it(array: Array) -> bool:
+    return layouts.is_suitable(array) and array.size >= _FEW
+
+
+def _in_order(array: Array) -> Array:
+    return array if layouts.in_memory_order(array) is not None else np.ascontiguousarray(array)
+
+
+def _softmax(algorithm: int, x: Array, axis: int) -> Array | None:
+    """Return the softmax or its logarithm, new; None where oneDNN has no way for it. Local."""
+    if not _is_worth_it(x):
+        return None
+    x = _in_order(x)
+    if not layouts.is_finite(x):  # oneDNN takes NaN and infinity for other numbers
+        return None
+    y = np.empty_like(x)
+    _forward(algorithm, Layout.of(x), axis % x.ndim)(x, y)
+    return y
+
+
+def _softmax_gradient(algorithm: int, y: Array, gy: Array, axis: int) -> Array:
+    y = _in_order(y)
+    gx = np.empty_like(y)
+    if gy.strides != y.strides:
+        gx[...] = gy
+        gy = gx  # oneDNN may write where it has read
+    _backward(algorithm, Layout.of(y), axis % y.ndim)(y, gy, gx)
+    return gx
+
+
+@replaces(Softmax, "forward")
+def _softmax_forward(chainers: Any, self: Any, inputs: tuple[Array]) -> Any:
+    y = _softmax(_SOFTMAX, inputs[0], self.axis)
+    if y is None:
+        return chainers(self, inputs)
+    self.retain_outputs((0,))
+    return (y,)
+
+
+@replaces(_SoftmaxGrad, "forward")
+def _softmax_backward(chainers: Any, self: Any, inputs: tuple[Array, Array]) -> Any:
+    y, gy = inputs
+    if not _is_worth_it(y) or not layouts.is_suitable(gy):
+        return chainers(self, inputs)
+    self.retain_inputs((0, 1))
+    return (_softmax_gradient(_SOFTMAX, y, gy, self.axis),)
+
+
+@replaces(LogSoftmax, "forward")
+def _log_softmax_forward(chainers: Any, self: Any, inputs: tuple[Array]) -> Any:
+    (x,) = inputs
+    y = _softmax(_LOG_SOFTMAX, x, self.axis)
+    if y is None:
+        return chainers(self, inputs)
+    self._x_xp, self._x_shape, self._x_dtype = np, x.shape, x.dtype
+    self.retain_outputs((0,))
+    return (y,)
+
+
+@replaces(LogSoftmaxGrad, "forward")
+def _log_softmax_backward(chainers: Any, self: Any, inputs: tuple[Array, Array]) -> Any:
+    y, gy = inputs
+    if not _is_worth_it(y) or not layouts.is_suitable(gy):
+        return chainers(self, inputs)
+    self.retain_inputs((0, 1))
+    return (_softmax_gradient(_LOG_SOFTMAX, y, gy, self.axis),)
 
 
 @replaces(SoftmaxCrossEntropy, "forward_cpu", needs_onednn=False)

@@ -1,0 +1,43 @@
+"""Products of matrices by oneDNN, however they lie in memory, against NumPy in float64."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from chainer_dist.kernels import linear
+from kernel_cases import ARRANGEMENTS, arrange
+
+pytestmark = pytest.mark.mpi_skip  # nothing here knows of ranks
+
+sizes = st.sampled_from([1, 2, 3, 17, 64])
+arrangements = st.sampled_from([how for how in ARRANGEMENTS if how != "unaligned"])
+
+
+@given(st.sampled_from([(), (1,), (3,), (2, 2)]), sizes, sizes, sizes, st.data())
+def test_products(stack, m, k, n, data):
+    """Matrices, and stacks of them, transposed or not, with a bias or not."""
+    rng = np.random.RandomState(m + k + n)
+    factors = []
+    for rows, columns in ((m, k), (k, n)):
+        transposed = data.draw(st.booleans())
+        shape = (*stack, columns, rows) if transposed else (*stack, rows, columns)
+        factor = arrange(rng.standard_normal(shape).astype("f"), data.draw(arrangements))
+        factors.append(factor.swapaxes(-1, -2) if transposed else factor)
+    bias = rng.standard_normal(n).astype("f") if data.draw(st.booleans()) else None
+    a, b = factors
+    expected = a.astype(np.float64) @ b.astype(np.float64) + (0 if bias is None else bias)
+    found = linear.multiply(a, b, bias)
+    np.testing.assert_allclose(found, expected, 1e-4, 1e-4)
+    assert found.flags.c_contiguous
+
+
+def test_overlapping_rows():
+    """A window that slides over a row is no matrix to BLAS."""
+    windows = np.lib.stride_tricks.sliding_window_view(np.arange(40, dtype=np.float32), 8)
+    w = np.ones((8, 3), np.float32)
+    np.testing.assert_array_equal(linear.multiply(windows, w), windows.astype(np.float64) @ w)
+    one = np.broadcast_to(np.arange(8, dtype=np.float32), (5, 8))
+    np.testing.assert_array_equal(linear.multiply(one, w), one.astype(np.float64) @ w)
