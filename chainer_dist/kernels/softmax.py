@@ -140,7 +140,7 @@ def _log_softmax_forward(chainers: Any, self: Any, inputs: tuple[Array]) -> Any:
 @replaces(LogSoftmaxGrad, "forward")
 def _log_softmax_backward(chainers: Any, self: Any, inputs: tuple[Array, Array]) -> Any:
     y, gy = inputs
-    if not _is_worth_it(y) or not layouts.is_suitable(gy):
+    if not _is_worth_it(y) or not layouts.is_suitable(gy) or not layouts.is_finite(y):
         return chainers(self, inputs)
     self.retain_inputs((0, 1))
     return (_softmax_gradient(_LOG_SOFTMAX, y, gy, self.axis),)
