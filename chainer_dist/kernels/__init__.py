@@ -36,6 +36,7 @@ _FAMILIES = (
     "embed_id",
     "layer_normalization",
     "linear",
+    "n_step_rnn",
     "pooling",
     "softmax",
 )

@@ -1,0 +1,88 @@
+"""Long short-term memory."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+from chainer.functions.rnn import n_step_lstm
+
+from chainer_dist.kernels import recurrent
+from chainer_dist.kernels.recurrent import ONE, Factors
+
+if TYPE_CHECKING:
+    from chainer_dist.kernels.layouts import Array
+
+
+class LSTMLayer(recurrent.Layer):
+    """A layer of LSTM in one direction. Its gates are the input a of the cell, i, f and o."""
+
+    states = 2
+    step = staticmethod(n_step_lstm._lstm)
+    of_x, of_h = Factors((2, 0, 1, 3), 0), Factors((6, 4, 5, 7), 0)
+    sigmoids = range(1, 4)
+
+    def run(
+        self,
+        gates: Array,
+        states: list[Array],
+        by_h: recurrent.Product,
+        h_biases: Array,
+        outputs: Array,
+    ) -> None:
+        """Compute all times."""
+        del h_biases  # all are in the gates
+        last_h, last_c = states
+        self._gates = gates
+        self._cs = np.empty_like(outputs)  # before each time
+        self._tanhs = np.empty_like(outputs)  # of c after each time
+        products = np.empty((4, self.rows, len(last_h[0])), np.float32)
+        for start, end, batch in self.times:
+            h, c = last_h[:batch], last_c[:batch]
+            gate, product, tanh = gates[:, start:end], products[:, :batch], self._tanhs[start:end]
+            by_h.of_all(h, product)
+            np.add(gate, product, out=gate)
+            np.tanh(gate, out=gate)
+            recurrent.finish_sigmoid(gate[1:])
+            a, i, f, o = gate
+            self._cs[start:end] = c
+            np.multiply(c, f, out=c)
+            np.multiply(a, i, out=tanh)
+            np.add(c, tanh, out=c)
+            np.tanh(c, out=tanh)
+            np.multiply(o, tanh, out=h)
+            outputs[start:end] = h
+
+    def differentiate(
+        self, hs: Array, gys: Array | None, grads: list[Array], by_h: recurrent.Product
+    ) -> Array:
+        """Return the gradients of the products."""
+        a, i, f, o = self._gates
+        # At first what the gradient of c, or for o that of h, is to be multiplied by.
+        made = np.empty_like(self._gates)
+        np.multiply(a, a, out=made[0])
+        np.subtract(ONE, made[0], out=made[0])
+        made[0] *= i
+        np.subtract(ONE, self._gates[1:], out=made[1:])
+        made[1:] *= self._gates[1:]
+        made[1] *= a
+        made[2] *= self._cs
+        made[3] *= self._tanhs
+        from_h = self._tanhs * self._tanhs  # what the gradient of h is multiplied by to be one of c
+        np.subtract(ONE, from_h, out=from_h)
+        from_h *= o
+        products = np.empty((4, self.rows, hs.shape[1]), np.float32)
+        for start, end, batch in reversed(self.times):
+            gh, gc = (grad[:batch] for grad in grads)
+            gate, product, part = made[:, start:end], products[:, :batch], from_h[start:end]
+            if gys is not None:
+                np.add(gh, gys[start:end], out=gh)
+            np.multiply(part, gh, out=part)
+            np.add(gc, part, out=gc)
+            of_c, of_o = gate[:3], gate[3]
+            np.multiply(of_c, gc, out=of_c)
+            np.multiply(of_o, gh, out=of_o)
+            np.multiply(gc, f[start:end], out=gc)
+            by_h.of_each(gate, product)
+            np.add.reduce(product, axis=0, out=gh)
+        return made
