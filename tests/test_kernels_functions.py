@@ -102,6 +102,16 @@ def test_linear(arrays, name):
     assert_like_chainer(F.linear, arrays, name=name)
 
 
+@given(st.sampled_from([(5000, 7), (3, 20, 30, 30), (4, 8, 600), (2, 3)]), st.data(), names)
+def test_sum(shape, data, name):
+    """Sums over all but channels, and others."""
+    axis = data.draw(
+        st.sampled_from([None, 0, (0, -1), tuple(i for i in range(len(shape)) if i != 1)])
+    )
+    x = draw_array(data.draw, shape)
+    assert_like_chainer(lambda x: F.sum(x, axis), [x], name=name, tolerance=1e-4)
+
+
 @given(st.sampled_from([(), (2,), (5, 3)]), st.data(), names)
 def test_matmul(stack, data, name):
     """Products of matrices and of stacks, transposed or not, can be differentiated twice."""

@@ -39,6 +39,7 @@ _FAMILIES = (
     "n_step_rnn",
     "pooling",
     "softmax",
+    "sum",
 )
 
 

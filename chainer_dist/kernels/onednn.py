@@ -408,6 +408,11 @@ def scratch(size: int) -> np.ndarray[Any, Any]:
     return np.empty(size, np.uint8)
 
 
+def reorder(source: np.ndarray[Any, Any], target: np.ndarray[Any, Any]) -> None:
+    """Copy float32 values to an array of the same shape that lies in memory in another order. Local."""
+    _kept_reorder(Layout.of(source), Layout.of(target)).run((address(source), address(target)))
+
+
 def _reorder(opened: Library, source: Any, target: Any) -> _Primitive:
     description = _Owned(
         "dnnl_reorder_primitive_desc_create",
@@ -453,6 +458,12 @@ def kept(make: Callable[..., Any]) -> Callable[..., Any]:
         return made
 
     return get
+
+
+@kept
+def _kept_reorder(source: Layout, target: Layout) -> _Primitive:
+    descriptors = _descriptor(source), _descriptor(target)
+    return _reorder(library(), *(each.handle for each in descriptors))
 
 
 def clear() -> None:
