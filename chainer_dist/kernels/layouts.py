@@ -18,21 +18,20 @@ if TYPE_CHECKING:
     Array = np.ndarray[Any, Any]
 
 
+_FLOAT32 = np.dtype(np.float32)
+
 # From so many values on oneDNN reorders them faster than NumPy.
 _MANY = 1 << 14
 
 
 def is_suitable(*arrays: Any) -> bool:
     """Return whether all are plain, aligned float32 arrays with dimensions and at least one value. Local."""
-    return all(
-        type(array) is np.ndarray
-        and array.dtype.char == "f"
-        and array.dtype.isnative
-        and array.ndim > 0
-        and array.size > 0
-        and array.flags.aligned
-        for array in arrays
-    )
+    for array in arrays:
+        if type(array) is not np.ndarray or array.dtype != _FLOAT32 or not array.size:
+            return False
+        if not array.ndim or not array.flags.aligned:
+            return False
+    return True
 
 
 def is_channels_last(array: Array) -> bool:

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 _ALLOWED = "auto"
 
 # Below so many multiplications the call costs more than it saves.
-_FEW = 1 << 16
+_FEW = 1 << 18
 
 
 @kept
@@ -59,7 +59,7 @@ def _matrices(array: Array) -> Array:
 
 
 def _is_worth_it(a: Array, b: Array, *biases: Array) -> bool:
-    return layouts.is_suitable(a, b, *biases) and a.size * b.shape[-1] >= _FEW
+    return a.size * b.shape[-1] >= _FEW and layouts.is_suitable(a, b, *biases)
 
 
 @replaces(LinearFunction, "forward")
