@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+
 import chainer
 import chainer.functions as F
 import chainer.links as L
@@ -381,31 +383,172 @@ WRONG = {
 }
 
 
+def add_links(model, components):
+    """Add a link for each pair of ranks that it receives from and sends to."""
+    for rank_in, rank_out in components:
+        model.add_link(Mix(0), rank_in, rank_out)
+
+
+def call_for_a_minute(model):
+    """Call a model again and again."""
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline:
+        model(X)
+
+
+def call_until_it_raises(model):
+    """Return what a model soon raises: a rank may only then know of one that names it."""
+    with pytest.raises(ValueError, match="rank") as caught:
+        call_for_a_minute(model)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("others_call", [False, True])
 @pytest.mark.parametrize("name", WRONG)
-def test_components_that_do_not_fit_together(comm, name):
-    """Every rank raises the same error before anything is sent, and again in the next call."""
+def test_components_that_do_not_fit_together(comm, name, others_call):
+    """Every rank that has some raises the same error, and again in the next call."""
     layout, message = WRONG[name]
     if comm.size < len(layout):
         pytest.skip(f"needs {len(layout)} ranks")
-    model = MultiNodeChainList(comm)
-    for rank_in, rank_out in layout.get(comm.rank, []):
-        model.add_link(Mix(0), rank_in, rank_out)
-    for _ in range(2):
-        with pytest.raises(ValueError, match="rank") as caught:
-            model(X)
-        assert message in str(caught.value)
-        assert len(set(comm.allgather_obj(str(caught.value)))) == 1
+    for n_micro_batches in (1, 2):
+        if others_call or comm.rank in layout:
+            model = MultiNodeChainList(comm, n_micro_batches=n_micro_batches)
+            add_links(model, layout.get(comm.rank, []))
+        if comm.rank in layout:
+            said = call_until_it_raises(model)
+            assert message in said
+            with pytest.raises(ValueError, match="rank") as caught:
+                model(X)
+            assert str(caught.value) == said
+        elif others_call:
+            for _ in range(3):
+                assert model(X).shape == (0,)
+        comm.mpi_comm.barrier()
+
+
+def reached(tables):
+    """Return for each rank those that its components name, directly or by the components of others."""
+    named = [{r for pair in table for ranks in pair for r in ranks or ()} for table in tables]
+    found = [{rank} for rank in range(len(tables))]
+    for _ in tables:
+        found = [ranks.union(*(named[r] for r in ranks)) for ranks in found]
+    return found
+
+
+def is_wrong(tables, ranks):
+    """Tell whether some ranks' components do not fit together, by playing through what they do."""
+    mail, done, moved = [], dict.fromkeys(ranks, 0), True
+    while moved:
+        moved = False
+        for rank in ranks:
+            while done[rank] < len(tables[rank]):
+                sources, targets = tables[rank][done[rank]]
+                needed = [(source, rank) for source in sources or ()]
+                if any(mail.count(each) < needed.count(each) for each in needed):
+                    break
+                for each in needed:
+                    mail.remove(each)
+                mail += [(rank, target) for target in targets or ()]
+                done[rank] += 1
+                moved = True
+    return bool(mail) or any(done[rank] < len(tables[rank]) for rank in ranks)
+
+
+@settings(max_examples=40)
+@given(data=st.data())
+def test_random_components(comm, data):
+    """Whatever ranks say of their components: those that are connected all work, or all raise."""
+    ranks = st.one_of(st.none(), st.lists(st.integers(0, comm.size - 1), min_size=1, max_size=2))
+    pairs = st.lists(st.tuples(ranks, ranks), max_size=2).filter(
+        lambda pairs: [rank_out for _, rank_out in pairs].count(None) < 2
+    )
+    tables = data.draw(st.lists(pairs, min_size=comm.size, max_size=comm.size))
+    found = reached(tables)
+    connected = {comm.rank}
+    for _ in tables:
+        connected = {
+            rank
+            for rank, ranks in enumerate(found)
+            if ranks & {*connected, *(r for c in connected for r in found[c])}
+        }
+    model = MultiNodeChainList(
+        comm.split(0, comm.rank)
+    )  # ranks that wait for nothing have called none before
+    add_links(model, tables[comm.rank])
+    if is_wrong(tables, connected):
+        call_until_it_raises(model)
+    elif tables[comm.rank]:
+        model(X)
+    others = comm.mpi_comm.Ibarrier()
+    while not others.Test():  # an error of another rank came here before one that names this rank
+        if model._comparison is not None:
+            model._comparison.strangers(model._n_calls)
+    model._comm.finalize()
+
+
+@pytest.mark.parametrize("n_micro_batches", [1, 3])
+def test_ranks_without_components_stay_away(comm, n_micro_batches):
+    """They do not call a model, and have components of the next one; a rank that has none makes none."""
+    for name in ("a chain of two", "there and back", "a chain of three", "a chain of two"):
+        parts = MODELS[name]
+        if comm.rank > 2 or needed(parts) > comm.size:
+            continue
+        model = build(comm, parts, n_micro_batches=n_micro_batches)
+        if comm.rank < needed(parts):
+            for n in (7, 4):
+                check(comm, parts, model, X[:n])
+
+
+def test_ranks_that_are_not_connected_do_not_wait_for_each_other(comm):
+    """They have batches and numbers of pieces of their own, and one group may be done before the other starts."""
+    model = MultiNodeChainList(comm, n_micro_batches=2 + comm.rank // 2)
+    x = X[: 7 - comm.rank // 2]
+    is_first = comm.rank % 2 == 0
+    has_peer = comm.rank // 2 * 2 + 1 < comm.size
+    if has_peer:
+        model.add_link(Mix(0), *((None, comm.rank + 1) if is_first else (comm.rank - 1, None)))
+    else:
+        model.add_link(Mix(0))
+    if comm.rank > 1:
+        comm.mpi_comm.recv(source=0)
+    y = model(x if is_first else None)
+    assert y.shape == ((0,) if is_first and has_peer else x.shape)
+    if comm.rank == 0:
+        for rank in range(2, comm.size):
+            comm.mpi_comm.send(None, dest=rank)
 
 
 def test_components_added_later_are_checked(comm):
-    """Every rank compares again after another link was added."""
+    """Every connected rank compares again after another link was added."""
     model = MultiNodeChainList(comm)
     model.add_link(Mix(0), None, comm.rank)
     model.add_link(Mix(1), comm.rank, None)
     assert model(X).shape == X.shape
     model.add_link(Mix(2), None, comm.rank)
-    with pytest.raises(ValueError, match="rank 0: component 2 sends to rank 0"):
+    with pytest.raises(
+        ValueError, match=f"rank {comm.rank}: component 2 sends to rank {comm.rank}"
+    ):
         model(X)
+
+
+def test_ranks_are_connected_later(comm):
+    """Links may be added between two calls, right ones and wrong ones, and other models follow."""
+    if comm.size == 1:
+        pytest.skip("needs two ranks")
+    if comm.rank > 1:
+        return
+    for _ in range(2):
+        model = MultiNodeChainList(comm)
+        add_links(model, {0: [(None, None)], 1: []}[comm.rank])
+        for _ in range(3):
+            assert model(X).shape == (X.shape if comm.rank == 0 else (0,))
+        add_links(model, {0: [(None, 1)], 1: [(0, None)]}[comm.rank])
+        for _ in range(3):
+            assert model(X).shape == X.shape
+        add_links(model, {0: [(None, 1)], 1: [(0, 1)]}[comm.rank])
+        for _ in range(2):
+            with pytest.raises(ValueError, match="rank 1: component 1 sends to rank 1"):
+                model(X)
 
 
 def test_bad_components(comm):
@@ -432,8 +575,16 @@ def test_bad_components(comm):
 def test_bad_batches(comm):
     """Inputs that cannot be cut, or are of different lengths, are an error on every rank."""
     last = comm.rank == comm.size - 1
-    model = MultiNodeChainList(comm, n_micro_batches=2)
-    model.add_link(Mix(0))
+
+    def connected(n_micro_batches):
+        """Return a model to which every rank gives inputs."""
+        model = MultiNodeChainList(comm, n_micro_batches=n_micro_batches)
+        model.add_link(Mix(0), None, 0)
+        if comm.rank == 0:
+            model.add_link(Mix(1), list(range(comm.size)), None)
+        return model
+
+    model = connected(2)
     with pytest.raises(TypeError, match="an input is str, expected an array"):
         model("text" if last else X)
     with pytest.raises(ValueError, match=r"inputs have lengths \[7, 6\]"):
@@ -446,8 +597,8 @@ def test_bad_batches(comm):
         with pytest.raises(
             RankMismatchError, match="n_micro_batches is 3, expected 2 as on rank 0"
         ):
-            MultiNodeChainList(comm, n_micro_batches=3 if last else 2)(X)
-    assert model(X).shape == X.shape
+            connected(3 if last else 2)(X)
+    assert model(X).shape == (X.shape if comm.rank == 0 else (0,))
 
 
 @pytest.mark.parametrize("n_micro_batches", [1, 3])

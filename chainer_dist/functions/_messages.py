@@ -47,10 +47,26 @@ class _Posted(NamedTuple):
 
 _posted: list[_Posted] = []
 
+# What the highest tags are for: gradients, what the ranks of a model tell each other of their components,
+# and of their batches. The tags of users are below.
+GRADIENTS, COMPONENTS, BATCHES = range(3)
+
 # By communicator and number: gradients that came before the one that was waited for.
 _early: weakref.WeakKeyDictionary[CommunicatorBase, dict[int, list[tuple[list[Any], Failure]]]] = (
     weakref.WeakKeyDictionary()
 )
+
+
+def reserved_tag(comm: CommunicatorBase, use: int) -> int:
+    """Return the tag of messages that are no user's. Local.
+
+    Args:
+        comm: Communicator.
+        use: GRADIENTS, COMPONENTS or BATCHES.
+    """
+    from mpi4py import MPI
+
+    return int(comm.mpi_comm.Get_attr(MPI.TAG_UB) or 0) - use
 
 
 def new_number() -> int:
@@ -70,8 +86,9 @@ def check_peer(comm: CommunicatorBase, rank: Any, tag: Any) -> tuple[int, int]:
         raise ValueError(f"rank is {rank}, which is this rank itself; expected another one")
     if not 0 <= rank < comm.size:
         raise ValueError(f"rank is {rank}, expected 0 to {comm.size - 1}")
-    if not 0 <= tag < _gradient_tag(comm):
-        raise ValueError(f"tag is {tag}, expected 0 to {_gradient_tag(comm) - 1}")
+    highest = reserved_tag(comm, BATCHES) - 1
+    if not 0 <= tag <= highest:
+        raise ValueError(f"tag is {tag}, expected 0 to {highest}")
     return rank, tag
 
 
@@ -138,8 +155,13 @@ def post_gradient(
         error: Why there is no gradient; ``dest`` then raises it.
     """
     answer = (number, [np.array(each) for each in gradients], describe_error(error))
-    message, _ = comm._attempt(lambda: answer)
-    _start(comm, message, dest, _gradient_tag(comm))
+    post_obj(comm, answer, dest, reserved_tag(comm, GRADIENTS))
+
+
+def post_obj(comm: CommunicatorBase, obj: Any, dest: int, tag: int) -> None:
+    """Start sending an object that can be pickled to rank ``dest``, for ``recv_obj``. Local."""
+    message, _ = comm._attempt(lambda: obj)
+    _start(comm, message, dest, tag)
 
 
 def take_gradient(comm: CommunicatorBase, source: int, number: int) -> list[Any]:
@@ -150,7 +172,7 @@ def take_gradient(comm: CommunicatorBase, source: int, number: int) -> list[Any]
     """
     early = _early.setdefault(comm, {})
     while number not in early:
-        got, gradients, failure = comm.recv_obj(source, tag=_gradient_tag(comm))
+        got, gradients, failure = comm.recv_obj(source, tag=reserved_tag(comm, GRADIENTS))
         early.setdefault(got, []).append((gradients, failure))  # several if backward runs twice
     gradients, failure = early[number].pop(0)
     if not early[number]:
@@ -184,12 +206,6 @@ def _copied(data: Any) -> Any:
     if isinstance(data, tuple):
         return tuple(np.array(each) for each in data)
     return np.array(data)
-
-
-def _gradient_tag(comm: CommunicatorBase) -> int:
-    from mpi4py import MPI
-
-    return int(comm.mpi_comm.Get_attr(MPI.TAG_UB) or 0)
 
 
 def _finish() -> None:
