@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import copy
 import importlib
 import inspect
+import pickle
 import pkgutil
 import subprocess
 import sys
 import textwrap
+import types
 import warnings
 
 import chainer
@@ -824,22 +827,116 @@ class TestForeignOptimizers:
         assert (counting.calls, optimizer.t) == (2, 2)
         np.testing.assert_allclose(model.used.W.array, self.expected(comm, 2), rtol=1e-5)
 
-    def test_layers_that_get_their_shape_late(self, comm):
-        """Gradients of unequal parameters are not used: they become equal first, as with ChainerMN."""
-        model = chainer.Sequential(L.Linear(None, 2))
-        np.random.seed(comm.rank)
-        updates = []
-        actual = Wrapper(FlatRule())
-        actual.optimizer.step = lambda: updates.append(model[0].W.grad.copy())
-        optimizer = chainer_dist.create_multi_node_optimizer(actual, comm)
+    @pytest.mark.parametrize("gives_loss", [True, False])
+    def test_layers_that_get_their_shape_late(self, comm, gives_loss):
+        """Their first gradients are of equal values, as in one process, and no update is lost."""
+
+        def make():
+            return chainer.Sequential(L.Linear(3, 4), F.tanh, L.Linear(None, 2))
+
+        def loss(x, model):
+            return F.mean(model(x) ** 2)
+
+        np.random.seed(7 + comm.rank)
+        model, rule = make(), FlatRule()
+
+        def step():
+            rule.steps += 1
+            for param in model.params():
+                param.array[...] -= rule.defaults["rate"] * param.grad
+
+        rule.step = step
+        optimizer = chainer_dist.create_multi_node_optimizer(Wrapper(rule), comm)
         optimizer.setup(model)
-        for _ in range(2):
-            optimizer.update(lambda x: F.mean(model(x)), data_of(comm.rank))
-        assert optimizer.target_params == [("/0/W", True), ("/0/b", True)]
+        for number in range(3):
+            x = data_of(comm.rank, number)
+            if gives_loss:
+                optimizer.update(lambda x: loss(x, model), x)
+            else:
+                model.cleargrads()
+                loss(x, model).backward()
+                optimizer.update()
+        assert rule.steps == 3
+        assert optimizer.target_params == [
+            (name, True) for name in ("/0/W", "/0/b", "/1/W", "/1/b")
+        ]
         assert not optimizer.is_changed(model)
-        weights = comm.allgather_obj(model[0].W.array)
+
+        np.random.seed(7)
+        truth = make()
+        single = chainer.optimizers.SGD(lr=0.1).setup(truth)
+        for number in range(3):
+            everything = np.concatenate([data_of(rank, number) for rank in range(comm.size)])
+            single.update(lambda x: loss(x, truth), everything)
+        for mine, theirs in zip(model.params(), truth.params()):
+            np.testing.assert_allclose(mine.array, theirs.array, rtol=1e-4, atol=1e-6)
+
+    def test_initializers_that_draw_from_elsewhere(self, comm):
+        """Gradients of unequal values are an error on every rank, and nothing is updated."""
+        own = np.random.RandomState(comm.rank)
+        model, rule = make_model(), FlatRule()
+        with model.init_scope():
+            model.late = L.Linear(
+                None, 2, initialW=lambda w: w.__setitem__(..., own.rand(*w.shape))
+            )
+        optimizer = chainer_dist.create_multi_node_optimizer(Wrapper(rule), comm)
+        optimizer.setup(model)
+        if comm.size == 1:
+            return
+        with pytest.raises(
+            RankMismatchError, match="rank 1: /late/W had other values than on rank 0"
+        ):
+            optimizer.update(lambda x: F.mean(model.late(model.used(x))), data_of(comm.rank))
+        assert rule.steps == 0
+        weights = comm.allgather_obj(model.late.W.array)
         assert all((weight == weights[0]).all() for weight in weights)
-        assert len(updates) == 1
+
+    def test_arrays_that_are_replaced(self, comm):
+        """They are rank 0's before the next gradient is computed."""
+        model, rule, optimizer = self.prepared(comm)
+        rule.step = lambda: None
+        seen = []
+
+        def loss(x):
+            seen.append(model.used.W.array.copy())
+            return F.mean(model.used(x) ** 2)
+
+        for number in range(3):
+            model.used.W.array = np.full_like(model.used.W.array, number + comm.rank)
+            optimizer.update(loss, data_of(comm.rank, number))
+        assert [float(weight.ravel()[0]) for weight in seen] == [0.0, 1.0, 2.0]
+
+    def test_a_target_that_is_no_link(self, comm):
+        """It lists parameters, and some may wait for their shape."""
+        params = {
+            name: chainer.Parameter(np.full(2, comm.rank, np.float32)) for name in ("/a", "/b")
+        }
+        params["/c"] = chainer.Parameter(chainer.initializers.Normal())
+        optimizer = chainer_dist.create_multi_node_optimizer(Wrapper(FlatRule()), comm)
+        optimizer.actual_optimizer.optimizer.step = lambda: None
+        optimizer.setup(Listed(params))
+        for each in (params["/a"], params["/b"]):
+            np.testing.assert_array_equal(each.array, np.zeros(2))
+            each.grad = np.full(2, comm.rank, np.float32)
+        params["/c"].initialize((3,))
+        params["/c"].grad = np.full(3, comm.rank, np.float32)
+        optimizer.update()
+        for each in params.values():
+            np.testing.assert_allclose(each.grad, (comm.size - 1) / 2)
+        values = comm.allgather_obj(params["/c"].array)
+        assert all((value == values[0]).all() for value in values)
+
+    def test_copies(self, comm):
+        """A copy has attributes of its own, and one without a communicator asks for it."""
+        actual = types.SimpleNamespace(target=None)
+        optimizer = chainer_dist.create_multi_node_optimizer(actual, comm)
+        twin = copy.copy(optimizer)
+        twin.zero_fill = False
+        twin.rate = 3
+        assert (optimizer.zero_fill, hasattr(optimizer, "rate")) == (True, False)
+        again = pickle.loads(pickle.dumps(optimizer))
+        with pytest.raises(RuntimeError, match="has no communicator"):
+            again.update()
 
     def test_options_of_chainers_optimizers(self, comm):
         """They are refused, each by its name."""

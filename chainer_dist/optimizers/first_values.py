@@ -71,7 +71,7 @@ def share_draws(comm: CommunicatorBase, model: chainer.Link) -> None:
         comm: Whose ranks draw alike.
         model: The same parameters of it wait on every rank.
     """
-    waiting = [param for param in model.params() if not param.is_initialized]
+    waiting = [param for _, param in model.namedparams() if param.array is None]
     if comm.size == 1 or not waiting:
         return
     _let_chainer_look()

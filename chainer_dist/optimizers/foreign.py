@@ -8,8 +8,7 @@ import chainer
 
 from chainer_dist import exchange
 from chainer_dist.communicators.agreement import agree
-from chainer_dist.optimizers.multi_node_optimizer import MultiNodeOptimizer
-from chainer_dist.optimizers.replicas import Replicas
+from chainer_dist.optimizers.proxy import OptimizerProxy
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -54,54 +53,38 @@ def wrap_foreign(
     return ForeignMultiNodeOptimizer(optimizer, communicator, zero_fill)
 
 
-class ForeignMultiNodeOptimizer:
+class ForeignMultiNodeOptimizer(OptimizerProxy):
     """Averages the gradients of a model over the ranks, then lets any optimizer update it.
 
     That one may belong to another library. It needs ``setup(link)``, the attribute ``target`` from then
     on, and ``update(lossfun, ...)``, which is called with None for the loss function and finds the
     averages in the gradients of the target, in the arrays in which they were before. All other
     attributes read and set are the wrapped optimizer's. As ChainerMN's optimizer, and for what is
-    written for that; the target is made equal on all ranks at once, though, so that no update is lost.
-
-    Args:
-        actual_optimizer: The wrapped one.
-        communicator: Over whose ranks gradients are averaged.
-        zero_fill: Whether a gradient that is None on this rank counts as zero.
-
-    Attributes:
-        actual_optimizer: As given.
-        communicator: As given.
-        zero_fill: As given.
+    written for that; but no update is lost, as the target is made equal on all ranks before the first
+    gradient, and layers that get their shape late draw the same values on every rank.
     """
 
-    _OWN = frozenset({"actual_optimizer", "communicator", "zero_fill", "_replicas"})
+    _OWN = OptimizerProxy._OWN | {"_started"}
 
     def __init__(
         self, actual_optimizer: Any, communicator: CommunicatorBase, zero_fill: bool
     ) -> None:
-        self.actual_optimizer = actual_optimizer
-        self.communicator = communicator
-        self.zero_fill = zero_fill
-        self._replicas = Replicas()
-
-    target_params = MultiNodeOptimizer.target_params
-    is_changed = MultiNodeOptimizer.is_changed
+        super().__init__(actual_optimizer, communicator, zero_fill)
+        self._started = False  # whether the first update has begun
 
     def setup(self, link: Any) -> Self:
         """Set the target, and make its parameters equal to rank 0's. Collective."""
         self.actual_optimizer.setup(link)
-        self._make_equal()
-        self._replicas = (
-            Replicas()
-        )  # once more before the first update, as they may be changed until then
+        self._make_equal(has_gradients=False)
+        self._started = False
         return self
 
     def update(self, lossfun: Callable[..., Any] | None = None, *args: Any, **kwds: Any) -> None:
         """Average the gradients over the ranks, then call the wrapped optimizer's ``update``. Collective.
 
-        Where parameters appeared on some rank, as those of layers that get their shape in this very
-        forward pass, the gradients are of unequal parameters: then the parameters are made equal to
-        rank 0's, and that is all, as with ChainerMN.
+        The first update, and every one before which parameters or their arrays were added or replaced on
+        some rank, makes the parameters equal to rank 0's before ``lossfun`` is called. A layer that gets
+        its shape in this very forward pass draws the same numbers from ``numpy.random`` on every rank.
 
         Args:
             lossfun: Returns the loss; None if the gradients are there already.
@@ -109,10 +92,15 @@ class ForeignMultiNodeOptimizer:
             kwds: Likewise.
 
         Raises:
-            RankMismatchError: On every rank, naming the rank and the parameter, if ranks differ.
+            RankMismatchError: On every rank, naming the rank and the parameter, if ranks differ, or if a rank
+                has computed gradients from parameters that differ from rank 0's.
         """
-        if self._replicas.structure is None:
-            self._make_equal()
+        has_gradients = lossfun is None
+        if not self._started:
+            self._make_equal(has_gradients=has_gradients)
+            self._started = True
+        elif lossfun is not None:
+            self._compare(has_gradients=False)
         target = self.target
         if lossfun is not None:
             loss = lossfun(*args, **kwds)
@@ -121,27 +109,26 @@ class ForeignMultiNodeOptimizer:
             else:
                 target.zerograds()
             loss.backward(loss_scale=getattr(self, "_loss_scale", None))
-        parameters = exchange.ParameterSet(target)
-        is_changed = not self._replicas.has_structure_of(parameters)
-        if not all(agree(self.communicator, parameters.digest, int(is_changed))) or is_changed:
-            self._make_equal()
-            return
-        self.communicator.multi_node_mean_grad(target, self.zero_fill)
+        self._compare(has_gradients=True)
+        self._connected().multi_node_mean_grad(target, self.zero_fill)
         self.actual_optimizer.update(None, *args, **kwds)
+        self._replicas.keep(exchange.ParameterSet(target))
 
-    def _make_equal(self) -> None:
-        self.communicator.bcast_data(self.target)
-        self._replicas.keep(exchange.ParameterSet(self.target))
+    def _compare(self, *, has_gradients: bool) -> None:
+        """Make parameters equal that were changed on some rank, other than on the others. Collective."""
+        comm, parameters = self._connected(), exchange.ParameterSet(self.target)
+        state, values = self._replicas.compare(parameters)
+        same_state, same_structure, same_values = agree(comm, state, parameters.digest, values)
+        _, differ = self._replicas.judge(
+            comm,
+            self.target,
+            state,
+            same_state=same_state,
+            same_structure=same_structure,
+            same_values=same_values,
+        )
+        if differ:
+            self._make_equal(has_gradients=has_gradients)
 
-    def __getattr__(self, name: str) -> Any:
-        try:
-            actual = self.__dict__["actual_optimizer"]
-        except KeyError:  # while being copied or unpickled
-            raise AttributeError(name) from None
-        return getattr(actual, name)
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        if name in self._OWN:
-            super().__setattr__(name, value)
-        else:
-            setattr(self.actual_optimizer, name, value)
+    def _make_equal(self, *, has_gradients: bool) -> None:
+        self._replicas.synchronize(self._connected(), self.target, has_gradients=has_gradients)

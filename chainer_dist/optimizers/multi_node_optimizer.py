@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import copy
 import logging
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
@@ -32,7 +31,8 @@ from chainer_dist.optimizers.consensus import (
 )
 from chainer_dist.optimizers.descriptions import describe, name_of
 from chainer_dist.optimizers.overlap import Overlap
-from chainer_dist.optimizers.replicas import AS_KNOWN, CHANGED, Replicas
+from chainer_dist.optimizers.proxy import OptimizerProxy
+from chainer_dist.optimizers.replicas import AS_KNOWN
 from chainer_dist.sharding import ShardedUpdate, Signature, obstacle
 
 if TYPE_CHECKING:
@@ -72,7 +72,7 @@ class Options(NamedTuple):
     overlap: bool | None = None
 
 
-class MultiNodeOptimizer:
+class MultiNodeOptimizer(OptimizerProxy):
     """Wraps an optimizer; everything but the few names below is the wrapped optimizer's own.
 
     Attributes:
@@ -86,15 +86,11 @@ class MultiNodeOptimizer:
 
     alike: ClassVar[bool] = True
 
-    _OWN = frozenset(
+    _OWN = OptimizerProxy._OWN | frozenset(
         {
-            "actual_optimizer",
-            "communicator",
-            "zero_fill",
             "accumulate_steps",
             "_accumulation",
             "_postponed",
-            "_replicas",
             "_settings",
             "_started",
             "_random_state",
@@ -108,7 +104,6 @@ class MultiNodeOptimizer:
         }
     )
 
-    # What copies start with.
     _FRESH: ClassVar[dict[str, Any]] = {
         "_shards": None,
         "_signature": None,
@@ -123,13 +118,10 @@ class MultiNodeOptimizer:
         zero_fill: bool,
         options: Options = Options(None, mean_grad=False, share_parameters=False),  # noqa: B008 - a tuple
     ) -> None:
-        self.actual_optimizer = actual_optimizer
-        self.communicator: CommunicatorBase | None = communicator
-        self.zero_fill = zero_fill
+        super().__init__(actual_optimizer, communicator, zero_fill)
         self.accumulate_steps = options.accumulate_steps
         self._accumulation = Accumulation()  # of batches since the last update
         self._postponed = False  # whether updates are put off, in no_sync
-        self._replicas = Replicas()
         self._settings = Settings(are_alike=self.alike)
         self._started = False  # whether the first update is over
         self._random_state: Any = None  # numpy.random's during updates, equal on all ranks
@@ -152,23 +144,6 @@ class MultiNodeOptimizer:
     def sharded(self) -> bool | None:
         """Whether each rank updates a slice of the parameters only; None before the first update."""
         return None if self._signature is None else self._shards is not None
-
-    @property
-    def target_params(self) -> list[tuple[str, bool]]:
-        """Names of the parameters last made equal, and whether they were initialized. ChainerMN's."""
-        return [(name, spec is not None) for name, spec in self._replicas.structure or ()]
-
-    def is_changed(self, target: chainer.Link, previous_params: Any = None) -> bool:
-        """Tell whether parameters appeared, or were initialized, since those last made equal. Local.
-
-        Args:
-            target: A link.
-            previous_params: Pairs to compare with instead, as in ChainerMN's double buffering.
-        """
-        now = [(name, spec is not None) for name, spec in exchange.ParameterSet(target).structure]
-        if previous_params is None:
-            return now != self.target_params
-        return now != [(name, param.array is not None) for name, param in previous_params]
 
     def setup(self, link: chainer.Link) -> Self:
         """Set the target link, and make its parameters equal to rank 0's. Collective."""
@@ -582,11 +557,15 @@ class MultiNodeOptimizer:
                 "in no_sync, add links or load a snapshot?)"
             )
             raise_mismatch(comm, [(subject, str(report.calls))])
-        changed = not (state == AS_KNOWN and same.state and same.structure)
-        alike = state == CHANGED and same.state and same.structure and same.values
-        if changed and alike:
-            replicas.accept(comm, self.target)
-        return Verdict(same, changed=changed, differ=changed and not alike)
+        changed, differ = replicas.judge(
+            comm,
+            self.target,
+            state,
+            same_state=bool(same.state),
+            same_structure=bool(same.structure),
+            same_values=bool(same.values),
+        )
+        return Verdict(same, changed=changed, differ=differ)
 
     def _choose(self, parameters: exchange.ParameterSet, signature: Signature) -> None:
         """Choose how parameters are updated, for as long as the signature stays. Collective."""
@@ -702,48 +681,6 @@ class MultiNodeOptimizer:
         finally:
             self._random_state = np.random.get_state()  # noqa: NPY002
             np.random.set_state(own)  # noqa: NPY002
-
-    def _connected(self) -> CommunicatorBase:
-        if self.communicator is None:
-            raise RuntimeError(
-                "this multi-node optimizer was unpickled and has no communicator; "
-                "assign one: optimizer.communicator = comm"
-            )
-        return self.communicator
-
-    def __getattr__(self, name: str) -> Any:
-        try:
-            actual = self.__dict__["actual_optimizer"]
-        except KeyError:  # while being unpickled
-            raise AttributeError(name) from None
-        return getattr(actual, name)
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        if name in self._OWN:
-            super().__setattr__(name, value)
-        else:
-            setattr(self.actual_optimizer, name, value)
-
-    def __dir__(self) -> list[str]:
-        return sorted({*super().__dir__(), *dir(self.actual_optimizer)})
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, **self._FRESH, "communicator": None}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
-
-    def __copy__(self) -> Self:
-        return self._copied(copy.copy)
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
-        return self._copied(lambda value: copy.deepcopy(value, memo))
-
-    def _copied(self, copy_one: Callable[[Any], Any]) -> Self:
-        twin = type(self).__new__(type(self))
-        own = {**self.__dict__, **self._FRESH}
-        twin.__dict__.update({key: copy_one(value) for key, value in own.items()})
-        return twin
 
 
 def _describe_compression(compression: Compression | None) -> str:

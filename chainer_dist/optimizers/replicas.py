@@ -100,10 +100,35 @@ class Replicas:
         self._arrays = [param.array for param in parameters.params]
         self._is_loaded = False
 
-    def accept(self, comm: CommunicatorBase, model: chainer.Link) -> None:
-        """Know that all ranks have changed their parameters alike. Collective."""
+    def judge(
+        self,
+        comm: CommunicatorBase,
+        model: chainer.Link,
+        state: int,
+        *,
+        same_state: bool,
+        same_structure: bool,
+        same_values: bool,
+    ) -> tuple[bool, bool]:
+        """Tell whether parameters were changed, and whether so that the ranks' may differ. Collective.
+
+        Where all ranks have changed theirs alike, that is known from now on.
+
+        Args:
+            comm: Whose ranks have compared.
+            model: Of which they have compared the parameters.
+            state: What :meth:`compare` returned on this rank.
+            same_state: Whether it returned the same on all ranks; on all of them, as the following.
+            same_structure: Whether the structure of the parameters is the same.
+            same_values: Whether the digest that it returned is.
+        """
+        if state == AS_KNOWN and same_state and same_structure:
+            return False, False
+        if not (state == CHANGED and same_state and same_structure and same_values):
+            return True, True
         self.keep(ParameterSet(model))
         share_draws(comm, model)
+        return True, False
 
     def synchronize(
         self,

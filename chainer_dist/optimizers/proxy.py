@@ -1,0 +1,109 @@
+"""What all multi-node optimizers have in common: they stand for the optimizer that they wrap."""
+
+from __future__ import annotations
+
+import copy
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from chainer_dist import exchange
+from chainer_dist.optimizers.replicas import Replicas
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    import chainer
+    from typing_extensions import Self
+
+    from chainer_dist.communicators import CommunicatorBase
+
+__all__ = ["OptimizerProxy"]
+
+
+class OptimizerProxy:
+    """Passes all attributes read and set, but for its own, on to the optimizer that it wraps.
+
+    Args:
+        actual_optimizer: The wrapped one.
+        communicator: Over whose ranks gradients are averaged.
+        zero_fill: Whether a gradient that is None on this rank counts as zero.
+
+    Attributes:
+        actual_optimizer: As given.
+        communicator: As given; None after unpickling.
+        zero_fill: As given.
+    """
+
+    # The attributes of its own.
+    _OWN: ClassVar[frozenset[str]] = frozenset(
+        {"actual_optimizer", "communicator", "zero_fill", "_replicas"}
+    )
+
+    # What copies start with.
+    _FRESH: ClassVar[dict[str, Any]] = {}
+
+    def __init__(
+        self, actual_optimizer: Any, communicator: CommunicatorBase, zero_fill: bool
+    ) -> None:
+        self.actual_optimizer = actual_optimizer
+        self.communicator: CommunicatorBase | None = communicator
+        self.zero_fill = zero_fill
+        self._replicas = Replicas()
+
+    @property
+    def target_params(self) -> list[tuple[str, bool]]:
+        """Names of the parameters last made equal, and whether they were initialized. ChainerMN's."""
+        return [(name, spec is not None) for name, spec in self._replicas.structure or ()]
+
+    def is_changed(self, target: chainer.Link, previous_params: Any = None) -> bool:
+        """Tell whether parameters appeared, or were initialized, since those last made equal. Local.
+
+        Args:
+            target: A link.
+            previous_params: Pairs to compare with instead, as in ChainerMN's double buffering.
+        """
+        now = [(name, spec is not None) for name, spec in exchange.ParameterSet(target).structure]
+        if previous_params is None:
+            return now != self.target_params
+        return now != [(name, param.array is not None) for name, param in previous_params]
+
+    def _connected(self) -> CommunicatorBase:
+        if self.communicator is None:
+            raise RuntimeError(
+                "this multi-node optimizer was unpickled and has no communicator; "
+                "assign one: optimizer.communicator = comm"
+            )
+        return self.communicator
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            actual = self.__dict__["actual_optimizer"]
+        except KeyError:  # while being copied or unpickled
+            raise AttributeError(name) from None
+        return getattr(actual, name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in self._OWN:
+            super().__setattr__(name, value)
+        else:
+            setattr(self.actual_optimizer, name, value)
+
+    def __dir__(self) -> list[str]:
+        return sorted({*super().__dir__(), *dir(self.actual_optimizer)})
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, **self._FRESH, "communicator": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+
+    def __copy__(self) -> Self:
+        return self._copied(copy.copy)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        return self._copied(lambda value: copy.deepcopy(value, memo))
+
+    def _copied(self, copy_one: Callable[[Any], Any]) -> Self:
+        twin = type(self).__new__(type(self))
+        own = {**self.__dict__, **self._FRESH}
+        twin.__dict__.update({key: copy_one(value) for key, value in own.items()})
+        return twin
