@@ -70,11 +70,12 @@ def chunked_bcast_obj(
     """
     if not 0 < max_buf_len < INT_MAX:
         raise AssertionError(f"max_buf_len is {max_buf_len}, expected 1 to {INT_MAX - 1}")
-    pickled, error = b"", None
+    pickled = b""
+    error: BaseException | None = None
     if mpi_comm.rank == root:
         try:
             pickled = pickle.dumps(obj, protocol=pickle.HIGHEST_PROTOCOL)
-        except Exception as caught:  # noqa: BLE001 - reduce methods may raise anything
+        except BaseException as caught:  # noqa: BLE001 - reduce methods may raise anything
             error = caught
     size, max_buf_len, text = mpi_comm.bcast((len(pickled), max_buf_len, str(error)), root=root)
     if error is not None:

@@ -12,7 +12,11 @@ from chainer_dist._files import open_regular
 from chainer_dist.checkpoints import generations
 from chainer_dist.checkpoints.generations import COMMON_FILE, File, Manifest, rank_file
 from chainer_dist.checkpoints.state import restore
-from chainer_dist.communicators.agreement import describe_error, raise_first, raise_together
+from chainer_dist.communicators.agreement import (
+    describe_error,
+    raise_first,
+    together,
+)
 from chainer_dist.extensions._npz_files import ArrayFile, PickleRefusedError
 
 if TYPE_CHECKING:
@@ -92,11 +96,11 @@ class Archive:
         Raises:
             OSError: If it could not be written.
         """
-        error: Exception | None = None
+        error: BaseException | None = None
         files: dict[str, File] = {}
         try:
             files = pending.written.result()
-        except Exception as caught:  # noqa: BLE001 - file systems may raise anything
+        except BaseException as caught:  # noqa: BLE001 - file systems may raise anything
             error = caught
         everyone = self._comm.allgather_obj((describe_error(error), files))
         try:
@@ -105,7 +109,7 @@ class Archive:
                 files.update(theirs)
             manifest = Manifest(pending.iteration, self._comm.size, files)
             self._ask_rank_0(lambda: generations.commit(pending.path, manifest))
-        except Exception:
+        except BaseException:
             self._tidy(lambda: generations.remove(pending.path))
             raise
         self._tidy(self._remove_old)
@@ -140,15 +144,11 @@ class Archive:
         """
         end = time.monotonic() + _SECONDS_TO_SEE
         while True:
-            error: Exception | None = None
             names: list[str] = []
-            try:
+            with together(self._comm):
                 if self.directory.is_dir():
                     names = generations.complete(self.directory)
                     self._leftovers = generations.unfinished(self.directory)
-            except OSError as caught:
-                error = caught
-            raise_together(self._comm, error)
             everyone = self._comm.allgather_obj((names, time.monotonic() > end))
             differ = [rank for rank, (theirs, _) in enumerate(everyone) if theirs != everyone[0][0]]
             if not differ:
@@ -206,27 +206,23 @@ class Archive:
         comm, path = self._comm, self.directory / name
         new_place = None if manifest.ranks == comm.size else (comm.rank, comm.size)
         ranks = [comm.rank] if new_place is None else range(manifest.ranks)
-        error: Exception | None = None
-        notes: list[str] = []
-        try:
-            with contextlib.ExitStack() as stack:
-                common, *own = [
-                    ArrayFile(
-                        stack.enter_context(open_regular(path / file)),
-                        allow_pickle=self._allow_pickle,
-                        compressed=False,
-                    )
-                    for file in (COMMON_FILE, *map(rank_file, ranks))
-                ]
-                notes = restore(target, common, own, attributes, new_place)
-        except PickleRefusedError as caught:
-            error = RuntimeError(f"the checkpoint {path} is not loaded: {caught}")
-            error.__cause__ = caught
-        except Exception as caught:  # noqa: BLE001 - targets may raise anything
-            text = f"it has no {caught}" if isinstance(caught, KeyError) else str(caught)
-            error = RuntimeError(f"the checkpoint {path} does not fit: {text}")
-            error.__cause__ = caught
-        raise_together(comm, error)
+        with together(comm):
+            try:
+                with contextlib.ExitStack() as stack:
+                    common, *own = [
+                        ArrayFile(
+                            stack.enter_context(open_regular(path / file)),
+                            allow_pickle=self._allow_pickle,
+                            compressed=False,
+                        )
+                        for file in (COMMON_FILE, *map(rank_file, ranks))
+                    ]
+                    notes = restore(target, common, own, attributes, new_place)
+            except PickleRefusedError as error:
+                raise RuntimeError(f"the checkpoint {path} is not loaded: {error}") from error
+            except Exception as error:
+                text = f"it has no {error}" if isinstance(error, KeyError) else str(error)
+                raise RuntimeError(f"the checkpoint {path} does not fit: {text}") from error
         everyone = comm.allgather_obj(notes)
         if comm.rank == 0:
             for note in dict.fromkeys(note for theirs in everyone for note in theirs):
@@ -247,12 +243,12 @@ class Archive:
 
     def _ask_rank_0(self, act: Callable[[], Any]) -> Any:
         """Return what something returns on rank 0, or raise what it raises there. Collective."""
-        error: Exception | None = None
+        error: BaseException | None = None
         result: Any = None
         try:
             if self._comm.rank == 0:
                 result = act()
-        except Exception as caught:  # noqa: BLE001 - file systems may raise anything
+        except BaseException as caught:  # noqa: BLE001 - file systems may raise anything
             error = caught
         failure, result = self._comm.bcast_obj((describe_error(error), result))
         raise_first({0: failure}, error)

@@ -23,8 +23,8 @@ from chainer_dist.communicators.agreement import (
     agree,
     digest,
     raise_mismatch,
-    raise_together,
     rebuild_error,
+    together,
 )
 from chainer_dist.extensions._npz_files import consolidate
 
@@ -36,7 +36,6 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
     from chainer_dist.checkpoints.archive import Pending
-    from chainer_dist.checkpoints.state import State
     from chainer_dist.communicators import CommunicatorBase
 
 __all__ = ["Checkpoint"]
@@ -146,14 +145,9 @@ class Checkpoint(extension.Extension):  # type: ignore[misc]  # Chainer has no t
         preemption: bool = True,
         allow_pickle: bool = False,
     ) -> None:
-        error: Exception | None = None
-        lines: list[tuple[str, str]] = []
-        try:
+        with together(comm):
             self.directory = Path(directory).absolute()
             lines = _describe_options(keep, asynchronous, on_error, preemption, allow_pickle)
-        except Exception as caught:  # noqa: BLE001 - a path may be any object
-            error = caught
-        raise_together(comm, error)
         if not all(agree(comm, digest(lines))):
             raise_mismatch(comm, lines)
         self.comm = comm
@@ -200,15 +194,10 @@ class Checkpoint(extension.Extension):  # type: ignore[misc]  # Chainer has no t
         """Do what :meth:`save` does; some extensions were called before training. Collective."""
         self._settle()
         number = self._agree_on(iteration)
-        error: Exception | None = None
-        state: State | None = None
-        try:
+        with together(self.comm):
             check_target(target)
-        except Exception as caught:  # noqa: BLE001 - targets may raise anything
-            error = caught
-        raise_together(self.comm, error)
         consolidate(target)
-        try:
+        with together(self.comm):
             state = collect(
                 target,
                 self.comm,
@@ -217,10 +206,6 @@ class Checkpoint(extension.Extension):  # type: ignore[misc]  # Chainer has no t
                 called=called,
                 allow_pickle=self.allow_pickle,
             )
-        except Exception as caught:  # noqa: BLE001 - targets may raise anything
-            error = caught
-        raise_together(self.comm, error)
-        assert state is not None  # noqa: S101 - or there was an error
         self._refuse_other_runs()
         if self._newest is not None and number < self._newest:
             raise ValueError(
@@ -252,13 +237,9 @@ class Checkpoint(extension.Extension):  # type: ignore[misc]  # Chainer has no t
                 ``"warn"``, written to.
         """
         self._settle()
-        error: Exception | None = None
-        try:
+        with together(self.comm):
             check_target(target)
             self._prepare(target)
-        except Exception as caught:  # noqa: BLE001 - iterators may raise anything
-            error = caught
-        raise_together(self.comm, error)
         names = self._look()
         self._looked = True
         for name in reversed(names):
@@ -342,12 +323,8 @@ class Checkpoint(extension.Extension):  # type: ignore[misc]  # Chainer has no t
             RuntimeError: On every rank, if there are checkpoints and :meth:`resume` was not called.
         """
         self._refuse_other_runs()
-        error: Exception | None = None
-        try:
+        with together(self.comm):
             self._prepare(trainer, is_late=True)
-        except Exception as caught:  # noqa: BLE001 - iterators may raise anything
-            error = caught
-        raise_together(self.comm, error)
         self._listen()
         entry = trainer._extensions[self.name]
         entry.trigger = AgreedTrigger(entry.trigger, self.comm, trainer.updater, self._meet)
@@ -400,23 +377,14 @@ class Checkpoint(extension.Extension):  # type: ignore[misc]  # Chainer has no t
         """Begin to heed signals, if that is asked for and not so yet. Collective at first."""
         if not self.preemption or self._listens:
             return
-        error: Exception | None = None
-        try:
+        with together(self.comm):
             self._signals.listen()
-        except RuntimeError as caught:
-            error = caught
-        raise_together(self.comm, error)
         self._listens = True
 
     def _agree_on(self, iteration: Any) -> int:
         """Return an iteration that is the same valid one on every rank. Collective."""
-        error: Exception | None = None
-        number = -1
-        try:
+        with together(self.comm):
             number = _iteration(iteration)
-        except (TypeError, ValueError) as caught:
-            error = caught
-        raise_together(self.comm, error)
         if not all(agree(self.comm, number)):
             raise_mismatch(self.comm, [("iteration", str(number))])
         return number

@@ -1,8 +1,11 @@
 """Ranks finding out together whether they agree.
 
 A rank that raises alone leaves its peers waiting in the next collective. An operation avoids that
-with :func:`agree`, :func:`raise_mismatch` and :func:`raise_together`: all three are collective, and
-what they raise they raise everywhere.
+with :func:`agree`, :func:`raise_mismatch`, :func:`together` and :func:`raise_together`: all are
+collective, and what they raise they raise everywhere.
+
+That goes for whatever is raised: code of users may call ``sys.exit``, and an interrupt may come at any
+time. These two end the rank that they are of as they would end it without others.
 """
 
 from __future__ import annotations
@@ -19,6 +22,8 @@ from chainer_dist.errors import RankMismatchError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping, Sequence
+    from contextlib import AbstractContextManager
+    from types import TracebackType
 
     from chainer_dist.communicators.objects import ObjectCommunicator
 
@@ -165,12 +170,49 @@ def raise_together(comm: ObjectCommunicator, error: BaseException | None) -> Non
     raise_first(dict(enumerate(failures)), error)
 
 
+def together(comm: ObjectCommunicator) -> AbstractContextManager[None]:
+    """Return a context that raises on every rank what is raised on any. Collective at its end.
+
+    Every rank comes into it, and nothing in it waits for ranks that may have left it::
+
+        with together(comm):
+            lines = describe(what_the_user_gave)
+
+    Args:
+        comm: The communicator whose ranks do this together.
+
+    Raises:
+        BaseException: What :func:`raise_first` raises of the ranks' errors; on a single rank what was raised.
+    """
+    return _Together(comm)
+
+
+class _Together:
+    # A generator in contextlib.contextmanager could not raise StopIteration.
+    def __init__(self, comm: ObjectCommunicator) -> None:
+        self._comm = comm
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        if self._comm.size > 1:
+            raise_together(self._comm, error)
+
+
 def describe_error(error: BaseException | None) -> Failure:
     """Return what other ranks are told of an error, or None. Local."""
     if error is None:
         return None
     kind = type(error)
     text = _words(error, str) or _words(error, repr)
+    if isinstance(error, SystemExit) and not isinstance(error.code, str):
+        text = f"exit with status {error.code or 0}"
     return ErrorClass(kind.__name__, [_pickled(each) for each in _lineage(kind)]), text
 
 
@@ -179,12 +221,14 @@ def raise_first(failures: Mapping[int, Failure], error: BaseException | None) ->
 
     It is of the same class if that class can be had here and takes a message. Otherwise it is of the
     nearest class that it is derived from, RuntimeError in the place of Exception, and its text says the
-    name of the class.
+    name of the class. A rank whose own error is no Exception, such as SystemExit, raises that itself.
 
     Args:
         failures: For each rank what :func:`describe_error` returned there.
         error: What went wrong on this rank, or None; it becomes the cause.
     """
+    if error is not None and not isinstance(error, Exception):
+        raise error
     for rank, failure in failures.items():
         if failure is not None:
             (name, pickles), text = failure

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from chainer_dist.communicators.agreement import raise_together
+from chainer_dist.communicators.agreement import together
 from chainer_dist.communicators.node_memory import default_directories
 from chainer_dist.communicators.operation import collective
 from chainer_dist.datasets.node_file import NodeFile
@@ -140,37 +140,25 @@ def scatter_parts(
     writers = comm.mpi_comm.allgather(writer)
 
     store = shares = None
-    error: Exception | None = None
     try:
-        if comm.rank == writer:
-            store = _Store(default_directories() if directories is None else directories)
-            if comm.rank == root:
-                _serve(comm.mpi_comm, writers, make_part, store)
-                complete = True
-            else:
-                complete = _receive(comm.mpi_comm, root, store)
-            shares = store.shares(members) if complete else None
-    except Exception as caught:  # noqa: BLE001 - whatever it is, all ranks raise it
-        error = caught
-    try:
-        raise_together(comm, error)
+        with together(comm):
+            if comm.rank == writer:
+                store = _Store(default_directories() if directories is None else directories)
+                if comm.rank == root:
+                    _serve(comm.mpi_comm, writers, make_part, store)
+                    complete = True
+                else:
+                    complete = _receive(comm.mpi_comm, root, store)
+                shares = store.shares(members) if complete else None
         share = node.scatter(shares, root=members.index(writer))
-        error = None
-        try:
+        with together(comm):
             opened = _Opened(share)
-        except Exception as caught:  # noqa: BLE001 - as above
-            error = caught
-        raise_together(comm, error)
     finally:
         if store is not None:
             store.file.unlink()
-    part = None
-    try:
+    with together(comm):
         part = opened.load()
-    except Exception as caught:  # noqa: BLE001 - as above
-        error = caught
-    raise_together(comm, error)
-    return part
+    return part  # noqa: RET504 - not before all ranks have theirs
 
 
 class _Store:

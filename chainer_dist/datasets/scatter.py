@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, SupportsIndex
 
 import numpy as np
 
-from chainer_dist.communicators.agreement import agreed_rank, raise_together
+from chainer_dist.communicators.agreement import agreed_rank, together
 from chainer_dist.datasets.intervals import Part, split_evenly
 from chainer_dist.datasets.node_shared import scatter_parts
 from chainer_dist.datasets.scattered import ScatteredDataset
@@ -70,17 +70,13 @@ def scatter_dataset(  # noqa: PLR0917 - ChainerMN's positional parameters
     """
     del max_buf_len
     root = agreed_rank(comm, root, "root")
-    error: Exception | None = None
     order, parts = None, []
-    try:
+    with together(comm):
         if comm.rank == root:
             n_samples = _n_samples(dataset)
             if shuffle:
                 order = np.random.RandomState(seed).permutation(n_samples)
             parts = split_evenly(n_samples, comm.size, force_equal_length=force_equal_length)
-    except Exception as caught:  # noqa: BLE001 - a dataset's length may raise anything
-        error = caught
-    raise_together(comm, error)
     if comm.size == 1:
         return ScatteredDataset(dataset, 0, len(dataset), order)
 
@@ -116,16 +112,12 @@ def scatter_index(
         TypeError: On every rank, if root's ``n_total_samples`` is not an integer.
     """
     root = agreed_rank(comm, root, "root")
-    error: Exception | None = None
     intervals = None
-    try:
+    with together(comm):
         if comm.rank == root:
             n_samples = _count(n_total_samples)
             parts = split_evenly(n_samples, comm.size, force_equal_length=force_equal_length)
             intervals = [(part.begin, part.end) for part in parts]
-    except (TypeError, ValueError) as caught:
-        error = caught
-    raise_together(comm, error)
     begin, end = comm.scatter_obj(intervals, root=root)
     return begin, end
 

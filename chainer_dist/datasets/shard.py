@@ -11,7 +11,13 @@ import heapq
 import os
 from typing import TYPE_CHECKING, Any
 
-from chainer_dist.communicators.agreement import agree, digest, raise_mismatch, raise_together
+from chainer_dist.communicators.agreement import (
+    agree,
+    digest,
+    raise_mismatch,
+    raise_together,
+    together,
+)
 from chainer_dist.datasets.files import FilesDataset, count_samples, names_of, open_arrays
 from chainer_dist.datasets.intervals import split_evenly
 from chainer_dist.datasets.scatter import DataSizeError
@@ -52,14 +58,14 @@ def shard_array(
         OSError, ValueError, TypeError: On every rank, naming rank and file, if it is not there, is
             truncated, or is something else.
     """
-    error: Exception | None = None
+    error: BaseException | None = None
     whole, lines = None, []
     try:
         name = os.fspath(path)
         lines = [("path", repr(name)), ("force_equal_length", repr(bool(force_equal_length)))]
         whole = FilesDataset([name], open_arrays)
         lines.append(("the array", f"{len(whole)} rows"))
-    except Exception as caught:  # noqa: BLE001 - a file may have anything in it
+    except BaseException as caught:  # noqa: BLE001 - a file may have anything in it
         error = caught
     # A wrong path is told as such, not as the file that is missing because of it.
     _raise_unless_equal(comm, lines[:2])
@@ -114,15 +120,10 @@ def shard_files(
         Exception: On every rank, naming rank and file, if a file cannot be opened.
     """
     open_file = open_arrays if open_file is None else open_file
-    error: Exception | None = None
-    names: list[str] = []
-    try:
+    with together(comm):
         names = names_of(paths)
         if max_open < 1:
-            raise ValueError(f"max_open is {max_open}, expected 1 or more")  # noqa: TRY301
-    except Exception as caught:  # noqa: BLE001 - paths may be anything
-        error = caught
-    raise_together(comm, error)
+            raise ValueError(f"max_open is {max_open}, expected 1 or more")
     _raise_unless_equal(
         comm,
         [
@@ -160,13 +161,8 @@ def _count_all(
     comm: CommunicatorBase, names: list[str], open_file: Callable[[str], Any]
 ) -> list[int]:
     """Return the length of every file, each counted by one rank. Collective."""
-    error: Exception | None = None
-    counts: list[int] = []
-    try:
+    with together(comm):
         counts = [count_samples(name, open_file) for name in names[comm.rank :: comm.size]]
-    except Exception as caught:  # noqa: BLE001 - a file may have anything in it
-        error = caught
-    raise_together(comm, error)
     lengths = [0] * len(names)
     for rank, each in enumerate(comm.allgather_obj(counts)):
         lengths[rank :: comm.size] = each

@@ -19,7 +19,7 @@ from chainer_dist.communicators.agreement import (
     describe_error,
     digest,
     raise_mismatch,
-    raise_together,
+    together,
 )
 from chainer_dist.extensions._npz_files import ArrayFile, check_npz, consolidate, load_npz
 
@@ -102,14 +102,9 @@ class _MultiNodeSnapshot(extension.Extension):  # type: ignore[misc]  # Chainer 
         self.comm = comm
         self.allow_pickle = allow_pickle
         self.snapshot = snapshot
-        error: Exception | None = None
-        sets: list[set[int]] = []
-        try:
+        with together(comm):
             _check_snapshot(snapshot)
             sets = _parse_replica_sets(replica_sets, comm.size)
-        except Exception as caught:  # noqa: BLE001 - any iterable may raise anything
-            error = caught
-        raise_together(comm, error)
         lines = [("replica_sets", str([*map(sorted, sets)])), ("autoload", str(snapshot.autoload))]
         if not all(agree(comm, digest(lines))):
             raise_mismatch(comm, lines)
@@ -133,9 +128,8 @@ class _MultiNodeSnapshot(extension.Extension):  # type: ignore[misc]  # Chainer 
     def initialize(self, trainer: chainer.training.Trainer) -> None:
         """Load what there is to load, with ``autoload``. Collective."""
         snapshot = self.snapshot
-        error: Exception | None = None
         generations: list[str] = []
-        try:
+        with together(self.comm):
             if self.is_master:
                 autoload, snapshot.autoload = snapshot.autoload, False
                 try:
@@ -144,9 +138,6 @@ class _MultiNodeSnapshot(extension.Extension):  # type: ignore[misc]  # Chainer 
                     snapshot.autoload = autoload
                 if autoload:
                     generations = self._generations(trainer.out)
-        except Exception as caught:  # noqa: BLE001 - subclasses may do anything
-            error = caught
-        raise_together(self.comm, error)
         if snapshot.autoload:
             self._load(trainer, generations)
 
@@ -158,13 +149,9 @@ class _MultiNodeSnapshot(extension.Extension):  # type: ignore[misc]  # Chainer 
     def __call__(self, trainer: chainer.training.Trainer) -> None:
         """Save on the lowest rank of each set. Collective: one small message tells of errors."""
         consolidate(trainer)
-        error: Exception | None = None
-        try:
+        with together(self.comm):
             if self.is_master:
                 self.snapshot(trainer)
-        except Exception as caught:  # noqa: BLE001 - writers may raise anything
-            error = caught
-        raise_together(self.comm, error)
 
     def finalize(self) -> None:
         """Wait for writers in other threads and processes. Local."""
@@ -201,17 +188,13 @@ class _MultiNodeSnapshot(extension.Extension):  # type: ignore[misc]  # Chainer 
             comm.allgather_obj(source != self.master or self._saved_by_others(data))
         )
         target = trainer if self.snapshot._target is None else self.snapshot._target
-        error: Exception | None = None
-        try:
+        with together(comm):
             load_npz(
                 io.BytesIO(data),
                 target,
                 restart_epoch=restart_epoch,
                 allow_pickle=self.allow_pickle,
             )
-        except Exception as caught:  # noqa: BLE001 - targets may raise anything
-            error = caught
-        raise_together(comm, error)
 
     def _saved_by_others(self, data: bytes) -> bool:
         """Tell whether a snapshot is known to be of another number of ranks. Local."""

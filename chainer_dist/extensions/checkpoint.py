@@ -17,7 +17,7 @@ from chainer.serializers import npz
 from chainer.training import extension
 
 from chainer_dist._files import open_regular, read_regular
-from chainer_dist.communicators.agreement import agree, raise_mismatch, raise_together
+from chainer_dist.communicators.agreement import agree, raise_mismatch, together
 from chainer_dist.extensions._npz_files import (
     ArrayFile,
     check_npz,
@@ -181,16 +181,12 @@ class _MultiNodeCheckpointer(extension.Extension):  # type: ignore[misc]  # Chai
         if self._job is None:
             self._job = self.comm.bcast_obj(secrets.randbits(62))
         consolidate(target)
-        error: Exception | None = None
-        try:
+        with together(self.comm):
             file = self._new_file(iteration)
             values = npz.serialize(target)
             values[_ORIGIN] = np.array([self.comm.size, self._job], dtype=np.int64)
             write_npz(file, values, allow_pickle=self.allow_pickle)
-        except Exception as caught:  # noqa: BLE001 - targets may raise anything
-            error = caught
-        self._seconds.append(time.perf_counter() - started)
-        raise_together(self.comm, error)
+            self._seconds.append(time.perf_counter() - started)
         if not all(agree(self.comm, iteration)):
             raise_mismatch(self.comm, [("iteration", str(iteration))])
         self._complete = [each for each in self._complete if each != iteration] + [iteration]
@@ -228,15 +224,9 @@ class _MultiNodeCheckpointer(extension.Extension):  # type: ignore[misc]  # Chai
             Exception: On every rank, if a checkpoint does not fit to what it is loaded into.
         """
         del optimizer
-        error: Exception | None = None
-        visible: list[list[_File]] = []
-        folder = Path()
-        try:
+        with together(self.comm):
             folder = Path(path or self.path or trainer.out)
             visible = [self._visible(folder, name) for name in (self._run, self.name)]
-        except Exception as caught:  # noqa: BLE001 - a target may have no `out`
-            error = caught
-        raise_together(self.comm, error)
         if self.path is None:
             self.path = folder
         by_run, by_extension = zip(*self.comm.allgather_obj(visible))
@@ -367,18 +357,14 @@ class _MultiNodeCheckpointer(extension.Extension):  # type: ignore[misc]  # Chai
     def _load(self, folder: Path, target: Any, generation: _Generation, *, is_own: bool) -> None:
         """Load this rank's own file, or all ranks the lowest rank's. Collective."""
         comm = self.comm
-        error: Exception | None = None
         source: Any = self._file(folder, comm.rank, generation.iteration)
         if not is_own:
             lowest = min(generation.readers)
             reader = generation.readers[lowest]
             data = None
-            try:
+            with together(comm):
                 if reader == comm.rank:
                     data = read_regular(self._file(folder, lowest, generation.iteration))
-            except OSError as caught:
-                error = caught
-            raise_together(comm, error)
             source = io.BytesIO(comm.bcast_obj(data, root=reader))
             if comm.rank == 0:
                 warnings.warn(
@@ -389,11 +375,8 @@ class _MultiNodeCheckpointer(extension.Extension):  # type: ignore[misc]  # Chai
                     UserWarning,
                     stacklevel=3,
                 )
-        try:
+        with together(comm):
             load_npz(source, target, restart_epoch=not is_own, allow_pickle=self.allow_pickle)
-        except Exception as caught:  # noqa: BLE001 - targets may raise anything
-            error = caught
-        raise_together(comm, error)
 
     def _warn_of_damage(self, failures: dict[_File, str]) -> None:
         if self.comm.rank == 0:

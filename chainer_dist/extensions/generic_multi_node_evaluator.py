@@ -9,7 +9,12 @@ from chainer import backend, configuration, function
 from chainer.dataset import convert
 from chainer.training import extension
 
-from chainer_dist.communicators.agreement import agree, digest, raise_mismatch, raise_together
+from chainer_dist.communicators.agreement import (
+    agree,
+    digest,
+    raise_mismatch,
+    together,
+)
 from chainer_dist.iterators.multi_node_iterator import _MultiNodeIterator
 
 if TYPE_CHECKING:
@@ -88,21 +93,13 @@ class GenericMultiNodeEvaluator(extension.Extension):  # type: ignore[misc]  # C
             return self.aggregate(self._evaluate_local())
         if not all(agree(comm, digest(self.root))):
             raise_mismatch(comm, [("root", str(self.root))])
-        error: Exception | None = None
-        own: list[Any] = []
         total = None
-        try:
+        with together(comm):
             own = self._evaluate_local()
-        except Exception as caught:  # noqa: BLE001 - models and data may raise anything
-            error = caught
-        raise_together(comm, error)
-        try:
+        with together(comm):
             everyone = comm.gather_obj(own, root=self.root)
             if everyone is not None:
                 total = self.aggregate(_by_round(everyone))
-        except Exception as caught:  # noqa: BLE001 - aggregate may raise anything
-            error = caught
-        raise_together(comm, error)
         return total
 
     def calc_local(self, *args: Any, **kwargs: Any) -> Any:

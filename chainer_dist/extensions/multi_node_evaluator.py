@@ -13,7 +13,7 @@ from chainer.dataset import convert
 from chainer.training.extensions import Evaluator
 from chainer.training.extensions.evaluator import _IteratorProgressBar
 
-from chainer_dist.communicators.agreement import raise_together
+from chainer_dist.communicators.agreement import together
 from chainer_dist.datasets.scattered import own_samples
 from chainer_dist.extensions.generic_multi_node_evaluator import (
     GenericMultiNodeEvaluator,
@@ -102,16 +102,12 @@ def _evaluate(evaluator: Evaluator) -> dict[str, Any]:
     """Evaluate on all ranks; this replaces ``evaluator.evaluate``. Collective."""
     comm = evaluator._mn_communicator
     means = _WeightedMeans()
-    error = None
-    try:
+    with together(comm):
         original = evaluator._mn_original_evaluate
         if getattr(original, "__func__", None) is Evaluator.evaluate:
             _evaluate_batches(evaluator, means)
         else:
             _evaluate_by(original, evaluator, means)
-    except Exception as caught:  # noqa: BLE001 - models and data may raise anything
-        error = caught
-    raise_together(comm, error)
     return means.over_ranks(comm)
 
 

@@ -88,12 +88,13 @@ class ObservationAggregator(extension.Extension):  # type: ignore[misc]  # Chain
         history, self.observation_history = self.observation_history, []
         if self._dtype is not None:
             history = [variable.Variable(np.asarray(each, self._dtype)) for each in history]
-        error, summary = None, None
+        error: BaseException | None = None
+        summary = None
         try:
             everyone = self.comm.gather_obj(history)
             if everyone is not None:
                 summary = self.aggregator(everyone)
-        except Exception as caught:  # noqa: BLE001 - aggregators may raise anything
+        except BaseException as caught:  # noqa: BLE001 - aggregators may raise anything
             error = caught
         # What rank 0 does not get, it cannot summarize: it knows of every error.
         failure, summary = self.comm.bcast_obj((describe_error(error), summary))

@@ -143,7 +143,7 @@ def post_gradient(
     gradients: Sequence[Any],
     dest: int,
     number: int,
-    error: Exception | None = None,
+    error: BaseException | None = None,
 ) -> None:
     """Start sending the gradients of a message back to rank ``dest``. Local.
 

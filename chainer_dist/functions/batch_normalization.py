@@ -286,7 +286,7 @@ def _without_gradient(variable: Any, values: Array) -> Any:
     return F.where(np.zeros(values.shape, np.bool_), variable, values)
 
 
-def fail(comm: CommunicatorBase, error: Exception) -> NoReturn:
+def fail(comm: CommunicatorBase, error: BaseException) -> NoReturn:
     """Take part in the forward exchange by raising on every rank. Collective.
 
     Args:
@@ -313,7 +313,7 @@ def _merge_over_ranks(
     comm: CommunicatorBase,
     moments: Array,
     lines: Sequence[tuple[str, str]],
-    error: Exception | None = None,
+    error: BaseException | None = None,
 ) -> Array:
     """Return the moments of all ranks' values together. Collective.
 

@@ -71,7 +71,7 @@ class _Send(CommunicationNode):
         if self._number is not None:
             try:
                 gradients = _messages.take_gradient(self._comm, self._peer, self._number)
-            except Exception as error:
+            except BaseException as error:
                 refuse_gradients(self._comm, error)
                 raise
             received = _Gradients(gradients).apply((new_delegate(),))
@@ -147,7 +147,7 @@ class _Recv(CommunicationNode):
         _unanswered.discard(self)
         return (zeros(self.inputs[0].shape, self.inputs[0].dtype),)
 
-    def refuse(self, error: Exception) -> None:
+    def refuse(self, error: BaseException) -> None:
         """Tell the sender that there will be no gradient."""
         _unanswered.discard(self)
         if self._number is not None:
@@ -205,7 +205,7 @@ def send_soon(x: Any, comm: CommunicatorBase, rank: int, tag: int) -> Any:
     return delegate
 
 
-def send_failure(error: Exception, comm: CommunicatorBase, rank: int, tag: int) -> None:
+def send_failure(error: BaseException, comm: CommunicatorBase, rank: int, tag: int) -> None:
     """Make the receiver of a message raise ``error`` instead of receiving it. Local."""
 
     def fail() -> Any:
@@ -213,7 +213,7 @@ def send_failure(error: Exception, comm: CommunicatorBase, rank: int, tag: int) 
 
     try:
         _messages.post(comm, fail, rank, tag)
-    except Exception as raised:
+    except BaseException as raised:
         if raised is not error:
             raise
 
@@ -269,7 +269,7 @@ def receive(
     return node.apply((delegate,)), node.refuse
 
 
-def refuse_gradients(comm: CommunicatorBase, error: Exception) -> None:
+def refuse_gradients(comm: CommunicatorBase, error: BaseException) -> None:
     """Tell every rank that waits for a gradient from this one that there will be none. Local."""
     for node in list(_unanswered):
         if node._comm is comm:

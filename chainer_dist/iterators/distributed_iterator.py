@@ -9,7 +9,12 @@ import numpy as np
 from chainer import iterators
 from chainer.dataset import Iterator
 
-from chainer_dist.communicators.agreement import agree, digest, raise_mismatch, raise_together
+from chainer_dist.communicators.agreement import (
+    agree,
+    digest,
+    raise_mismatch,
+    together,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -81,9 +86,7 @@ class DistributedIterator(Iterator):  # type: ignore[misc]  # Chainer has no typ
         seed: int | None = None,
         make_iterator: Callable[..., Iterator] = iterators.SerialIterator,
     ) -> None:
-        error: Exception | None = None
-        lines: list[tuple[str, str]] = []
-        try:
+        with together(comm):
             self._n_samples = _integer("the length of the dataset", len(dataset), 1)
             batch_size = _integer("batch_size", batch_size, 1)
             if seed is not None:
@@ -94,9 +97,6 @@ class DistributedIterator(Iterator):  # type: ignore[misc]  # Chainer has no typ
                 ("shuffle", str(bool(shuffle))),
                 ("seed", str(seed)),
             ]
-        except Exception as caught:  # noqa: BLE001 - a dataset's length may raise anything
-            error = caught
-        raise_together(comm, error)
         if not all(agree(comm, digest(lines))):
             raise_mismatch(comm, lines)
         if seed is None:

@@ -114,7 +114,7 @@ class _MultiNodeIterator(Iterator):  # type: ignore[misc]  # Chainer has no type
     def _share(self, act: Callable[[], Any]) -> Any:
         """Return on every rank what ``act`` returns, or raise what it raises, on the master."""
         is_master = self.communicator.rank == self.rank_master
-        error: Exception | None = None
+        error: BaseException | None = None
         result, stop, state = None, False, {}
         if is_master:
             try:
@@ -123,7 +123,7 @@ class _MultiNodeIterator(Iterator):  # type: ignore[misc]  # Chainer has no type
                 except StopIteration:
                     stop = True
                 state = self._state_of_master()
-            except Exception as caught:  # noqa: BLE001 - datasets may raise anything
+            except BaseException as caught:  # noqa: BLE001 - datasets may raise anything
                 error, result = caught, None
         message = (describe_error(error), stop, result, state)
         failure, stop, result, state = self.communicator.bcast_obj(message, root=self.rank_master)

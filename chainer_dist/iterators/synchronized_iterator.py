@@ -10,7 +10,12 @@ from chainer import iterators
 from chainer import serializer as serializers
 from chainer.dataset import Iterator
 
-from chainer_dist.communicators.agreement import agree, digest, raise_mismatch, raise_together
+from chainer_dist.communicators.agreement import (
+    agree,
+    digest,
+    raise_mismatch,
+    together,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -140,27 +145,19 @@ def create_synchronized_iterator(
         RankMismatchError: On every rank, if the length of the dataset, the batch size, ``repeat``,
             the kind of sampler, or the first order that it draws, differ.
     """
-    error: Exception | None = None
-    lines: list[tuple[str, str]] = []
-    try:
+    with together(communicator):
         lines = _describe(actual_iterator)
-    except Exception as caught:  # noqa: BLE001 - a dataset's length may raise anything
-        error = caught
-    raise_together(communicator, error)
     if not all(agree(communicator, digest(lines))):
         raise_mismatch(communicator, lines)
 
     # The draw that ChainerMN makes; only rank 0's random state counts and moves on.
     drawn = int(np.random.randint(2**32 - 1, dtype=np.int64)) if communicator.rank == 0 else 0  # noqa: NPY002
     seed: int = communicator.bcast_obj(drawn)
-    try:
+    with together(communicator):
         _reset_with_seed(actual_iterator, seed)
         lines = [
             ("the first order of samples (is its generator seeded alike?)", _first(actual_iterator))
         ]
-    except Exception as caught:  # noqa: BLE001 - samplers may raise anything
-        error = caught
-    raise_together(communicator, error)
     if not all(agree(communicator, digest(lines))):
         raise_mismatch(communicator, lines)
     return _SynchronizedIterator(actual_iterator, communicator)

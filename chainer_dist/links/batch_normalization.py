@@ -123,7 +123,7 @@ class MultiNodeBatchNormalization(L.BatchNormalization):  # type: ignore[misc]  
                 self.comm, self.eps, self.axis
             )
             function.check(x, gamma, beta)
-        except Exception as error:  # noqa: BLE001 - initializers may raise anything
+        except BaseException as error:  # noqa: BLE001 - initializers may raise anything
             batch_normalization.fail(self.comm, error)
         (y,) = function.apply((x, gamma, beta))
         if not chainer.config.in_recomputing:  # F.forget calls once more for the same batch

@@ -199,8 +199,8 @@ class _Call:
         self._comm = comm
         self._components = components
         self._n_pieces = n_pieces
-        self._failure = failure
-        self._refusals: list[Callable[[Exception], None]] = []
+        self._failure: BaseException | None = failure
+        self._refusals: list[Callable[[BaseException], None]] = []
         self._delegates: list[Any] = []
         self._own: dict[int, deque[Any]] = {}  # outputs for this rank itself
         self._outputs: list[Any] = []
@@ -230,7 +230,7 @@ class _Call:
         if self._failure is None:
             try:
                 return function(*args)
-            except Exception as error:  # noqa: BLE001 - links may raise anything
+            except BaseException as error:  # noqa: BLE001 - links may raise anything
                 self._failure = error
         return None
 
@@ -242,7 +242,7 @@ class _Call:
                 continue
             try:
                 (*ys, delegate), refuse = receive(self._comm, source, tag)
-            except Exception as error:  # noqa: BLE001 - what failed there may be anything
+            except BaseException as error:  # noqa: BLE001 - what failed there may be anything
                 self._failure = self._failure or error
                 continue
             self._delegates.append(delegate)

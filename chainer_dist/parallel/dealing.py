@@ -23,6 +23,7 @@ from chainer_dist.communicators.agreement import (
     raise_first,
     raise_mismatch,
     raise_together,
+    together,
 )
 from chainer_dist.communicators.operation import raising_line
 from chainer_dist.errors import FailedItem, FailedItemsError
@@ -83,7 +84,7 @@ class End(NamedTuple):
 
     failed: list[FailedItem]
     failure: Failure
-    error: Exception | None
+    error: BaseException | None
 
     def raise_errors(self, comm: CommunicatorBase, results: Any, *, raises: bool) -> None:
         """Raise the input's error, or else one for the items that failed. Local; on all ranks alike.
@@ -151,13 +152,8 @@ def check(comm: CommunicatorBase, describe: Callable[[], list[tuple[str, str]]])
             "rank 0 has not come to the end of another pmap on this communicator, in which the "
             "other ranks are: exhaust it, or close() it, before this one"
         )
-    error: Exception | None = None
-    lines: list[tuple[str, str]] = []
-    try:
+    with together(comm):
         lines = describe()
-    except Exception as caught:  # noqa: BLE001 - arguments may be anything
-        error = caught
-    raise_together(comm, error)
     if not all(agree(comm, digest(lines))):
         raise_mismatch(comm, lines)
 
@@ -217,7 +213,7 @@ class Dealer:
         self._n_chunks = self._n_items = self._n_taken = 0
         self._is_exhausted = False
         self.failed: list[FailedItem] = []
-        self.error: Exception | None = None  # of the input
+        self.error: BaseException | None = None  # of the input
         _dealing.add(comm)
 
     def next_block(self) -> Block | None:
@@ -275,7 +271,7 @@ class Dealer:
         except StopIteration:
             self._is_exhausted = True
             return None
-        except Exception as error:  # noqa: BLE001 - it is raised at the end, on all ranks
+        except BaseException as error:  # noqa: BLE001 - it is raised at the end, on all ranks
             self._is_exhausted = True
             self.error = error
             return None

@@ -168,10 +168,10 @@ def _chunks(items: Iterable[Any], size: int) -> Iterator[list[Any]]:
     iterator = iter(items)
     while True:
         chunk: list[Any] = []
-        error: Exception | None = None
+        error: BaseException | None = None
         try:
             chunk.extend(itertools.islice(iterator, size))
-        except Exception as caught:  # noqa: BLE001 - a generator may raise anything
+        except BaseException as caught:  # noqa: BLE001 - a generator may raise anything
             error = caught
         if chunk:
             yield chunk

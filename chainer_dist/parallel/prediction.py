@@ -16,7 +16,13 @@ import numpy as np
 from chainer.dataset import convert
 
 from chainer_dist._files import replacing
-from chainer_dist.communicators.agreement import agree, digest, raise_mismatch, raise_together
+from chainer_dist.communicators.agreement import (
+    agree,
+    digest,
+    raise_mismatch,
+    raise_together,
+    together,
+)
 from chainer_dist.datasets.scattered import ScatteredDataset
 from chainer_dist.errors import FailedItem, RankMismatchError
 from chainer_dist.extensions._npz_files import write_npz
@@ -411,20 +417,16 @@ def _finish_files(
     comm: CommunicatorBase, folder: Path, length: int, files: list[Any] | None, end: End
 ) -> list[Path]:
     """Write the index, and return all files on every rank. Collective."""
-    error: Exception | None = None
     names: list[str] = []
-    if files is not None:
-        written = [each for each in files if isinstance(each, _File)]
-        names = [each.file for each in written]
-        index = {
-            "length": length,
-            "files": [each._asdict() for each in written],
-            "failures": [dataclasses.asdict(each) for each in end.failed],
-        }
-        try:
+    with together(comm):
+        if files is not None:
+            written = [each for each in files if isinstance(each, _File)]
+            names = [each.file for each in written]
+            index = {
+                "length": length,
+                "files": [each._asdict() for each in written],
+                "failures": [dataclasses.asdict(each) for each in end.failed],
+            }
             with replacing(folder / INDEX_FILE) as file:
                 json.dump(index, file, indent=1)
-        except OSError as caught:
-            error = caught
-    raise_together(comm, error)
     return [folder / name for name in comm.bcast_obj(names)]

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn, cast
 import numpy as np
 
 from chainer_dist.communicators import _reduction
-from chainer_dist.communicators.agreement import raise_together
+from chainer_dist.communicators.agreement import together
 from chainer_dist.communicators.blocks import cut
 from chainer_dist.communicators.node_memory import read_only, share_memory
 from chainer_dist.communicators.operation import EXCHANGE, Kind, Operation
@@ -153,16 +153,12 @@ class ShardedUpdate:
             for indices, place in zip(members.values(), planned_means)
         ]
         self._pieces = self._pieces_of_node() if self._shared else []
-        error: Exception | None = None
-        try:
+        with together(comm):  # and so waits until everything is there
             for index, array in enumerate(found):
                 if self._shared:
                     self._copy_to_node(index, array)
                 for chunk in self._chunks[index]:
                     chunk.take_state()
-        except Exception as caught:  # noqa: BLE001 - whatever a rule raises, all ranks raise
-            error = caught
-        raise_together(comm, error)  # and so waits until everything is there
         self._states: list[dict[str, Array] | None] = [
             self._whole_state(index, state) for index, state in enumerate(states)
         ]
