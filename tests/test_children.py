@@ -104,6 +104,49 @@ def test_a_script_with_guard(tmp_path):
     assert job.output.count("28.0 create_communicator was called in the process") == 2, job.output
 
 
+IMPORTS_MPI = """
+import multiprocessing, os
+from mpi4py import MPI
+import numpy as np
+import chainer_dist
+from chainer.iterators import MultiprocessIterator
+{use}
+def started(_):
+    return MPI.Is_initialized()
+
+if __name__ == "__main__":
+    multiprocessing.set_start_method({method!r})
+    comm = chainer_dist.create_communicator()
+    batches = MultiprocessIterator(np.arange(8.0), 2, n_processes=1, repeat=False)
+    total = sum(float(x) for batch in batches for x in batch)
+    batches.finalize()
+    with multiprocessing.Pool(1) as pool:
+        print("found", total, pool.map(started, [0]), "MPI4PY_RC_INITIALIZE" in os.environ, flush=True)
+    comm.allgather_obj(0)
+"""
+
+
+@pytest.mark.mpi_skip
+@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("method", ["spawn", "forkserver"])
+def test_a_script_that_imports_mpi(tmp_path, method, ranks):
+    """It may do that at the top: no MPI is started in its workers, and all else is as it was."""
+    job = run(tmp_path, IMPORTS_MPI.format(use="", method=method), ranks)
+    assert job.status == 0, job.output
+    assert job.output.count("found 28.0 [False] False") == ranks, job.output
+
+
+@pytest.mark.mpi_skip
+@pytest.mark.parametrize("method", ["spawn", "forkserver"])
+def test_a_script_that_uses_mpi_outside_of_its_guard(tmp_path, method):
+    """Job and worker end, with the advice to do that under the guard."""
+    use = "MPI.COMM_WORLD.allgather(0)"
+    job = run(tmp_path, IMPORTS_MPI.format(use=use, method=method), 2)
+    assert job.status not in {0, None}, job.output
+    assert 'if __name__ == "__main__"' in job.output, job.output
+    assert "found" not in job.output
+
+
 def test_forked_children(comm):
     """They know which rank they were forked from, and every attempt to communicate raises."""
     x = np.ones(3, np.float32)

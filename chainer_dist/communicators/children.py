@@ -5,20 +5,29 @@ What multiprocessing starts by ``spawn`` or ``forkserver`` imports the script fi
 for the other ranks, and the rank for the child. So it raises there; and as nobody may be asking after the
 child, the rank is sent a signal, on which it raises as well. A forked child has a copy of the rank's MPI, with
 which it must do nothing.
+
+The script may as well import ``mpi4py.MPI`` at its top, which starts MPI: in a child by the connections to mpiexec of
+the rank, which are not the child's. So mpi4py does not start MPI in children of ranks, and programs that these start
+inherit that.
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import multiprocessing.process
+import multiprocessing.util
 import os
 import signal
 import sys
 import threading
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from chainer_dist.communicators.operation import Operation
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 __all__ = ["listen", "refuse"]
 
@@ -30,6 +39,11 @@ _ADVICE = (
 # No other signal has no other use; some systems have none to spare.
 _SIGNAL = int(signal.SIGRTMAX) - 6 if hasattr(signal, "SIGRTMAX") else 0
 
+# Where mpi4py looks whether importing it is to start MPI; and some of what mpiexec tells ranks.
+_START = "MPI4PY_RC_INITIALIZE"
+_OF_MPIEXEC = frozenset({"PMI_RANK", "PMIX_RANK", "OMPI_COMM_WORLD_RANK"})
+
+_starting = threading.Lock()
 _rank: list[int] = []  # in a forked child: which rank it was forked from
 
 
@@ -93,6 +107,28 @@ def _tell_rank() -> None:
             pid = int(status["PPid"])
 
 
+def _start_without_mpi(start: Callable[..., int]) -> Callable[..., int]:
+    """Let processes that a rank starts import mpi4py without starting MPI.
+
+    Args:
+        start: By what multiprocessing starts all but forked processes.
+    """
+
+    @functools.wraps(start)
+    def start_without_mpi(*args: Any) -> int:
+        mpi = sys.modules.get("mpi4py.MPI")
+        with _starting:
+            if mpi is None or _START in os.environ or not _OF_MPIEXEC & os.environ.keys():
+                return start(*args)
+            os.environ[_START] = "0"
+            try:
+                return start(*args)
+            finally:
+                del os.environ[_START]
+
+    return start_without_mpi
+
+
 def _after_fork_in_child() -> None:
     mpi = sys.modules.get("mpi4py.MPI")
     if mpi is None or not mpi.Is_initialized() or mpi.Is_finalized():
@@ -111,3 +147,5 @@ def _after_fork_in_child() -> None:
 
 
 os.register_at_fork(after_in_child=_after_fork_in_child)
+if hasattr(multiprocessing.util, "spawnv_passfds"):  # not on Windows
+    multiprocessing.util.spawnv_passfds = _start_without_mpi(multiprocessing.util.spawnv_passfds)
