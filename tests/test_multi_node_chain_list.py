@@ -518,6 +518,24 @@ def test_ranks_that_are_not_connected_do_not_wait_for_each_other(comm):
             comm.mpi_comm.send(None, dest=rank)
 
 
+def test_a_rank_may_have_components_of_one_of_two_models_only(comm):
+    """What it says of that model is not taken for another one that the others call at the time."""
+    if comm.size < 3:
+        pytest.skip("needs three ranks")
+    x = np.ones((2, 3))
+    if comm.rank < 2:
+        first = MultiNodeChainList(comm)
+        first.add_link(Mix(0), *((None, 1) if comm.rank == 0 else (0, None)))
+    if comm.rank in (1, 2):
+        second = MultiNodeChainList(comm)
+        second.add_link(Mix(1), *((None, 2) if comm.rank == 1 else (1, None)))
+    if comm.rank < 2:
+        time.sleep(0.3)  # until rank 2 has told of the second model
+        assert first(x).shape == ((0,) if comm.rank == 0 else (2, 3))
+    if comm.rank in (1, 2):
+        assert second(x).shape == ((0,) if comm.rank == 1 else (2, 3))
+
+
 def test_components_added_later_are_checked(comm):
     """Every connected rank compares again after another link was added."""
     model = MultiNodeChainList(comm)

@@ -22,7 +22,7 @@ from chainer_dist.errors import RankMismatchError
 from chainer_dist.functions import _messages
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
     from chainer_dist.communicators import CommunicatorBase
 
@@ -67,24 +67,34 @@ class _Call(NamedTuple):
 
 
 class _Board:
-    """The tables that came to this rank by a communicator, and the number of its next model.
+    """The tables that came to this rank by a communicator, and the models that it has made for it.
 
     Attributes:
         numbers: Of models, in the order in which they are made on this rank.
+        tables: By the number of a model, what returns its table as it is now, or None if the model is gone.
         arrived: By the rank that they are of, tables that no model has used yet, and in which call they came.
     """
 
     def __init__(self) -> None:
         self.numbers = itertools.count()
+        self.tables: dict[int, Callable[[], Table | None]] = {}
         self.arrived: dict[int, deque[tuple[_Call, Table]]] = collections.defaultdict(deque)
 
 
 _boards: weakref.WeakKeyDictionary[CommunicatorBase, _Board] = weakref.WeakKeyDictionary()
 
 
-def new_number(comm: CommunicatorBase) -> int:
-    """Return how many models this rank has made before for a communicator. Local."""
-    return next(_boards.setdefault(comm, _Board()).numbers)
+def register(comm: CommunicatorBase, table: Callable[[], Table | None]) -> int:
+    """Return how many models this rank has made before for a communicator. Local.
+
+    Args:
+        comm: Communicator.
+        table: Returns the new model's table as it is then, or None once the model is gone.
+    """
+    board = _boards.setdefault(comm, _Board())
+    number = next(board.numbers)
+    board.tables[number] = table
+    return number
 
 
 class Comparison:
@@ -140,11 +150,17 @@ class Comparison:
         return self._strangers
 
     def _callers(self) -> set[int]:
-        """Return ranks that are in this call or an earlier one, and are not known to be connected."""
+        """Return ranks that are in this call or an earlier one, and are not known to be connected.
+
+        Those that another model here is connected with may speak of that one.
+        """
+        board = _boards[self._comm]
+        others = [table() for number, table in board.tables.items() if number != self._call.model]
+        elsewhere = {rank for table in others if table for rank in table.named}
         return {
             rank
-            for rank, tables in _boards[self._comm].arrived.items()
-            if rank not in self.tables
+            for rank, tables in board.arrived.items()
+            if rank not in {*self.tables, *elsewhere}
             and tables
             and tables[0][0].model == self._call.model
             and tables[0][0].number <= self._call.number
@@ -196,8 +212,8 @@ def find_problem(tables: Mapping[int, Table], strangers: Mapping[int, Table]) ->
             "whose components are not connected with them"
         )
         problem += (
-            f". If rank {min(strangers)} has called another model: ranks that have components of any model of a "
-            "communicator make all its models, in the same order"
+            f". If rank {min(strangers)} has called another model: make all models of a communicator before the "
+            "first of them is called"
         )
     problem = problem or _circle(parts)
     return None if problem is None else ValueError(problem)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+import weakref
 from collections import Counter, deque
 from typing import TYPE_CHECKING, Any
 
@@ -22,7 +23,7 @@ from chainer_dist.links._components import (
     Ranks,
     Table,
     find_problem,
-    new_number,
+    register,
 )
 from chainer_dist.links._micro_batches import cut, flat, is_variable, joined, mapped
 
@@ -67,8 +68,8 @@ class MultiNodeChainList(chainer.ChainList):  # type: ignore[misc]  # Chainer ha
     A component that fails makes the ranks that wait for it raise as well.
 
     Ranks without components need not call the model, unless they get some later; where they do, it
-    returns at once. If there are several models for one communicator, ranks that have components of
-    any make all of them, in the same order, by which a rank knows of which model another one speaks.
+    returns at once. Where a rank has components of several models of one communicator, it makes them
+    all before the first call, so that it knows of which of them another rank speaks.
 
     With ``n_micro_batches`` the ranks work at the same time (the schedule is that of GPipe, Huang
     et al., arXiv 1811.06965). The batch is cut along the first axis, as evenly as possible, and
@@ -98,7 +99,8 @@ class MultiNodeChainList(chainer.ChainList):  # type: ignore[misc]  # Chainer ha
         self._comm = comm
         self._n_micro_batches = operator.index(n_micro_batches)
         self._components: tuple[Component, ...] = ()
-        self._number = new_number(comm)
+        own = weakref.ref(self)
+        self._number = register(comm, lambda: None if (it := own()) is None else it._table())
         self._n_calls = 0
         self._comparison: Comparison | None = None  # None if components are to be compared
 
@@ -162,6 +164,9 @@ class MultiNodeChainList(chainer.ChainList):  # type: ignore[misc]  # Chainer ha
         call = _Call(self._comm, self._components, len(pieces), failure)
         return call.run(self.children(), pieces)
 
+    def _table(self) -> Table:
+        return Table(self._n_micro_batches, self._components)
+
     def _compare(self) -> tuple[Mapping[int, Table], Exception | None]:
         """Return the tables of connected ranks, and what is wrong with the tables of others.
 
@@ -171,8 +176,7 @@ class MultiNodeChainList(chainer.ChainList):  # type: ignore[misc]  # Chainer ha
         """
         self._n_calls += 1
         if self._comparison is None:
-            own = Table(self._n_micro_batches, self._components)
-            self._comparison = Comparison(self._comm, self._number, self._n_calls, own)
+            self._comparison = Comparison(self._comm, self._number, self._n_calls, self._table())
         tables, strangers = self._comparison.tables, self._comparison.strangers(self._n_calls)
         if self._comparison.fits:
             return tables, find_problem(tables, strangers) if strangers else None
