@@ -26,17 +26,12 @@ class GRULayer(recurrent.Layer):
     sigmoids = range(1, 3)
 
     def run(
-        self,
-        gates: Array,
-        states: list[Array],
-        by_h: recurrent.Product,
-        h_biases: Array,
-        outputs: Array,
-    ) -> None:
-        """Compute all times."""
+        self, gates: Array, states: list[Array], by_h: recurrent.Product, h_biases: Array
+    ) -> Array:
+        """Compute all times, and return the packed states."""
         (last,) = states
         self._gates = gates
-        self._us = np.empty_like(outputs)
+        outputs, self._us = np.empty_like(gates[0]), np.empty_like(gates[0])
         products = np.empty((3, self.rows, last.shape[1]), np.float32)
         for start, end, batch in self.times:
             h, gate, product = last[:batch], gates[:, start:end], products[:, :batch]
@@ -55,6 +50,7 @@ class GRULayer(recurrent.Layer):
             np.multiply(y, z, out=y)
             np.add(y, a, out=y)
             last[:batch] = y
+        return outputs
 
     def differentiate(
         self, hs: Array, gys: Array | None, grads: list[Array], by_h: recurrent.Product

@@ -23,19 +23,14 @@ class LSTMLayer(recurrent.Layer):
     sigmoids = range(1, 4)
 
     def run(
-        self,
-        gates: Array,
-        states: list[Array],
-        by_h: recurrent.Product,
-        h_biases: Array,
-        outputs: Array,
-    ) -> None:
-        """Compute all times."""
+        self, gates: Array, states: list[Array], by_h: recurrent.Product, h_biases: Array
+    ) -> Array:
+        """Compute all times, and return the packed states."""
         del h_biases  # all are in the gates
         last_h, last_c = states
         self._gates = gates
-        self._cs = np.empty_like(outputs)  # before each time
-        self._tanhs = np.empty_like(outputs)  # of c after each time
+        # States; c before each time; and the hyperbolic tangent of c after each time.
+        outputs, self._cs, self._tanhs = (np.empty_like(gates[0]) for _ in range(3))
         products = np.empty((4, self.rows, len(last_h[0])), np.float32)
         for start, end, batch in self.times:
             h, c = last_h[:batch], last_c[:batch]
@@ -52,6 +47,7 @@ class LSTMLayer(recurrent.Layer):
             np.tanh(c, out=tanh)
             np.multiply(o, tanh, out=h)
             outputs[start:end] = h
+        return outputs
 
     def differentiate(
         self, hs: Array, gys: Array | None, grads: list[Array], by_h: recurrent.Product

@@ -114,10 +114,8 @@ class Layer(chainer.FunctionNode):  # type: ignore[misc]  # Chainer has no types
 
     # What a kind of network has of its own.
 
-    def run(
-        self, gates: Array, states: list[Array], by_h: Product, h_biases: Array, outputs: Array
-    ) -> None:
-        """Compute all times.
+    def run(self, gates: Array, states: list[Array], by_h: Product, h_biases: Array) -> Array:
+        """Compute all times, and return the packed states.
 
         Args:
             gates: Products of the inputs and all biases that are added to them, (gates, values, units); halves where
@@ -125,7 +123,6 @@ class Layer(chainer.FunctionNode):  # type: ignore[misc]  # Chainer has no types
             states: Initial states, which become the last ones, in place.
             by_h: Product by the weights of the state, halves likewise.
             h_biases: Biases of the state, (products, units).
-            outputs: Packed states to write, (values, units).
         """
         raise NotImplementedError
 
@@ -166,10 +163,8 @@ class Layer(chainer.FunctionNode):  # type: ignore[misc]  # Chainer has no types
         gates[self._sigmoids(self.of_x)] *= HALF
         matrices = [w.T for w in self.of_h.take(ws)]
         by_h = Product(matrices, self.rows, self._sigmoids(self.of_h))
-        outputs = np.empty((len(x), units), np.float32)
-        self.run(gates, states, by_h, h_biases, outputs)
         self.retain_outputs((self.states,))
-        return (*states, outputs)
+        return (*states, self.run(gates, states, by_h, h_biases))
 
     def _sigmoids(self, factors: Factors) -> slice:
         return slice(self.sigmoids.start - factors.first, self.sigmoids.stop - factors.first)
@@ -188,7 +183,7 @@ class Layer(chainer.FunctionNode):  # type: ignore[misc]  # Chainer has no types
         made: dict[int, Any] = {1 + i: grad for i, grad in enumerate(grads)}
         if 0 in indexes:
             made[0] = _sum_of_products(products[self.of_x.places], self.of_x.take(ws))
-        of_biases = np.ones(len(x), np.float32).dot(products)
+        of_biases = np.matmul(np.ones(len(x), np.float32), products)
         for factors, values in ((self.of_x, x), (self.of_h, hs)):
             for i, product, bias in zip(
                 factors.weights, products[factors.places], of_biases[factors.places]

@@ -30,22 +30,20 @@ class TanhLayer(recurrent.Layer):
     sigmoids = range(0)
 
     def run(
-        self,
-        gates: Array,
-        states: list[Array],
-        by_h: recurrent.Product,
-        h_biases: Array,
-        outputs: Array,
-    ) -> None:
-        """Compute all times."""
+        self, gates: Array, states: list[Array], by_h: recurrent.Product, h_biases: Array
+    ) -> Array:
+        """Compute all times, and return the packed states."""
         del h_biases  # all are in the gates
         (last,) = states
+        (outputs,) = gates  # which become the states in place
+        products = np.empty((1, self.rows, last.shape[1]), np.float32)
         for start, end, batch in self.times:
-            h, y = last[:batch], outputs[start:end]
-            by_h.of_all(h, y[None])
-            np.add(y, gates[0, start:end], out=y)
+            h, y, product = last[:batch], outputs[start:end], products[:, :batch]
+            by_h.of_all(h, product)
+            np.add(y, product[0], out=y)
             self._activate(y)
             last[:batch] = y
+        return outputs
 
     def differentiate(
         self, hs: Array, gys: Array | None, grads: list[Array], by_h: recurrent.Product
