@@ -279,6 +279,24 @@ def test_gradients_of_some(name):
 
 
 @every_link
+def test_some_outputs(name):
+    """A loss of one sequence's outputs has the gradients that it has with the others times zero."""
+    case = Case(name)
+
+    def grads(which, factors):
+        link = case.link()
+        states, xs = case.inputs()
+        with kernels.use(which):
+            ys = link(*states, xs)[-1]
+            sum(
+                factor * F.sum(y * y) for y, factor in zip(ys, factors) if factor is not None
+            ).backward()
+        return [v.grad for v in (*states, *xs, *link.params())]
+
+    assert_close(grads("numpy", (None, 1, None)), grads("chainer", (0, 1, 0)))
+
+
+@every_link
 def test_gradients_lie_apart(name):
     """No two gradients share memory, so that each may be changed in place."""
     case = Case(name)

@@ -31,7 +31,8 @@ class GRULayer(recurrent.Layer):
         """Compute all times, and return the packed states."""
         (last,) = states
         self._gates = gates
-        outputs, self._us = np.empty_like(gates[0]), np.empty_like(gates[0])
+        outputs: Array = np.empty_like(gates[0])
+        self._us = np.empty_like(outputs)
         products = np.empty((3, self.rows, last.shape[1]), np.float32)
         for start, end, batch in self.times:
             h, gate, product = last[:batch], gates[:, start:end], products[:, :batch]

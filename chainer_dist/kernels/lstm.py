@@ -29,8 +29,9 @@ class LSTMLayer(recurrent.Layer):
         del h_biases  # all are in the gates
         last_h, last_c = states
         self._gates = gates
-        # States; c before each time; and the hyperbolic tangent of c after each time.
-        outputs, self._cs, self._tanhs = (np.empty_like(gates[0]) for _ in range(3))
+        outputs: Array = np.empty_like(gates[0])
+        self._cs = np.empty_like(outputs)  # before each time
+        self._tanhs = np.empty_like(outputs)  # of c after each time
         products = np.empty((4, self.rows, len(last_h[0])), np.float32)
         for start, end, batch in self.times:
             h, c = last_h[:batch], last_c[:batch]

@@ -35,7 +35,7 @@ class TanhLayer(recurrent.Layer):
         """Compute all times, and return the packed states."""
         del h_biases  # all are in the gates
         (last,) = states
-        (outputs,) = gates  # which become the states in place
+        outputs: Array = gates[0]  # which become the states in place
         products = np.empty((1, self.rows, last.shape[1]), np.float32)
         for start, end, batch in self.times:
             h, y, product = last[:batch], outputs[start:end], products[:, :batch]
