@@ -45,6 +45,15 @@ def float64():
 
 
 @pytest.fixture
+def one_thread():
+    """Compute in one thread: several that wait for one another take long where cores are busy."""
+    import threadpoolctl
+
+    with threadpoolctl.threadpool_limits(1):
+        yield
+
+
+@pytest.fixture
 def comm():
     """Return a new naive communicator over all ranks."""
     from chainer_dist import create_communicator

@@ -20,7 +20,8 @@ from chainer.functions.connection.convolution_2d import Convolution2DFunction
 from chainer_dist import kernels
 from chainer_dist.kernels import convolution, onednn, replacements
 
-pytestmark = pytest.mark.mpi_skip  # nothing here knows of ranks
+# Nothing here knows of ranks.
+pytestmark = [pytest.mark.mpi_skip, pytest.mark.usefixtures("one_thread")]
 
 
 def python(program, **environment):
@@ -28,7 +29,7 @@ def python(program, **environment):
     given = {k: v for k, v in os.environ.items() if not k.startswith("CHAINER")}
     done = subprocess.run(
         [sys.executable, "-c", program],
-        env={**given, **environment},
+        env={**given, "OMP_NUM_THREADS": "1", **environment},
         capture_output=True,
         text=True,
         timeout=120,

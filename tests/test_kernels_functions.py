@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from chainer_dist import kernels
 from kernel_cases import assert_like_chainer, draw_array, outcome
 
-pytestmark = pytest.mark.mpi_skip  # nothing here knows of ranks
+# Nothing here knows of ranks.
+pytestmark = [pytest.mark.mpi_skip, pytest.mark.usefixtures("one_thread")]
 
 NAMES = ["numpy", "onednn"]
 

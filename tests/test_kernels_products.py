@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 from chainer_dist.kernels import linear
 from kernel_cases import ARRANGEMENTS, arrange
 
-pytestmark = pytest.mark.mpi_skip  # nothing here knows of ranks
+# Nothing here knows of ranks.
+pytestmark = [pytest.mark.mpi_skip, pytest.mark.usefixtures("one_thread")]
 
 sizes = st.sampled_from([1, 2, 3, 17, 64])
 arrangements = st.sampled_from([how for how in ARRANGEMENTS if how != "unaligned"])
