@@ -57,8 +57,8 @@ def _backward(algorithm: int, size: int, alpha: float) -> Operation:
 
 def _is_worth_it(*arrays: Array) -> bool:
     return (
-        layouts.is_suitable(*arrays)
-        and arrays[0].size >= _FEW
+        arrays[0].size >= _FEW
+        and layouts.is_suitable(*arrays)
         and layouts.in_memory_order(arrays[0]) is not None
     )
 

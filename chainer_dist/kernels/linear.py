@@ -66,7 +66,7 @@ def _is_worth_it(a: Array, b: Array, *biases: Array) -> bool:
 def _linear(chainers: Any, self: Any, inputs: tuple[Array, ...]) -> Any:
     x, w, *biases = inputs
     # A static graph records Chainer's own calls.
-    if chainer.config.schedule_func is not None or not _is_worth_it(x, w.T, *biases):
+    if not _is_worth_it(x, w.T, *biases) or chainer.config.schedule_func is not None:
         return chainers(self, inputs)
     self._config_use_ideep = _ALLOWED
     self.retain_inputs((0, 1))

@@ -79,7 +79,7 @@ def _backward(algorithm: int, y: Layout, axis: int) -> Operation:
 
 
 def _is_worth_it(array: Array) -> bool:
-    return layouts.is_suitable(array) and array.size >= _FEW
+    return array.size >= _FEW and layouts.is_suitable(array)
 
 
 def _in_order(array: Array) -> Array:
@@ -150,7 +150,8 @@ def _log_softmax_backward(chainers: Any, self: Any, inputs: tuple[Array, Array])
 def _cross_entropy(chainers: Any, self: Any, inputs: tuple[Array, Array]) -> Any:
     x, t = inputs
     if (
-        self.class_weight is not None
+        x.size < _FEW
+        or self.class_weight is not None
         or x.ndim != 2  # noqa: PLR2004 - a matrix
         or t.ndim != 1
         or not self.cache_score
@@ -177,7 +178,8 @@ def _cross_entropy(chainers: Any, self: Any, inputs: tuple[Array, Array]) -> Any
 def _cross_entropy_gradient(chainers: Any, self: Any, inputs: tuple[Array, Array, Array]) -> Any:
     x, t, gloss = inputs
     if (
-        self.soft_target
+        x.size < _FEW
+        or self.soft_target
         or self.class_weight is not None
         or self.y is None
         or x.ndim != 2  # noqa: PLR2004 - a matrix

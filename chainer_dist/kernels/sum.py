@@ -21,10 +21,10 @@ _FEW = 1 << 14
 def _sum(chainers: Any, self: Any, inputs: tuple[Array]) -> Any:
     (x,) = inputs
     if (
-        self.axis is None
+        x.size < _FEW
+        or self.axis is None
         or self.keepdims
         or not layouts.is_suitable(x)
-        or x.size < _FEW
         or x.ndim < 2  # noqa: PLR2004 - others and channels
         or {axis % x.ndim for axis in self.axis} != {*range(x.ndim)} - {1}
         or not layouts.is_channels_last(x)
