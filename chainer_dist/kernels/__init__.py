@@ -31,6 +31,7 @@ _NAMES = ("onednn", "numpy", "chainer")
 _FAMILIES = (
     "activation",
     "batch_normalization",
+    "checks",
     "convolution",
     "dropout",
     "embed_id",

@@ -23,7 +23,7 @@ _replacements: list[_Replacement] = []
 
 
 def replaces(
-    owner: Any, attribute: str, *, needs_onednn: bool = True
+    owner: Any, attribute: str, *, needs_onednn: bool = True, is_computation: bool = True
 ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Decorate a kernel: a function that stands for a method of Chainer's, or for a function of a module. Local.
 
@@ -34,18 +34,22 @@ def replaces(
         owner: Class or module that has it.
         attribute: Name that it has there.
         needs_onednn: Whether the kernel is used with oneDNN only.
+        is_computation: Whether ``use_ideep`` has a say in it.
     """
 
     def register(kernel: Callable[..., Any]) -> Callable[..., Any]:
         original = vars(owner)[attribute]
 
-        @functools.wraps(original)
         def stand_in(*args: Any, **kwargs: Any) -> Any:
-            if _is_refused():
+            if is_computation and _is_refused():
                 return original(*args, **kwargs)
             return kernel(original, *args, **kwargs)
 
-        _replacements.append(_Replacement(owner, attribute, original, stand_in, needs_onednn))
+        # A partial function is faster, but no method.
+        partial = functools.partial(kernel, original)
+        used: Any = stand_in if is_computation or isinstance(owner, type) else partial
+        functools.update_wrapper(used, original)
+        _replacements.append(_Replacement(owner, attribute, original, used, needs_onednn))
         return kernel
 
     return register
