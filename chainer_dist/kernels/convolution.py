@@ -16,6 +16,7 @@ from chainer.functions.connection.deconvolution_nd import DeconvolutionND
 from chainer.utils.conv import get_conv_outsize
 
 from chainer_dist.kernels import layouts
+from chainer_dist.kernels.linear import multiply
 from chainer_dist.kernels.onednn import (
     BIAS,
     DIFF_DST,
@@ -138,6 +139,20 @@ def _input(x: Array) -> tuple[Array, bool]:
     return np.ascontiguousarray(x), True
 
 
+def _is_product(window: Window, w_sizes: Sequence[int]) -> bool:
+    """Return whether a convolution is a product of matrices: of each position's channels by the weights. Local.
+
+    A product takes the weights as they lie; oneDNN's convolution would reorder them.
+    """
+    stride, pad, _, groups = window
+    return {*stride, *w_sizes, groups} == {1} and not any(pad)
+
+
+def _rows(array: Array) -> Any:
+    """Return an array that has channels last as a matrix of (positions, channels), a view. Local."""
+    return layouts.to_last(array).reshape(-1, array.shape[1])
+
+
 def convolve(
     x: Array,
     w: Array,
@@ -147,6 +162,10 @@ def convolve(
 ) -> Array:
     """Return the convolution of ``x`` (n, c, sizes...) by ``w``, new, channels last. Local."""
     x, is_dense = _input(x)
+    if not is_dense and _is_product(window, w.shape[2:]):
+        rows = multiply(_rows(x), w.reshape(w.shape[:2]).T, b)
+        product: Array = layouts.to_second(rows.reshape(len(x), *y_sizes, len(w)))
+        return product
     y = layouts.empty((x.shape[0], w.shape[0], *y_sizes))
     geometry = Geometry(x.shape, w.shape, y.shape, window, is_dense)
     bias = () if b is None else (np.ascontiguousarray(b),)
@@ -180,6 +199,8 @@ def gradient_of_weights(
     """Return the gradient with respect to the weights from ``x`` and the gradient ``y``, new, C-contiguous. Local."""
     x, is_dense = _input(x)
     y = layouts.channels_last(y)
+    if not is_dense and _is_product(window, w_sizes):
+        return multiply(_rows(y).T, _rows(x)).reshape(y.shape[1], x.shape[1], *w_sizes)
     w = np.empty((y.shape[1], x.shape[1] // window.groups, *w_sizes), np.float32)
     geometry = Geometry(x.shape, w.shape, y.shape, window, is_dense)
     _backward_weights(geometry)(x, y, w)
