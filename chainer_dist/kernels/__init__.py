@@ -35,6 +35,7 @@ _FAMILIES = (
     "convolution",
     "dropout",
     "embed_id",
+    "get_item",
     "layer_normalization",
     "linear",
     "n_step_rnn",
