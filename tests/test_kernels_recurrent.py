@@ -415,7 +415,7 @@ def test_mixed_dtypes(name):
 
 
 @every_link
-@pytest.mark.parametrize("what", ["size", "weights", "states", "growing"])
+@pytest.mark.parametrize("what", ["size", "weights", "states", "growing", "layers"])
 def test_wrong_arguments(name, what):
     """What Chainer refuses it refuses still, by the same kind of error."""
     case = Case(name)
@@ -429,6 +429,8 @@ def test_wrong_arguments(name, what):
             list(link.params())[-1].array = np.zeros((2, 2), np.float32)
         elif what == "states":
             states[0] = chainer.Variable(states[0].array[:, :-1])
+        elif what == "layers":
+            link = LINKS[name](0, case.size, case.units, 0.0)
         with kernels.use(which), pytest.raises(Exception) as raised:  # noqa: PT011, PT012
             if what == "growing":
                 xs = [xs[0].array[:1], xs[0].array[:2]]
@@ -456,6 +458,21 @@ def test_a_step_of_the_users_own():
         plain = L.NStepLSTM(1, 2, 2, 0.0)
         plain.copyparams(link)
         np.testing.assert_array_equal(want, 2 * plain(None, None, xs)[2][0].array)
+
+
+def test_weights_that_are_shared():
+    """A parameter that several layers have gets the gradients of all."""
+    found = []
+    for which in ("numpy", "chainer"):
+        link = Case("NStepLSTM", size=4).link()
+        link.ws[1], link.bs[1] = link.ws[0], link.bs[0]
+        link.ws[0][5] = link.ws[0][4]
+        _, xs = Case("NStepLSTM", size=4).inputs()
+        with kernels.use(which):
+            *last, ys = link(None, None, xs)
+            loss_of(Case("NStepLSTM"), last, ys).backward()
+        found.append([param.grad for param in (*link.ws[0], *link.bs[0], *xs)])
+    assert_close(*found)
 
 
 @pytest.mark.parametrize("name", ["NStepLSTM", "NStepBiGRU"])

@@ -76,6 +76,7 @@ class _Network(NamedTuple):
         number = self.n_layers * self.directions
         if (
             not values
+            or not flat
             or not layouts.is_suitable(*values, *hs, *flat)
             or not number == len(self.ws) == len(self.bs)
         ):
