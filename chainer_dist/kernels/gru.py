@@ -21,7 +21,7 @@ class GRULayer(recurrent.Layer):
     parts of r and z. So there are gradients of u, r, z and a, in this order.
     """
 
-    step = staticmethod(n_step_gru._gru)
+    _step = staticmethod(n_step_gru._gru)
     of_x, of_h = Factors((0, 1, 2), 1), Factors((5, 3, 4), 0)
     sigmoids = range(1, 3)
 

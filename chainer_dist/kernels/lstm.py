@@ -18,7 +18,7 @@ class LSTMLayer(recurrent.Layer):
     """A layer of LSTM in one direction. Its gates are the input a of the cell, i, f and o."""
 
     states = 2
-    step = staticmethod(n_step_lstm._lstm)
+    _step = staticmethod(n_step_lstm._lstm)
     of_x, of_h = Factors((2, 0, 1, 3), 0), Factors((6, 4, 5, 7), 0)
     sigmoids = range(1, 4)
 

@@ -96,7 +96,7 @@ class Layer(chainer.FunctionNode):  # type: ignore[misc]  # Chainer has no types
     """
 
     states: ClassVar[int] = 1
-    step: ClassVar[Callable[..., Any]]  # one time, of Chainer's functions, as Chainer has it
+    _step: ClassVar[Callable[..., Any]]  # one time, of Chainer's functions, as Chainer has it
     of_x: ClassVar[Factors]
     of_h: ClassVar[Factors]
     sigmoids: ClassVar[range]  # of which the sigmoid is taken, counted as the gradients are
@@ -203,7 +203,7 @@ class Layer(chainer.FunctionNode):  # type: ignore[misc]  # Chainer has no types
         xs = F.split_axis(x, self._sections, 0, force_tuple=True)
         xs = xs[::-1] if self._is_reversed else xs
         h, c, hs = n_step_rnn._one_directional_loop(
-            type(self).step, xs, states[0], states[1] if self.states > 1 else None, ws, bs
+            type(self)._step, xs, states[0], states[1] if self.states > 1 else None, ws, bs
         )
         hs = F.concat(hs[::-1] if self._is_reversed else hs, axis=0)
         outputs = (h, c, hs) if self.states > 1 else (h, hs)

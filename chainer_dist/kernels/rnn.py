@@ -25,7 +25,7 @@ def _relu(x: Any, h: Any, c: None, w: Any, b: Any) -> tuple[Any, None]:
 class TanhLayer(recurrent.Layer):
     """A layer of the plain recurrent network in one direction."""
 
-    step = staticmethod(_tanh)
+    _step = staticmethod(_tanh)
     of_x, of_h = Factors((0,), 0), Factors((1,), 0)
     sigmoids = range(0)
 
@@ -70,7 +70,7 @@ class TanhLayer(recurrent.Layer):
 class ReLULayer(TanhLayer):
     """The same with ReLU."""
 
-    step = staticmethod(_relu)
+    _step = staticmethod(_relu)
 
     def _activate(self, y: Array) -> None:
         np.maximum(y, np.float32(0), out=y)
