@@ -19,8 +19,11 @@ if TYPE_CHECKING:
 # Chainer puts what it finds here into the configuration for the gradients; its default would refuse kernels there.
 _ALLOWED = "auto"
 
-# Below so many multiplications the call costs more than it saves.
-_FEW = 1 << 18
+# Up to so many multiplications OpenBLAS does not copy the matrices first, and the call costs more than it saves.
+_FEW = 10**6
+
+# Up to so many rows oneDNN's older way is faster whatever the second matrix is.
+_FEW_ROWS = 12
 
 
 @kept
@@ -44,8 +47,11 @@ def multiply(a: Array, b: Array, bias: Array | None = None) -> Array:
     """
     a, b = _matrices(a), _matrices(b)
     y = np.empty((*a.shape[:-1], b.shape[-1]), np.float32)
-    if bias is None and a.ndim == 2 and onednn.matrix_order(b)[0] == b"N":  # noqa: PLR2004 - matrices
+    rows_are_contiguous = onednn.matrix_order(b)[0] == b"N"
+    if a.ndim == 2 and (len(a) <= _FEW_ROWS or (bias is None and rows_are_contiguous)):  # noqa: PLR2004 - matrices
         onednn.multiply_matrices(a, b, y)
+        if bias is not None:
+            y += bias
     else:
         biases = () if bias is None else (np.ascontiguousarray(bias),)
         _multiply(Layout.of(a), Layout.of(b), bias is not None)(a, b, *biases, y)
