@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import html.parser
+import importlib.util
 import json
 import subprocess
 import sys
@@ -32,6 +33,7 @@ PLAN = Plan(
     more_ranks=[],
     scalings=["weak", "strong"],
     batch=16,
+    kernels="auto",
     rounds=2,
     seconds=1.0,
     steps=5,
@@ -106,6 +108,84 @@ def test_contenders_do_the_same_training(comm):
         found[name] = np.concatenate([each.array.ravel() for each in model.params()])
     np.testing.assert_allclose(found["chainer_dist"], found["allreduce"], rtol=1e-5, atol=1e-7)
     np.testing.assert_allclose(found["chainer_dist"], found["chainermn"], rtol=1e-5, atol=1e-7)
+
+
+MORE_MODELS = mpi_job.ROOT / "scripts" / "kernel_models.py"
+
+
+@pytest.mark.mpi_skip
+@pytest.mark.parametrize(
+    "name",
+    [
+        *workloads.WORKLOADS,
+        *(
+            f"{MORE_MODELS}:{function}"
+            for function in ("vgg16", "mobilenet", "unet", "gru", "bilstm", "transformer_large")
+        ),
+    ],
+)
+def test_torch_models_compute_the_same(name):
+    """With equal parameters, loss and gradients are those of Chainer's model, so it is the same work.
+
+    In float64, since batch normalization of few examples makes much of rounding.
+    """
+    pytest.importorskip("torch")
+    from chainer_dist.scaling import torch_models
+
+    workload = workloads.load(name)
+    np.random.seed(0)
+    model, arguments = workload.make(2, 0)
+    arguments = [
+        each.astype(np.float64) if getattr(each, "dtype", None) == np.float32 else each
+        for each in arguments
+    ]
+    for param in model.params():
+        param.array = param.array.astype(np.float64)
+    for link in model.links():
+        if isinstance(link, chainer.links.BatchNormalization):
+            link.avg_mean, link.avg_var = (
+                each.astype(np.float64) for each in (link.avg_mean, link.avg_var)
+            )
+    net = workload.torch().double()
+    torch_models.copy_parameters(model, net)
+    loss = model(*arguments)
+    model.cleargrads()
+    loss.backward()
+    found = net(*torch_models.tensors(arguments, channels_last=workload.images))
+    found.backward()
+    assert loss.dtype == np.float64
+    assert float(found.detach()) == pytest.approx(float(loss.array), rel=1e-9)
+    for param in model.params():
+        param.array[...] = param.grad
+    expected = dict(torch_models.named_arrays(model))
+    assert {*expected} == {each for each, _ in net.named_parameters()}
+    for each, param in net.named_parameters():
+        # What batch normalization takes away again, as a bias before it, is rounding alone.
+        size = max(np.abs(expected[each]).max(), 1e-6)
+        np.testing.assert_allclose(
+            param.grad.numpy(), expected[each], 1e-6, 1e-6 * size, err_msg=each
+        )
+
+
+@pytest.mark.mpi_skip
+def test_parameters_of_torch_that_do_not_fit():
+    """A model of another structure is no equal contender."""
+    torch = pytest.importorskip("torch")
+    from chainer_dist.scaling import torch_models
+
+    layer = chainer.links.Linear(3, 2)
+    for net, words in (
+        (torch.nn.Linear(4, 2), r"weight is \(2, 3\) in Chainer, and in torch: \(2, 4\)"),
+        (torch.nn.Linear(3, 2, bias=False), "bias is .*no such parameter"),
+        (torch.nn.Bilinear(3, 3, 2), "weight is"),
+        (torch.nn.Sequential(torch.nn.Linear(3, 2)), "no such parameter"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            torch_models.copy_parameters(layer, net)
+    net = torch.nn.Linear(3, 2)
+    net.more = torch.nn.Linear(1, 1)
+    with pytest.raises(ValueError, match=r"in torch alone: more.weight, more.bias"):
+        torch_models.copy_parameters(layer, net)
 
 
 def test_time_to_accuracy():
@@ -224,7 +304,7 @@ def make(batch, rank):
         arguments += ["--scaling", "weak", "--ranks", 2, "--oversubscribe", "--out", out]
         done = self.call(*arguments)
         assert done.returncode == 0, done.stderr
-        assert "chainer_dist       2    32" in done.stdout
+        assert "chainer_dist             2    32" in done.stdout
         content = json.loads((out / "scaling.json").read_text())
         with (out / "scaling.csv").open(newline="") as file:
             assert len(list(csv.DictReader(file))) == len(content["rows"]) == 4
@@ -244,6 +324,60 @@ def make(batch, rank):
         other = self.call(*arguments, "--batch", 8)
         assert other.returncode == 1
         assert "other batch" in other.stderr
+
+    IMAGES = """
+import numpy as np
+import chainer.functions as F
+import chainer.links as L
+
+class Model(L.Classifier):
+    def __init__(self):
+        super().__init__(L.Convolution2D(2, 3, 4))
+
+    def forward(self, x, t):
+        return F.softmax_cross_entropy(self.predictor(x)[:, :, 0, 0], t)
+
+def make(batch, rank):
+    rng = np.random.RandomState(rank)
+    return Model(), (rng.rand(batch, 2, 4, 4).astype(np.float32), np.zeros(batch, np.int32))
+
+def twin():
+    import torch
+
+    class Torch(torch.nn.Conv2d):
+        def forward(self, x, t):
+            assert x.is_contiguous() or x.is_contiguous(memory_format=torch.channels_last)
+            return torch.nn.functional.cross_entropy(super().forward(x)[:, :, 0, 0], t)
+
+    return Torch(2, 3, 4)
+
+make.batch, make.torch, make.images = 8, twin, True
+"""
+
+    def test_all_contenders(self, tmp_path):
+        """Kernels are for those whose users have them; torch takes part by a model of the user's."""
+        (tmp_path / "own.py").write_text(self.IMAGES)
+        out = tmp_path / "out"
+        arguments = ["--workloads", f"{tmp_path}/own.py:make", "--rounds", 1, "--seconds", 0.1]
+        arguments += ["--accuracy", 0, "--scaling", "weak", "--kernels", "numpy", "--out", out]
+        done = self.call(*arguments, "--oversubscribe")
+        assert done.returncode == 0, done.stderr
+        content = json.loads((out / "scaling.json").read_text())
+        expected = {*contenders.CONTENDERS}
+        if not importlib.util.find_spec("torch"):
+            expected -= {"torch", "torch-channels-last"}
+        assert {(row["contender"], row["ranks"]) for row in content["rows"]} == {
+            (name, ranks) for name in expected for ranks in (1, 2)
+        }
+        assert content["plan"]["kernels"] == "numpy"
+        assert content["kernels"] == {
+            "chainer_dist": "numpy",
+            "chainermn": "chainer",
+            "allreduce": "chainer",
+            "independent": "numpy",
+        }
+        compared = {row["contender"] for row in content["rows"] if row["against_copies"]}
+        assert compared == {"chainer_dist", "independent"}
 
     @pytest.mark.parametrize(
         ("arguments", "words"),

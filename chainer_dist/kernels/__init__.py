@@ -27,6 +27,7 @@ __all__ = ["OneDNNError", "Status", "status", "use"]
 VARIABLE = "CHAINER_DIST_KERNELS"
 
 _NAMES = ("onednn", "numpy", "chainer")
+CHOICES = ("auto", *_NAMES)
 
 _FAMILIES = (
     "activation",
@@ -100,7 +101,7 @@ class use:  # noqa: N801 - it is called like a function, as chainer.using_config
 
 def _choose(name: str, known: Status | None = None) -> None:
     global _status  # noqa: PLW0603 - one choice for the process
-    if name not in (*_NAMES, "auto"):
+    if name not in CHOICES:
         raise ValueError(f"kernels are {', '.join(_NAMES)} or auto, got {name!r}")
     reason = {
         "numpy": "NumPy, as was asked for",
@@ -133,13 +134,16 @@ def use_default() -> None:
     Raises:
         ValueError: If the variable has another value.
     """
-    name = os.environ.get(VARIABLE, "auto")
-    if VARIABLE not in os.environ and os.environ.get("CHAINER_USE_IDEEP") == "never":
-        name = "chainer"
     try:
-        _choose(name)
+        _choose(asked_for())
     except ValueError as error:
         raise ValueError(f"{VARIABLE}: {error}") from None
+
+
+def asked_for() -> str:
+    """Return the choice that the environment asks for, see :func:`use_default`; ``auto`` where it does not. Local."""
+    without = os.environ.get("CHAINER_USE_IDEEP") == "never"
+    return os.environ.get(VARIABLE, "chainer" if without else "auto")
 
 
 def _after_fork() -> None:

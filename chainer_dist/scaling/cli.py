@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from chainer_dist import kernels
 from chainer_dist._arguments import percentage, positive, seconds
 from chainer_dist.scaling import experiment, page, predicted, results
 from chainer_dist.scaling.contenders import CONTENDERS
@@ -55,6 +56,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         more_ranks=more,
         scalings=list(dict.fromkeys(args.scaling)),
         batch=args.batch,
+        kernels=args.kernels,
         rounds=args.rounds,
         seconds=args.seconds,
         steps=args.steps,
@@ -101,6 +103,10 @@ def _measure(
             {"kind": kind, "workload": workload, "ranks": ranks, "seconds": seconds}
             for (kind, workload, ranks), seconds in parts.items()
         ],
+        # What the choice came to, of the contenders that compute by Chainer.
+        "kernels": {
+            job.contender: each["kernels"] for job, each in found.items() if "kernels" in each
+        },
         "model": {
             job.workload: {"parameters": each["parameters"], "bytes": each["bytes"]}
             for job, each in found.items()
@@ -144,6 +150,13 @@ def _parser() -> argparse.ArgumentParser:
         default=[experiment.WEAK, experiment.STRONG],
     )
     parser.add_argument("--batch", type=positive, help="examples a rank, and of one rank in strong")
+    parser.add_argument(
+        "--kernels",
+        choices=kernels.CHOICES,
+        default=kernels.asked_for(),
+        help="what computes forward and backward of chainer_dist and of independent copies; ChainerMN and allreduce have "
+        "Chainer's own code, as their users do (default: as the environment asks for, now %(default)s)",
+    )
     parser.add_argument("--rounds", type=positive, default=3, help="jobs of each (default: 3)")
     parser.add_argument(
         "--seconds", type=seconds, default=3.0, help="time steps for so long (default: 3)"

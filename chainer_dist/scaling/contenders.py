@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from chainer_dist.scaling import workloads
+
 if TYPE_CHECKING:
     from collections.abc import Callable
 
@@ -14,26 +16,45 @@ if TYPE_CHECKING:
 
     Step = Callable[[], None]
 
-__all__ = ["CONTENDERS", "INDEPENDENT", "OURS", "TORCH", "available", "make_step"]
+__all__ = [
+    "CONTENDERS",
+    "INDEPENDENT",
+    "OURS",
+    "TORCH",
+    "TORCH_CHANNELS_LAST",
+    "WITHOUT_KERNELS",
+    "available",
+    "is_torch",
+    "make_step",
+]
 
 OURS = "chainer_dist"
 INDEPENDENT = "independent"
-TORCH = "torch"
+TORCH, TORCH_CHANNELS_LAST = "torch", "torch-channels-last"
 CONTENDERS = {
     OURS: "this package, by its two lines",
-    "chainermn": "ChainerMN's communicator naive, which ships inside Chainer",
-    "allreduce": "Chainer, and one MPI_Allreduce of all gradients, packed",
-    TORCH: "torch DistributedDataParallel over gloo (mlp and cnn)",
-    INDEPENDENT: "as many copies of plain Chainer that exchange nothing",
+    "chainermn": "ChainerMN's communicator naive, which ships inside Chainer, and Chainer's own code",
+    "allreduce": "Chainer's own code, and one MPI_Allreduce of all gradients, packed",
+    TORCH: "torch DistributedDataParallel over gloo, with a fused update",
+    TORCH_CHANNELS_LAST: "the same with images channels last in memory, of models that take images",
+    INDEPENDENT: "as many copies that exchange nothing, with the kernels of this package",
 }
-TORCH_WORKLOADS = ("mlp", "cnn")
+# Whose steps do not depend on the choice of kernels, as their users have Chainer alone, or none of it.
+WITHOUT_KERNELS = ("chainermn", "allreduce", TORCH, TORCH_CHANNELS_LAST)
+
+
+def is_torch(contender: str) -> bool:
+    """Tell whether a contender has no Chainer in it. Local."""
+    return contender in (TORCH, TORCH_CHANNELS_LAST)
 
 
 def available(contender: str, workload: str) -> bool:
     """Tell whether a contender can train a workload here. Local."""
-    if contender == TORCH:
-        return workload in TORCH_WORKLOADS and importlib.util.find_spec("torch") is not None
-    return True
+    if not is_torch(contender):
+        return True
+    found = workloads.load(workload)
+    has_model = found.torch is not None and (found.images or contender == TORCH)
+    return has_model and importlib.util.find_spec("torch") is not None
 
 
 def make_step(
@@ -49,8 +70,9 @@ def make_step(
     """
     import chainer
 
-    if contender == TORCH:
-        return _torch_step(workload, *arguments), None
+    if is_torch(contender):
+        channels_last = contender == TORCH_CHANNELS_LAST
+        return _torch_step(workload, arguments, channels_last=channels_last), None
     optimizer: Any = chainer.optimizers.Adam(alpha=1e-4)
     if contender == OURS:
         import chainer_dist
@@ -100,32 +122,26 @@ def _allreduce_step(
     return step
 
 
-def _torch_step(workload: str, x: Any, t: Any) -> Step:
+def _torch_step(workload: str, arguments: tuple[Any, ...], *, channels_last: bool) -> Step:
     """Return a step of torch, with its fused Adam."""
     import torch
 
-    from chainer_dist.scaling import torch_gloo
-    from chainer_dist.scaling.workloads import MLP
+    from chainer_dist.scaling import torch_gloo, torch_models
 
-    nn = torch.nn
     torch_gloo.connect()
-    layers: list[Any] = []
-    if workload == "mlp":
-        for low, high in zip(MLP.WIDTHS, MLP.WIDTHS[1:]):
-            layers += [nn.Linear(low, high), nn.ReLU()]
-        layers.pop()
-    else:
-        for number, (low, high) in enumerate([(3, 32), (32, 64), (64, 128)]):
-            norm = [nn.BatchNorm2d(32)] if number == 0 else []
-            layers += [nn.Conv2d(low, high, 3, padding=1), *norm, nn.ReLU(), nn.MaxPool2d(2)]
-        layers += [nn.Flatten(), nn.Linear(4 * 4 * 128, 512), nn.ReLU(), nn.Linear(512, 10)]
-    net = nn.parallel.DistributedDataParallel(nn.Sequential(*layers))
+    make = workloads.load(workload).torch
+    if make is None:
+        raise ValueError(f"workload {workload!r} has no torch model")
+    net = make()
+    if channels_last:
+        net = net.to(memory_format=torch.channels_last)
+    net = torch.nn.parallel.DistributedDataParallel(net)
     optimizer = torch.optim.Adam(net.parameters(), lr=1e-4, fused=True)
-    inputs, labels = torch.from_numpy(x), torch.from_numpy(t.astype(np.int64))
+    inputs = torch_models.tensors(arguments, channels_last=channels_last)
 
     def step() -> None:
         optimizer.zero_grad()
-        nn.functional.cross_entropy(net(inputs), labels).backward()
+        net(*inputs).backward()
         optimizer.step()
 
     return step

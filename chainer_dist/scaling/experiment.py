@@ -26,7 +26,7 @@ from chainer_dist.scaling.worker import Task
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
-__all__ = ["ACCURACY", "LAUNCH", "Job", "Plan", "jobs", "machine", "run"]
+__all__ = ["ACCURACY", "LAUNCH", "Job", "Plan", "jobs", "machine", "run", "run_job"]
 
 ACCURACY = "accuracy"
 WEAK, STRONG = "weak", "strong"
@@ -48,6 +48,7 @@ class Plan(NamedTuple):
         scalings: ``weak`` (each rank has ``batch`` examples) and ``strong`` (all ranks share as many as one
             would have).
         batch: Examples; None takes each workload's own number.
+        kernels: Choice of :func:`chainer_dist.kernels.use`, for the contenders that have them.
         rounds: Jobs of each kind.
         seconds: How long a job times steps,
         steps: and how many at most.
@@ -62,6 +63,7 @@ class Plan(NamedTuple):
     more_ranks: list[int]
     scalings: list[str]
     batch: int | None
+    kernels: str
     rounds: int
     seconds: float
     steps: int
@@ -199,7 +201,7 @@ def run(plan: Plan, folder: Path, *, quiet: bool = False) -> dict[Job, dict[str,
             progress.set_description(
                 f"{job.workload}, {job.contender}, {job.ranks} rank{'s' * (job.ranks > 1)}"
             )
-            results[job] = _run(job, plan)
+            results[job] = run_job(job, plan)
             _append(file, {"job": job, "result": results[job]})
     return {job: results[job] for job in planned}
 
@@ -216,14 +218,23 @@ def _cut_off(file: Any) -> None:
     file.truncate(file.read().rfind(b"\n") + 1)
 
 
-def _run(job: Job, plan: Plan) -> dict[str, Any]:
-    """Run a job and return its result."""
+def run_job(job: Job, plan: Plan) -> dict[str, Any]:
+    """Run a job and return its result. Local.
+
+    Args:
+        job: What is measured.
+        plan: Whose kernels, seconds, steps, accuracy, places and timeout are taken.
+
+    Raises:
+        RuntimeError: If the job fails, with what it said.
+    """
     with tempfile.TemporaryDirectory(prefix="chainer-dist-") as folder:
         out = Path(folder) / "result.json"
         task = Task(
             contender=job.contender,
             workload=job.workload,
             batch=job.batch,
+            kernels=plan.kernels,
             seconds=plan.seconds,
             steps=plan.steps,
             out=str(out),

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 __all__ = ["escaped", "figure", "wrapped", "write"]
 
 _TEMPLATE = Path(__file__).with_name("page.html")
-_COLORS = dict(zip(CONTENDERS, ("#0b6e99", "#d1681f", "#7a4fa3", "#b5304a", "#7d8790")))
+_COLORS = dict(zip(CONTENDERS, ("#0b6e99", "#d1681f", "#7a4fa3", "#b5304a", "#e58a9c", "#7d8790")))
 _PARTS = {
     "forward": "#9cc3d5",
     "backward": "#5b9bb8",

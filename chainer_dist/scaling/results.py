@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from chainer_dist._files import replacing
-from chainer_dist.scaling.contenders import INDEPENDENT, OURS, TORCH
+from chainer_dist.scaling.contenders import INDEPENDENT, OURS, WITHOUT_KERNELS
 from chainer_dist.scaling.experiment import ACCURACY, Job
 
 if TYPE_CHECKING:
@@ -41,7 +41,7 @@ class Row(NamedTuple):
         efficiency_low: The interval of confidence of that.
         efficiency_high: The same.
         against_copies: Throughput, divided by that of independent copies at the same time; None where
-            these were not measured, or are none of Chainer's.
+            these were not measured, or compute by other kernels.
         oversubscribed: Whether there were more ranks than cores.
     """
 
@@ -84,6 +84,8 @@ def rows(results: Mapping[Job, dict[str, Any]], cores: int | None) -> list[Row]:
     ):
         one = next((each for each in timed if each[:3] == job[:3] and each.ranks == 1), None)
         copies = timed.get(job._replace(contender=INDEPENDENT))
+        if job.contender in WITHOUT_KERNELS:
+            copies = None
         median = statistics.median(timed[job])
         low, high = _interval(timed[job])
         efficiency = (float("nan"),) * 3
@@ -109,7 +111,7 @@ def rows(results: Mapping[Job, dict[str, Any]], cores: int | None) -> list[Row]:
                 high * 1e3,
                 job.ranks * job.batch / median,
                 *efficiency,
-                statistics.median(copies) / median if copies and job.contender != TORCH else None,
+                statistics.median(copies) / median if copies else None,
                 cores is not None and job.ranks > cores,
             )
         )
@@ -180,20 +182,20 @@ def table(found: Iterable[Row], accuracies: Sequence[Mapping[str, Any]]) -> str:
             columns = [("ranks", 6), ("batch", 6), ("step, ms", 10), ("95 %", 16)]
             columns += [("examples/s", 12), ("efficiency", 11), ("95 %", 13), ("of copies", 10)]
             lines += ["", f"{row.workload}, {row.kind} scaling"]
-            lines.append(" " * 14 + "".join(f"{text:>{width}}" for text, width in columns))
+            lines.append(" " * 20 + "".join(f"{text:>{width}}" for text, width in columns))
         copies = "" if row.against_copies is None else f"{row.against_copies:.2f}"
         lines.append(
-            f"{row.contender:14}{row.ranks:>6}{row.batch:>6}{row.ms:>10.1f}"
+            f"{row.contender:20}{row.ranks:>6}{row.batch:>6}{row.ms:>10.1f}"
             f"{f'{row.ms_low:.1f}-{row.ms_high:.1f}':>16}{row.throughput:>12,.0f}"
             f"{row.efficiency:>11.1%}{f'{row.efficiency_low:.0%}-{row.efficiency_high:.0%}':>13}"
             f"{copies:>10}{'  more ranks than cores' * row.oversubscribed}"
         )
     if accuracies:
-        lines += ["", f"{'digits':14}{'ranks':>6}{'seconds':>9}{'epochs':>8}{'updates':>9}"]
+        lines += ["", f"{'digits':20}{'ranks':>6}{'seconds':>9}{'epochs':>8}{'updates':>9}"]
     for each in accuracies:
         missed = each["trainings"] - each["reached"]
         lines.append(
-            f"{'':14}{each['ranks']:>6}{each['seconds']:>9.2f}{each['epochs']:>8.0f}"
+            f"{'':20}{each['ranks']:>6}{each['seconds']:>9.2f}{each['epochs']:>8.0f}"
             f"{each['updates']:>9.0f}{f'  {missed} did not come to it' * bool(missed)}"
         )
     return "\n".join(lines).lstrip("\n") + "\n"

@@ -24,6 +24,7 @@ class Task(NamedTuple):
         contender: One of :data:`chainer_dist.scaling.contenders.CONTENDERS`.
         workload: See :func:`chainer_dist.scaling.workloads.load`.
         batch: Examples a rank.
+        kernels: Choice of :func:`chainer_dist.kernels.use`, for the contenders that have them.
         seconds: How long to go on timing steps,
         steps: and how many there are at most, after the warm-up.
         out: The file for the result.
@@ -35,6 +36,7 @@ class Task(NamedTuple):
     contender: str
     workload: str
     batch: int
+    kernels: str
     seconds: float
     steps: int
     out: str
@@ -50,10 +52,13 @@ def main(text: str) -> None:
     """
     from mpi4py import MPI
 
+    from chainer_dist import kernels
     from chainer_dist._files import replacing
+    from chainer_dist.scaling import contenders
 
     task = Task(**json.loads(text))
     warnings.simplefilter("ignore")  # of Chainer, which is older than the NumPy it meets
+    kernels.use("chainer" if task.contender in contenders.WITHOUT_KERNELS else task.kernels)
     if task.target:
         from chainer_dist.scaling import accuracy
 
@@ -70,6 +75,7 @@ def _time_steps(task: Task) -> dict[str, Any]:
     import numpy as np
     from mpi4py import MPI
 
+    from chainer_dist import kernels
     from chainer_dist.scaling import contenders, workloads
 
     world = MPI.COMM_WORLD
@@ -88,8 +94,9 @@ def _time_steps(task: Task) -> dict[str, Any]:
     seconds: list[float] = []
     while len(seconds) < task.steps and (len(seconds) < 3 or sum(seconds) < task.seconds):  # noqa: PLR2004
         seconds.append(timed())  # the maximum: the same on all ranks, and so is when they end
-    result = {"seconds": seconds, "parts": {}, "parameters": 0, "bytes": 0}
-    if task.contender != contenders.TORCH:
+    result: dict[str, Any] = {"seconds": seconds, "parts": {}, "parameters": 0, "bytes": 0}
+    if not contenders.is_torch(task.contender):
+        result["kernels"] = kernels.status().name
         params = [param.array for param in model.params()]
         result["parameters"] = sum(each.size for each in params)
         result["bytes"] = sum(each.nbytes for each in params)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import sys
 from pathlib import Path
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
     # Given examples a rank and the rank, return a model and what it is called with for its loss.
     Make = Callable[[int, int], tuple[chainer.Link, tuple[Any, ...]]]
 
-__all__ = ["WORKLOADS", "Workload", "load"]
+__all__ = ["WORKLOADS", "Workload", "draw_images", "draw_words", "load"]
 
 WORDS = 10_000
 TIMES = 35  # words of a sequence
@@ -32,11 +33,16 @@ class Workload(NamedTuple):
             any value, and the arguments with which ``model(*arguments)`` is the loss of that rank's batch.
         batch: How many examples a rank has by default.
         text: What it is.
+        torch: Returns the same model as a torch module, called with tensors for its loss; None where there is
+            none, so that torch cannot be measured.
+        images: Whether it takes arrays of four dimensions (N, C, H, W), which torch may keep channels last.
     """
 
     make: Make
     batch: int
     text: str
+    torch: Callable[[], Any] | None = None
+    images: bool = False
 
 
 class MLP(chainer.ChainList):  # type: ignore[misc]  # Chainer has no types
@@ -111,14 +117,17 @@ class LanguageModel(chainer.Chain):  # type: ignore[misc]
 class Transformer(chainer.Chain):  # type: ignore[misc]
     """A classifier of sequences by attention (Vaswani et al., 2017): two encoder layers."""
 
+    WORDS, TIMES = 1000, TIMES
     UNITS, HEADS, LAYERS = 128, 4, 2
 
     def __init__(self) -> None:
         super().__init__()
         units = self.UNITS
         with self.init_scope():
-            self.embed = L.EmbedID(1000, units)
-            self.position = chainer.Parameter(chainer.initializers.Normal(0.02), (TIMES, units))
+            self.embed = L.EmbedID(self.WORDS, units)
+            self.position = chainer.Parameter(
+                chainer.initializers.Normal(0.02), (self.TIMES, units)
+            )
             self.layers = chainer.ChainList()
             for _ in range(self.LAYERS):
                 layer = chainer.Chain()
@@ -155,8 +164,13 @@ class Transformer(chainer.Chain):  # type: ignore[misc]
         return F.transpose(seen, (0, 2, 1, 3)).reshape(batch * times, self.UNITS)
 
 
-def _images(*shape: int, classes: int) -> Callable[[int, int], tuple[Any, ...]]:
-    """Return what draws a rank's batch of arrays and of their classes."""
+def draw_images(*shape: int, classes: int) -> Callable[[int, int], tuple[Any, ...]]:
+    """Return what draws a rank's batch of arrays and of their classes, given its size and the rank. Local.
+
+    Args:
+        *shape: Of one array, float32.
+        classes: How many there are.
+    """
 
     def draw(batch: int, rank: int) -> tuple[Any, ...]:
         rng = np.random.RandomState(rank)
@@ -166,8 +180,16 @@ def _images(*shape: int, classes: int) -> Callable[[int, int], tuple[Any, ...]]:
     return draw
 
 
-def _words(n_words: int, times: int, classes: int | None) -> Callable[[int, int], tuple[Any, ...]]:
-    """Return what draws a rank's batch of sequences, and of their classes if they have some."""
+def draw_words(
+    n_words: int, times: int, classes: int | None
+) -> Callable[[int, int], tuple[Any, ...]]:
+    """Return what draws a rank's batch of sequences, given its size and the rank. Local.
+
+    Args:
+        n_words: How many different words there are.
+        times: Words of a sequence.
+        classes: How many classes of sequences there are, whose numbers are drawn, too; None for no classes.
+    """
 
     def draw(batch: int, rank: int) -> tuple[Any, ...]:
         rng = np.random.RandomState(rank)
@@ -182,45 +204,63 @@ def _words(n_words: int, times: int, classes: int | None) -> Callable[[int, int]
 
 
 def _built_in(
-    model: Callable[[], chainer.Link],
+    model: type[chainer.Link],
     draw: Callable[[int, int], tuple[Any, ...]],
     batch: int,
     text: str,
+    *,
+    images: bool = False,
 ) -> Workload:
-    return Workload(lambda batch, rank: (model(), draw(batch, rank)), batch, text)
+    """Return a workload whose torch model has the name of Chainer's."""
+
+    def twin() -> Any:
+        from chainer_dist.scaling import torch_models
+
+        return getattr(torch_models, model.__name__)()
+
+    return Workload(lambda batch, rank: (model(), draw(batch, rank)), batch, text, twin, images)
 
 
 WORKLOADS = {
     "mlp": _built_in(
         MLP,
-        _images(784, classes=10),
+        draw_images(784, classes=10),
         64,
         "perceptron of 22.6 million parameters (784, 6 x 2048, 10)",
     ),
     "cnn": _built_in(
-        CNN, _images(3, 32, 32, classes=10), 64, "three convolutions, images of 32 x 32"
+        CNN,
+        draw_images(3, 32, 32, classes=10),
+        64,
+        "three convolutions, images of 32 x 32",
+        images=True,
     ),
     "resnet50": _built_in(
-        ResNet50, _images(3, 224, 224, classes=1000), 4, "ResNet-50, generated images of 224 x 224"
+        ResNet50,
+        draw_images(3, 224, 224, classes=1000),
+        4,
+        "ResNet-50, generated images of 224 x 224",
+        images=True,
     ),
     "lstm": _built_in(
         LanguageModel,
-        _words(WORDS, TIMES + 1, None),
+        draw_words(WORDS, TIMES + 1, None),
         8,
         f"language model, 2 layers of LSTM, {WORDS:,} words, sequences of {TIMES}",
     ),
     "transformer": _built_in(
-        Transformer, _words(1000, TIMES, 10), 32, f"2 encoder layers, sequences of {TIMES}"
+        Transformer, draw_words(1000, TIMES, 10), 32, f"2 encoder layers, sequences of {TIMES}"
     ),
 }
 
 
+@functools.cache
 def load(name: str) -> Workload:
     """Return a built-in workload, or the user's own. Local.
 
     Args:
         name: One of :data:`WORKLOADS`, or ``file.py:function``, where the function is a
-            :attr:`Workload.make`. If it has an attribute ``batch`` that is its default batch, else 32.
+            :attr:`Workload.make`. It may have the attributes ``batch``, by default 32, ``torch`` and ``images``.
 
     Raises:
         ValueError: If there is none of this name.
@@ -244,4 +284,10 @@ def load(name: str) -> Workload:
     make = getattr(module, function, None)
     if make is None:
         raise ValueError(f"workload {name!r}: {path!r} has no function {function!r}")
-    return Workload(make, getattr(make, "batch", 32), name)
+    return Workload(
+        make,
+        getattr(make, "batch", 32),
+        name,
+        getattr(make, "torch", None),
+        getattr(make, "images", False),
+    )
