@@ -122,6 +122,8 @@ bench: $(STAMP)
 	$(MPIEXEC) -n 2 $(RUN) scripts/bench_exchange.py --json $(MEASURED)/exchange-2.json
 	$(MPIEXEC) -n 4 $(RUN) scripts/bench_exchange.py --json $(MEASURED)/exchange-4.json
 	$(RUN) scripts/bench_step.py --json $(MEASURED)/step.json
+	$(RUN) scripts/bench_kernels.py --json $(MEASURED)/kernels.json
+	$(RUN) scripts/bench_kernels.py --train --json $(MEASURED)/kernels_train.json
 	$(RUN) scripts/bench_memory.py --json $(MEASURED)/memory.json
 	$(RUN) scripts/bench_allocator.py --json $(MEASURED)/allocator.json
 	$(RUN) scripts/bench_watch.py --json $(MEASURED)/watch.json

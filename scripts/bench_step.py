@@ -111,20 +111,17 @@ def torch_step(name: str, x: Any, t: Any, *, fused: bool) -> Step:
     """Return a step of torch DDP."""
     import torch
 
-    from chainer_dist.scaling import torch_gloo
+    from chainer_dist.scaling import torch_gloo, torch_models
 
     torch_gloo.connect()
-    layers: list[Any] = []
-    for low, high in zip(WIDTHS, WIDTHS[1:]):
-        layers += [torch.nn.Linear(low, high), torch.nn.ReLU()]
-    model = torch.nn.parallel.DistributedDataParallel(torch.nn.Sequential(*layers[:-1]))
+    model = torch.nn.parallel.DistributedDataParallel(torch_models.MLP(WIDTHS))
     kind = {"Adam": torch.optim.Adam, "SGD": torch.optim.SGD}[name]
     optimizer = kind(model.parameters(), lr=1e-3, **({"fused": True} if fused else {}))
-    inputs, labels = torch.from_numpy(x), torch.from_numpy(t.astype(np.int64))
+    inputs = torch_models.tensors((x, t))
 
     def step() -> None:
         optimizer.zero_grad()
-        torch.nn.functional.cross_entropy(model(inputs), labels).backward()
+        model(*inputs).backward()
         optimizer.step()
 
     return step

@@ -17,7 +17,7 @@ from torch import nn
 from chainer_dist.scaling import workloads
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Sequence
 
     import chainer
 
@@ -103,10 +103,13 @@ def named_arrays(link: chainer.Link, place: str = "") -> Iterator[tuple[str, Any
 
 
 class MLP(nn.Sequential):  # type: ignore[misc]  # mypy does not read torch
-    """The workload mlp."""
+    """The workload mlp.
 
-    def __init__(self) -> None:
-        widths = workloads.MLP.WIDTHS
+    Args:
+        widths: Numbers of values, from the input to the output.
+    """
+
+    def __init__(self, widths: Sequence[int] = workloads.MLP.WIDTHS) -> None:
         super().__init__(*[nn.Linear(low, high) for low, high in zip(widths, widths[1:])])
 
     def forward(self, x: Any, t: Any) -> Any:
