@@ -43,7 +43,8 @@ LEAST_ROUNDS = 3
 # Idle threads of a library keep their core for a while, and would disturb the next contender.
 PAUSE = 0.05
 LOSS_TOLERANCE = 1e-4
-# Batch normalization of few values makes percents of rounding, in resnet50 and mobilenet.
+# Where rounding lets another value of a window be the largest, or a value pass 0 in a ReLU, a gradient goes elsewhere;
+# with batch normalization that comes to percents, for Chainer's own code as for the kernels.
 GRADIENT_TOLERANCE = 0.2
 
 
@@ -126,7 +127,7 @@ def measure(work: Work, threads: int, kernels: list[str], seconds: float) -> dic
     for name, step in steps.items():
         losses[name] = step()
         gradients[name] = np.concatenate([each.grad.ravel() for each in model.params()])
-    if importlib.util.find_spec("torch"):
+    if has_torch():
         import torch
 
         from chainer_dist.scaling import torch_models

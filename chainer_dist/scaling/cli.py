@@ -138,7 +138,10 @@ def _parser() -> argparse.ArgumentParser:
         epilog="Workloads: "
         + "; ".join(f"{name}: {each.text}" for name, each in WORKLOADS.items())
         + "; or file.py:function, a function of the number of examples and the rank that returns a model "
-        "and the arguments it is called with for its loss.",
+        "and the arguments it is called with for its loss. The function may have attributes: batch, the number of "
+        "examples by default; torch, a function without arguments that returns the same model as a torch module, "
+        "called with tensors for its loss; images, true if it takes arrays (N, C, H, W), which torch may keep "
+        "channels last.",
     )
     parser.add_argument("--ranks", type=positive, nargs="+", metavar="N", default=[1, 2])
     parser.add_argument("--workloads", nargs="+", default=["mlp", "cnn"], metavar="W")
