@@ -5,6 +5,8 @@ Run it without mpiexec. Each model has a process of its own, where the contender
 parameters; what they compute is compared first. torch is measured with images in both of its layouts, and counts as
 fast as the faster one. With ``--train`` it measures whole training steps with Adam on ranks of MPI instead,
 exchange and update included: chainer_dist by each choice of kernels, and torch DistributedDataParallel over gloo.
+
+Nothing else may run meanwhile: a thread whose core is taken keeps the others of its team waiting.
 """
 
 from __future__ import annotations
