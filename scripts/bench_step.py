@@ -6,8 +6,9 @@ in a job of its own, as its users would run it, because Python's memory is in an
 several of them share a process; the jobs take turns, round after round. A step takes as long as its
 slowest rank. Beside chainer_dist stand ChainerMN's ``naive``, Chainer alone (every rank an independent
 copy that exchanges nothing: what the machine can do without being parallel), and torch's
-DistributedDataParallel on gloo where torch is installed. "rest" is the step less Chainer's own forward
-and backward: the cost of exchange and update.
+DistributedDataParallel on gloo where torch is installed. Chainer and ChainerMN compute by Chainer's own code,
+chainer_dist by its kernels. "rest" is a step less the contender's own forward and backward, measured alone: the cost
+of exchange and update.
 """
 
 from __future__ import annotations
@@ -44,6 +45,9 @@ WARM_UP = 3
 PEER = "ChainerMN naive"
 ALONE = "Chainer, independent"
 FORWARD = "forward and backward"
+FORWARD_OF_CHAINER = "the same, Chainer's own code"
+FORWARD_OF_TORCH = "the same, torch"
+FORWARDS = (FORWARD, FORWARD_OF_CHAINER, FORWARD_OF_TORCH)
 # What create_multi_node_optimizer is called with.
 OURS: dict[str, dict[str, Any]] = {
     "chainer_dist": {},
@@ -69,18 +73,36 @@ class Classifier(chainer.ChainList):
 
 
 def make_step(contender: str, name: str, batch: int) -> tuple[Step, chainer.Link | None]:
-    """Return what a contender does in a step, and its model if that is Chainer's. Collective."""
+    """Return what a contender does in a step, and its model if that is Chainer's. Collective.
+
+    Chainer alone and ChainerMN compute by Chainer's own code, chainer_dist by its kernels.
+    """
+    from chainer_dist import kernels
+
+    with kernels.use("auto" if contender in {FORWARD, *OURS} else "chainer"):
+        chosen = kernels.status().name
+    step, model = _make_step(contender, name, batch)
+
+    def step_with_kernels() -> None:
+        if kernels.status().name != chosen:
+            kernels.use(chosen)
+        step()
+
+    return step_with_kernels, model
+
+
+def _make_step(contender: str, name: str, batch: int) -> tuple[Step, chainer.Link | None]:
     from mpi4py import MPI
 
     world = MPI.COMM_WORLD
     rng = np.random.RandomState(world.rank)
     x = rng.randn(batch, WIDTHS[0]).astype(np.float32)
     t = rng.randint(0, WIDTHS[-1], batch).astype(np.int32)
-    if contender in TORCH:
-        return torch_step(name, x, t, fused=TORCH[contender]), None
+    if contender in TORCH or contender == FORWARD_OF_TORCH:
+        return torch_step(contender, name, x, t), None
     np.random.seed(0)  # noqa: NPY002 - what Chainer draws from
     model = Classifier()
-    if contender == FORWARD:
+    if contender in FORWARDS:
 
         def forward_and_backward() -> None:
             loss = model(x, t)
@@ -107,22 +129,27 @@ def make_step(contender: str, name: str, batch: int) -> tuple[Step, chainer.Link
     return lambda: optimizer.update(model, x, t), model
 
 
-def torch_step(name: str, x: Any, t: Any, *, fused: bool) -> Step:
-    """Return a step of torch DDP."""
+def torch_step(contender: str, name: str, x: Any, t: Any) -> Step:
+    """Return a step of torch DDP, or forward and backward alone."""
     import torch
 
     from chainer_dist.scaling import torch_gloo, torch_models
 
     torch_gloo.connect()
-    model = torch.nn.parallel.DistributedDataParallel(torch_models.MLP(WIDTHS))
+    alone = contender == FORWARD_OF_TORCH
+    model: Any = torch_models.MLP(WIDTHS)
+    if not alone:
+        model = torch.nn.parallel.DistributedDataParallel(model)
     kind = {"Adam": torch.optim.Adam, "SGD": torch.optim.SGD}[name]
-    optimizer = kind(model.parameters(), lr=1e-3, **({"fused": True} if fused else {}))
+    options = {"fused": True} if TORCH.get(contender) else {}
+    optimizer = kind(model.parameters(), lr=1e-3, **options)
     inputs = torch_models.tensors((x, t))
 
     def step() -> None:
         optimizer.zero_grad()
         model(*inputs).backward()
-        optimizer.step()
+        if not alone:
+            optimizer.step()
 
     return step
 
@@ -162,10 +189,11 @@ def launch(script: str, ranks: int, *arguments: str) -> str:
 
 
 def report_steps(report: bench_tables.Report, title: str, medians: dict[str, float]) -> None:
-    """Report medians in milliseconds and ratios."""
-    forward = medians[FORWARD]
+    """Report medians in milliseconds and ratios; the rest is a step less its own forward and backward."""
+    forwards = {name: medians[name] for name in FORWARDS if name in medians}
+    alone = ", ".join(f"{name} {ms:.1f} ms" for name, ms in forwards.items())
     table = report.table(
-        f"{title}; {FORWARD} {forward:.1f} ms",
+        f"{title}; {alone}",
         {
             "": "",
             "step, ms": ".1f",
@@ -177,18 +205,21 @@ def report_steps(report: bench_tables.Report, title: str, medians: dict[str, flo
         label_width=31,
     )
     peer = medians[PEER]
+    rest_of_peer = peer - forwards[FORWARD_OF_CHAINER]
     for contender, ms in medians.items():
-        if contender != FORWARD:
-            rest = ms - forward
-            ratios = peer / ms, medians[ALONE] / ms
-            table.row(contender, ms, *ratios, rest, (peer - forward) / rest)
+        if contender in FORWARDS:
+            continue
+        own = FORWARD_OF_TORCH if contender in TORCH else FORWARD_OF_CHAINER
+        rest = ms - forwards[FORWARD if contender in OURS else own]
+        ratios = peer / ms, medians[ALONE] / ms
+        table.row(contender, ms, *ratios, rest, rest_of_peer / rest)
 
 
 def main() -> None:
     """Let the contenders take turns and report a table for each optimizer."""
-    contenders = [PEER, *OURS, ALONE, FORWARD]
+    contenders = [PEER, *OURS, ALONE, FORWARD, FORWARD_OF_CHAINER]
     if importlib.util.find_spec("torch"):
-        contenders += TORCH
+        contenders += [FORWARD_OF_TORCH, *TORCH]
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--ranks", type=int, default=2, help="(default: 2)")
     parser.add_argument("--rounds", type=int, default=3, help="jobs of each (default: 3)")
@@ -207,7 +238,10 @@ def main() -> None:
         seconds: dict[str, list[float]] = {}
         norms: dict[str, float] = {}
         for _ in range(args.rounds):
-            for contender in dict.fromkeys([PEER, ALONE, FORWARD, *args.contenders]):
+            needed = [PEER, ALONE, FORWARD, FORWARD_OF_CHAINER]
+            if {*args.contenders} & {*TORCH}:
+                needed.append(FORWARD_OF_TORCH)
+            for contender in dict.fromkeys([*needed, *args.contenders]):
                 rank = ["--contender", contender, "--optimizers", optimizer]
                 rank += ["--batch", str(args.batch), "--steps", str(args.steps)]
                 result = json.loads(launch(__file__, args.ranks, *rank))
