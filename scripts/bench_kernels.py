@@ -42,8 +42,8 @@ WORKS += ["lstm:8", "lstm:64", "gru:8", "bilstm:32", "transformer:32", "transfor
 TORCH = {"torch": False, "channels last": True}
 WARM_UP = 1
 LEAST_ROUNDS = 3
-# Idle threads of a library keep their core for a while, and would disturb the next contender.
-PAUSE = 0.05
+# Idle threads of a library keep their core for a while, OpenBLAS's for a tenth of a second, and would disturb the next.
+PAUSE = 0.3
 LOSS_TOLERANCE = 1e-4
 # Where rounding lets another value of a window be the largest, or a value pass 0 in a ReLU, a gradient goes elsewhere;
 # with batch normalization that comes to percents, for Chainer's own code as for the kernels.

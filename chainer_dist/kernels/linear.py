@@ -21,6 +21,8 @@ _ALLOWED = "auto"
 
 # Up to so many multiplications OpenBLAS does not copy the matrices first, and the call costs more than it saves.
 _FEW = 10**6
+# Several threads of OpenBLAS would keep those of oneDNN from the cores for a while after a product.
+_FEW_FOR_THREADS = 1 << 16
 
 # Up to so many rows oneDNN's older way is faster whatever the second matrix is.
 _FEW_ROWS = 12
@@ -65,7 +67,10 @@ def _matrices(array: Array) -> Array:
 
 
 def _is_worth_it(a: Array, b: Array, *biases: Array) -> bool:
-    return a.size * b.shape[-1] >= _FEW and layouts.is_suitable(a, b, *biases)
+    multiplications = a.size * b.shape[-1]
+    if multiplications < (_FEW_FOR_THREADS if onednn.n_threads() > 1 else _FEW):
+        return False
+    return layouts.is_suitable(a, b, *biases)
 
 
 @replaces(LinearFunction, "forward")

@@ -426,6 +426,11 @@ def _reorder(opened: Library, source: Any, target: Any) -> _Primitive:
     return _Primitive(description, [(SRC, source.value), (DST, target.value)])
 
 
+def n_threads() -> int:
+    """Return how many threads an operation may take. Local."""
+    return int(library().functions.omp_get_max_threads())
+
+
 _kept: OrderedDict[Any, Any] = OrderedDict()
 _lock = threading.Lock()
 
@@ -442,7 +447,7 @@ def kept(make: Callable[..., Any]) -> Callable[..., Any]:
         key = (
             make,
             threading.get_ident(),
-            library().functions.omp_get_max_threads(),
+            n_threads(),
             arguments,
         )
         with _lock:

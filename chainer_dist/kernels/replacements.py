@@ -21,6 +21,8 @@ class _Replacement(NamedTuple):
 
 _replacements: list[_Replacement] = []
 
+_with_onednn = False
+
 
 def replaces(
     owner: Any, attribute: str, *, needs_onednn: bool = True, is_computation: bool = True
@@ -63,8 +65,15 @@ def _is_refused() -> bool:
     return bool(vars(chainer.config._local).get("use_ideep") == "never")
 
 
+def uses_onednn() -> bool:
+    """Return whether kernels that do without oneDNN may take it where it is faster. Local."""
+    return _with_onednn
+
+
 def put(*, with_onednn: bool) -> None:
     """Put the kernels into Chainer, those that need oneDNN only where asked for. Local."""
+    global _with_onednn  # noqa: PLW0603 - one choice for the process
+    _with_onednn = with_onednn
     for each in _replacements:
         used = with_onednn or not each.needs_onednn
         setattr(each.owner, each.attribute, each.kernel if used else each.original)

@@ -14,7 +14,7 @@ from chainer.functions.loss.softmax_cross_entropy import (
     _SoftmaxCrossEntropyGrad_NoDoubleBackprop,
 )
 
-from chainer_dist.kernels import layouts
+from chainer_dist.kernels import layouts, replacements
 from chainer_dist.kernels.onednn import (
     DIFF_DST,
     DIFF_SRC,
@@ -51,6 +51,10 @@ def softmax_rows(x: Array) -> tuple[Array, Array]:
 
     The logarithm is of the sum of exponentials, (rows, 1).
     """
+    by_onednn = _softmax(_SOFTMAX, x, 1) if replacements.uses_onednn() else None
+    if by_onednn is not None:  # the largest of a row is one divided by the sum
+        largest_y = by_onednn.max(axis=1, keepdims=True)
+        return by_onednn, x.max(axis=1, keepdims=True) - np.log(largest_y)
     y = np.empty(x.shape, np.float32)
     log_sums = np.empty((len(x), 1), np.float32)
     for block in _blocks(*x.shape):

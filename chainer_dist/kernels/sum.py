@@ -1,4 +1,4 @@
-"""Sums over all dimensions but that of channels, as the gradients of biases are, by BLAS instead of NumPy's loops."""
+"""Sums over all dimensions but that of channels, as the gradients of biases are, as products by ones."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from chainer.functions.math.sum import Sum
 
-from chainer_dist.kernels import layouts
+from chainer_dist.kernels import layouts, onednn, replacements
 from chainer_dist.kernels.replacements import replaces
 
 if TYPE_CHECKING:
@@ -31,4 +31,10 @@ def _sum(chainers: Any, self: Any, inputs: tuple[Array]) -> Any:
     ):
         return chainers(self, inputs)
     rows = layouts.to_last(x).reshape(-1, x.shape[1])
-    return (np.ones(len(rows), np.float32) @ rows,)
+    ones = np.ones((1, len(rows)), np.float32)
+    if not replacements.uses_onednn():
+        return ((ones @ rows)[0],)
+    # BLAS has threads of its own, which would keep those of oneDNN from the cores for a while.
+    sums = np.empty((1, x.shape[1]), np.float32)
+    onednn.multiply_matrices(ones, rows, sums)
+    return (sums[0],)
