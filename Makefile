@@ -138,7 +138,7 @@ bench-nodes: $(STAMP)
 	$(ON_HOSTS) scripts/bench_accumulation.py --json $(MEASURED)/accumulation_hosts.json
 	$(ON_HOSTS) scripts/bench_sparse_rows.py --json $(MEASURED)/sparse_rows_hosts.json
 
-# Under fifteen minutes on two cores.
+# Some minutes for each workload and contender on two cores.
 scaling: $(STAMP)
 	$(RUN) -m chainer_dist predict --report --workloads mlp resnet50 --actions 30000 --out scaling
 	$(RUN) -m chainer_dist scale --workloads mlp cnn lstm transformer --rounds 2 --seconds 2 --more-ranks 4 \
