@@ -171,8 +171,10 @@ def _make_pool(*args: Any, **kwargs: Any) -> Any:
     pool.__init__(*args, context=multiprocessing.get_context(), **kwargs)
     submit = pool.map_async
 
-    def map_async(*args: Any, **kwargs: Any) -> Any:
-        result = submit(*args, **kwargs)
+    def map_async(function: Any, iterable: Any) -> Any:
+        items = [*iterable]
+        # As the pool has it, but by the workers that it is to have: when one ends, it may have none for a moment.
+        result = submit(function, items, -(-len(items) // (4 * pool._processes)))
         get = result.get
 
         def get_or_raise(timeout: float) -> Any:

@@ -515,3 +515,17 @@ def test_install_twice_changes_nothing():
     names = [hook.name for hook in before if isinstance(hook, _compat.ImportHook)]
     assert len(names) == len(set(names))
     assert "chainer" not in names
+
+
+@pytest.mark.mpi_skip
+def test_a_pool_without_workers_for_a_moment():
+    """One that has just lost its worker, and has no other yet, takes work all the same."""
+    pool = _compat._make_pool(1)
+    try:
+        workers = [*pool._pool]
+        pool._pool.clear()
+        result = pool.map_async(abs, iter([-1, 2]))
+        pool._pool.extend(workers)
+        assert result.get(60) == [1, 2]
+    finally:
+        pool.terminate()

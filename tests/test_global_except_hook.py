@@ -195,7 +195,8 @@ def test_off(how):
     remove = "" if how == "variable" else "chainer_dist.global_except_hook.remove_hook()\n"
     job = run(f"{remove}raise ValueError('boom')", **variable)
     assert job.status not in {0, None}, job.output
-    assert "ValueError: boom" in job.output
+    assert "ValueError" in job.output
+    assert "boom" in job.output  # perhaps not on one line, as two ranks print
     assert ENDING not in job.output
 
 
