@@ -524,8 +524,10 @@ def test_a_pool_without_workers_for_a_moment():
     try:
         workers = [*pool._pool]
         pool._pool.clear()
-        result = pool.map_async(abs, iter([-1, 2]))
-        pool._pool.extend(workers)
+        try:
+            result = pool.map_async(abs, iter([-1, 2]))
+        finally:
+            pool._pool.extend(workers)
         assert result.get(60) == [1, 2]
     finally:
         pool.terminate()
