@@ -285,6 +285,20 @@ def test_chainer_grad_with_a_delegate(comm):
         chainer.grad([F.sum(y**2)], [start])
 
 
+def test_over_a_communicator_that_was_split_off(comm):
+    """Its highest tag is that of the world, of which Open MPI tells the world alone."""
+    if comm.size == 1:
+        pytest.skip("needs two ranks")
+    with comm.split(0, comm.rank) as part:
+        x = chainer.Variable(np.full(3, 2.0, np.float32))
+        if part.rank == 0:
+            functions.send(x, part, 1, tag=5).backward()
+            np.testing.assert_array_equal(x.grad, [4, 4, 4])
+        elif part.rank == 1:
+            y = functions.recv(part, 0, tag=5)
+            F.sum(y * y).backward()
+
+
 def test_a_rank_that_is_no_peer(comm):
     """Own rank, no rank, bad tags: refused where they are passed."""
     x = data(0)

@@ -57,16 +57,16 @@ _early: weakref.WeakKeyDictionary[CommunicatorBase, dict[int, list[tuple[list[An
 )
 
 
-def reserved_tag(comm: CommunicatorBase, use: int) -> int:
+def reserved_tag(use: int) -> int:
     """Return the tag of messages that are no user's. Local.
 
     Args:
-        comm: Communicator.
         use: GRADIENTS, COMPONENTS or BATCHES.
     """
     from mpi4py import MPI
 
-    return int(comm.mpi_comm.Get_attr(MPI.TAG_UB) or 0) - use
+    # The limit is an attribute of this communicator; Open MPI's parts of it have none.
+    return int(MPI.COMM_WORLD.Get_attr(MPI.TAG_UB) or 0) - use
 
 
 def new_number() -> int:
@@ -86,7 +86,7 @@ def check_peer(comm: CommunicatorBase, rank: Any, tag: Any) -> tuple[int, int]:
         raise ValueError(f"rank is {rank}, which is this rank itself; expected another one")
     if not 0 <= rank < comm.size:
         raise ValueError(f"rank is {rank}, expected 0 to {comm.size - 1}")
-    highest = reserved_tag(comm, BATCHES) - 1
+    highest = reserved_tag(BATCHES) - 1
     if not 0 <= tag <= highest:
         raise ValueError(f"tag is {tag}, expected 0 to {highest}")
     return rank, tag
@@ -155,7 +155,7 @@ def post_gradient(
         error: Why there is no gradient; ``dest`` then raises it.
     """
     answer = (number, [np.array(each) for each in gradients], describe_error(error))
-    post_obj(comm, answer, dest, reserved_tag(comm, GRADIENTS))
+    post_obj(comm, answer, dest, reserved_tag(GRADIENTS))
 
 
 def post_obj(comm: CommunicatorBase, obj: Any, dest: int, tag: int) -> None:
@@ -172,7 +172,7 @@ def take_gradient(comm: CommunicatorBase, source: int, number: int) -> list[Any]
     """
     early = _early.setdefault(comm, {})
     while number not in early:
-        got, gradients, failure = comm.recv_obj(source, tag=reserved_tag(comm, GRADIENTS))
+        got, gradients, failure = comm.recv_obj(source, tag=reserved_tag(GRADIENTS))
         early.setdefault(got, []).append((gradients, failure))  # several if backward runs twice
     gradients, failure = early[number].pop(0)
     if not early[number]:

@@ -140,7 +140,7 @@ class Comparison:
             call: The number of the call that this rank is in.
         """
         self._call = self._call._replace(number=call)
-        tag = _messages.reserved_tag(self._comm, _messages.COMPONENTS)
+        tag = _messages.reserved_tag(_messages.COMPONENTS)
         while self._comm.mpi_comm.iprobe(tag=tag):
             receive_components(self._comm)
         callers = self._callers()
@@ -168,7 +168,7 @@ class Comparison:
 
     def _tell(self, ranks: set[int]) -> None:
         """Tell ranks of the components here, each of them once."""
-        tag = _messages.reserved_tag(self._comm, _messages.COMPONENTS)
+        tag = _messages.reserved_tag(_messages.COMPONENTS)
         for rank in sorted(ranks - self._told):
             self._told.add(rank)
             _messages.post_obj(self._comm, (self._call, self.tables[self._comm.rank]), rank, tag)
@@ -186,7 +186,7 @@ def receive_components(comm: CommunicatorBase, source: int | None = None) -> Non
 
     del source
     status = MPI.Status()
-    tag = _messages.reserved_tag(comm, _messages.COMPONENTS)
+    tag = _messages.reserved_tag(_messages.COMPONENTS)
     message = comm.recv_obj(MPI.ANY_SOURCE, status, tag=tag)
     _boards[comm].arrived[status.Get_source()].append(message)
 

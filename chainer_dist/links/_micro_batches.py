@@ -37,7 +37,7 @@ def cut(
             length = _common_length(inputs)
     except (TypeError, ValueError) as caught:
         error = caught
-    tag = _messages.reserved_tag(comm, _messages.BATCHES)
+    tag = _messages.reserved_tag(_messages.BATCHES)
     everyone = {comm.rank: (length, describe_error(error))}
     for rank in ranks:
         if rank != comm.rank:
