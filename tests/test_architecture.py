@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import importlib
+import importlib.util
 import inspect
 import pkgutil
 from pathlib import Path
@@ -102,6 +103,8 @@ def test_everything_public_is_documented():
     """Modules, classes, functions and methods all say what they do."""
     silent = []
     for info in pkgutil.walk_packages([str(ROOT)], "chainer_dist."):
+        if info.name.endswith(".torch_models") and not importlib.util.find_spec("torch"):
+            continue
         module = importlib.import_module(info.name)
         silent += [] if module.__doc__ else [info.name]
         for name, value in vars(module).items():
