@@ -7,13 +7,16 @@ warning.
 
 from __future__ import annotations
 
+import ast
 import contextlib
 import importlib
+import importlib.util
 import inspect
 import io
 import os
 import pkgutil
 import sys
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from docutils import nodes
@@ -60,7 +63,7 @@ class Modules(Directive):
         """Return a list, to whose items docstrings refer."""
         lines = StringList()
         for name in _modules():
-            text = (inspect.getdoc(importlib.import_module(name)) or "").split("\n\n")[0]
+            text = _docstring(name).split("\n\n")[0]
             lines.append(f".. py:module:: {name}", "modules")
             lines.append("", "modules")
             lines.append(f"``{name}``", "modules")
@@ -69,6 +72,14 @@ class Modules(Directive):
         body = nodes.Element()
         self.state.nested_parse(lines, 0, body)
         return list(body.children)
+
+
+def _docstring(name: str) -> str:
+    """Return that of a module, without importing it: it may need torch."""
+    spec = importlib.util.find_spec(name)
+    if spec is None or spec.origin is None:
+        return ""
+    return ast.get_docstring(ast.parse(Path(spec.origin).read_text(encoding="utf-8"))) or ""
 
 
 def _modules() -> Iterator[str]:
