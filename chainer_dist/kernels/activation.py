@@ -21,6 +21,7 @@ from chainer_dist.kernels.onednn import (
     DST,
     SRC,
     TRAINING,
+    Description,
     Layout,
     Operation,
     kept,
@@ -48,7 +49,7 @@ def _forward(algorithm: int, size: int, alpha: float) -> Operation:
 @kept
 def _backward(algorithm: int, size: int, alpha: float) -> Operation:
     row = Layout.flat(size)
-    hint = Operation("eltwise_forward", [TRAINING, algorithm, row, row, alpha, 0.0], [], [])
+    hint = Description("eltwise_forward", [TRAINING, algorithm, row, row, alpha, 0.0])
     parameters = [algorithm, row, row, row, alpha, 0.0, hint]
     known = SRC if algorithm == _RELU else DST
     inputs = [(DIFF_DST, row), (known, row)]
@@ -70,10 +71,7 @@ def _apply(algorithm: int, x: Array, alpha: float = 0.0) -> Array:
 
 
 def _apply_gradient(algorithm: int, known: Array, gy: Array, alpha: float = 0.0) -> Array:
-    gx = np.empty_like(known)
-    if gy.strides != known.strides:
-        gx[...] = gy
-        gy = gx  # oneDNN may write where it has read
+    gy, gx = layouts.gradients_like(known, gy)
     _backward(algorithm, known.size, alpha)(gy, known, gx)
     return gx
 

@@ -22,10 +22,12 @@ from chainer_dist.kernels.onednn import (
     INFERENCE,
     MEAN,
     SCALE,
+    SCALE_AND_SHIFT,
     SHIFT,
     SRC,
     TRAINING,
     VARIANCE,
+    Description,
     Layout,
     Operation,
     kept,
@@ -35,8 +37,7 @@ from chainer_dist.kernels.replacements import replaces
 if TYPE_CHECKING:
     from chainer_dist.kernels.layouts import Array
 
-_USE_GIVEN_STATISTICS, _USE_SCALE, _USE_SHIFT = 1, 2, 4
-_SCALE_AND_SHIFT = _USE_SCALE | _USE_SHIFT
+_USE_GIVEN_STATISTICS = 1
 
 
 def _parameters(shape: tuple[int, ...], eps: float, flags: int) -> list[Any]:
@@ -49,7 +50,7 @@ def _forward(shape: tuple[int, ...], eps: float) -> Operation:
     x, channels = Layout.channels_last(shape), Layout.flat(shape[1])
     inputs = [(SRC, x), (SCALE, channels), (SHIFT, channels)]
     outputs = [(DST, x), (MEAN, channels), (VARIANCE, channels)]
-    parameters = [TRAINING, *_parameters(shape, eps, _SCALE_AND_SHIFT)]
+    parameters = [TRAINING, *_parameters(shape, eps, SCALE_AND_SHIFT)]
     return Operation("batch_normalization_forward", parameters, inputs, outputs)
 
 
@@ -57,7 +58,7 @@ def _forward(shape: tuple[int, ...], eps: float) -> Operation:
 def _fixed(shape: tuple[int, ...], eps: float) -> Operation:
     x, channels = Layout.channels_last(shape), Layout.flat(shape[1])
     given = [(SCALE, channels), (SHIFT, channels), (MEAN, channels), (VARIANCE, channels)]
-    flags = _SCALE_AND_SHIFT | _USE_GIVEN_STATISTICS
+    flags = SCALE_AND_SHIFT | _USE_GIVEN_STATISTICS
     parameters = [INFERENCE, *_parameters(shape, eps, flags)]
     return Operation("batch_normalization_forward", parameters, [(SRC, x), *given], [(DST, x)])
 
@@ -65,8 +66,8 @@ def _fixed(shape: tuple[int, ...], eps: float) -> Operation:
 @kept
 def _backward(shape: tuple[int, ...], eps: float) -> Operation:
     x, channels = Layout.channels_last(shape), Layout.flat(shape[1])
-    layouts_and_more = _parameters(shape, eps, _SCALE_AND_SHIFT)
-    hint = Operation("batch_normalization_forward", [TRAINING, *layouts_and_more], [], [])
+    layouts_and_more = _parameters(shape, eps, SCALE_AND_SHIFT)
+    hint = Description("batch_normalization_forward", [TRAINING, *layouts_and_more])
     inputs = [(SRC, x), (MEAN, channels), (VARIANCE, channels), (DIFF_DST, x), (SCALE, channels)]
     outputs = [(DIFF_SRC, x), (DIFF_SCALE, channels), (DIFF_SHIFT, channels)]
     parameters = [BACKWARD, x, *layouts_and_more, hint]

@@ -26,6 +26,7 @@ from chainer_dist.kernels.onednn import (
     SRC,
     TRAINING,
     WEIGHTS,
+    Description,
     Layout,
     Operation,
     dimensions,
@@ -112,7 +113,7 @@ def _forward(geometry: Geometry, has_bias: bool) -> Operation:
 def _backward_data(geometry: Geometry) -> Operation:
     x, y = Layout.channels_last(geometry.x), Layout.channels_last(geometry.y)
     weights = Layout.dense(geometry.weights())
-    hint = Operation("convolution_forward", geometry.forward(None), [], [])
+    hint = Description("convolution_forward", geometry.forward(None))
     parameters = [_DIRECT, x, weights.anyhow(), y, *geometry.sizes(), hint]
     inputs, outputs = [(DIFF_DST, y), (WEIGHTS, weights)], [(DIFF_SRC, x)]
     return Operation("convolution_backward_data", parameters, inputs, outputs)
@@ -122,7 +123,7 @@ def _backward_data(geometry: Geometry) -> Operation:
 def _backward_weights(geometry: Geometry) -> Operation:
     x, y = Layout.channels_last(geometry.x), Layout.channels_last(geometry.y)
     weights = Layout.dense(geometry.weights())
-    hint = Operation("convolution_forward", geometry.forward(None), [], [])
+    hint = Description("convolution_forward", geometry.forward(None))
     parameters = [_DIRECT, x, weights.anyhow(), None, y, *geometry.sizes(), hint]
     inputs, outputs = [(SRC, _given(geometry)), (DIFF_DST, y)], [(DIFF_WEIGHTS, weights)]
     return Operation("convolution_backward_weights", parameters, inputs, outputs)
@@ -148,11 +149,6 @@ def _is_product(window: Window, w_sizes: Sequence[int]) -> bool:
     return {*stride, *w_sizes, groups} == {1} and not any(pad)
 
 
-def _rows(array: Array) -> Any:
-    """Return an array that has channels last as a matrix of (positions, channels), a view. Local."""
-    return layouts.to_last(array).reshape(-1, array.shape[1])
-
-
 def convolve(
     x: Array,
     w: Array,
@@ -163,7 +159,7 @@ def convolve(
     """Return the convolution of ``x`` (n, c, sizes...) by ``w``, new, channels last. Local."""
     x, is_dense = _input(x)
     if not is_dense and _is_product(window, w.shape[2:]):
-        rows = multiply(_rows(x), w.reshape(w.shape[:2]).T, b)
+        rows = multiply(layouts.rows(x), w.reshape(w.shape[:2]).T, b)
         product: Array = layouts.to_second(rows.reshape(len(x), *y_sizes, len(w)))
         return product
     y = layouts.empty((x.shape[0], w.shape[0], *y_sizes))
@@ -200,7 +196,9 @@ def gradient_of_weights(
     x, is_dense = _input(x)
     y = layouts.channels_last(y)
     if not is_dense and _is_product(window, w_sizes):
-        return multiply(_rows(y).T, _rows(x)).reshape(y.shape[1], x.shape[1], *w_sizes)
+        return multiply(layouts.rows(y).T, layouts.rows(x)).reshape(
+            y.shape[1], x.shape[1], *w_sizes
+        )
     w = np.empty((y.shape[1], x.shape[1] // window.groups, *w_sizes), np.float32)
     geometry = Geometry(x.shape, w.shape, y.shape, window, is_dense)
     _backward_weights(geometry)(x, y, w)

@@ -18,10 +18,12 @@ from chainer_dist.kernels.onednn import (
     DST,
     MEAN,
     SCALE,
+    SCALE_AND_SHIFT,
     SHIFT,
     SRC,
     TRAINING,
     VARIANCE,
+    Description,
     Layout,
     Operation,
     kept,
@@ -30,8 +32,6 @@ from chainer_dist.kernels.replacements import replaces
 
 if TYPE_CHECKING:
     from chainer_dist.kernels.layouts import Array
-
-_SCALE_AND_SHIFT = 2 | 4
 
 
 def _layouts(n: int, units: int) -> tuple[Layout, Layout, Layout]:
@@ -42,7 +42,7 @@ def _layouts(n: int, units: int) -> tuple[Layout, Layout, Layout]:
 @kept
 def _forward(n: int, units: int, eps: float) -> Operation:
     x, examples, each = _layouts(n, units)
-    parameters = [TRAINING, x, x, examples, eps, _SCALE_AND_SHIFT]
+    parameters = [TRAINING, x, x, examples, eps, SCALE_AND_SHIFT]
     inputs = [(SRC, x), (SCALE, each), (SHIFT, each)]
     outputs = [(DST, x), (MEAN, examples), (VARIANCE, examples)]
     return Operation("layer_normalization_forward", parameters, inputs, outputs)
@@ -51,9 +51,9 @@ def _forward(n: int, units: int, eps: float) -> Operation:
 @kept
 def _backward(n: int, units: int, eps: float) -> Operation:
     x, examples, each = _layouts(n, units)
-    forward = [TRAINING, x, x, examples, eps, _SCALE_AND_SHIFT]
-    hint = Operation("layer_normalization_forward", forward, [], [])
-    parameters = [BACKWARD, x, x, x, examples, eps, _SCALE_AND_SHIFT, hint]
+    forward = [TRAINING, x, x, examples, eps, SCALE_AND_SHIFT]
+    hint = Description("layer_normalization_forward", forward)
+    parameters = [BACKWARD, x, x, x, examples, eps, SCALE_AND_SHIFT, hint]
     inputs = [(SRC, x), (MEAN, examples), (VARIANCE, examples), (DIFF_DST, x), (SCALE, each)]
     inputs.append((SHIFT, each))  # not read, but oneDNN 3.2 counts it
     outputs = [(DIFF_SRC, x), (DIFF_SCALE, each), (DIFF_SHIFT, each)]

@@ -49,6 +49,20 @@ def to_second(array: Array) -> Any:
     return array.transpose(0, array.ndim - 1, *range(1, array.ndim - 1))
 
 
+def rows(array: Array) -> Any:
+    """Return an array that has channels last as a matrix of (positions, channels), a view. Local."""
+    return to_last(array).reshape(-1, array.shape[1])
+
+
+def gradients_like(known: Array, gy: Array) -> tuple[Array, Array]:
+    """Return ``gy`` in the order of ``known``, and an array for the result, which may be the same. Local."""
+    gx = np.empty_like(known)
+    if gy.strides == known.strides:
+        return gy, gx
+    gx[...] = gy
+    return gx, gx  # oneDNN may write where it has read
+
+
 def empty(shape: Sequence[int], dtype: Any = np.float32) -> Array:
     """Return a new array of (batch, channels, sizes...) with channels last in memory. Local."""
     n, c, *sizes = shape

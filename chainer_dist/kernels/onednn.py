@@ -34,17 +34,18 @@ _MAX_DIMENSIONS = 12
 _FLOAT32 = 3
 _ANY_LAYOUT = 1
 _EXECUTION_ARGUMENT = 255  # a query: the memory of an argument
-_IMPLEMENTATION = 8  # a query: its name
 
 # Kinds of propagation.
-TRAINING, INFERENCE, BACKWARD, BACKWARD_DATA = 64, 96, 128, 160
+TRAINING, INFERENCE, BACKWARD = 64, 96, 128
 
 # Arguments of operations.
 SRC, DST, WEIGHTS, BIAS = 1, 17, 33, 41
 MEAN, VARIANCE, SCALE, SHIFT = 49, 50, 51, 52
 WORKSPACE = 64
-DIFF_SRC, DIFF_DST, DIFF_WEIGHTS, DIFF_BIAS = 129, 145, 161, 169
+DIFF_SRC, DIFF_DST, DIFF_WEIGHTS = 129, 145, 161
 DIFF_SCALE, DIFF_SHIFT = 255, 256
+
+SCALE_AND_SHIFT = 2 | 4  # flags of normalizations
 
 # Which are transposed; m, n, k; a factor, a and its step, b and its step; a factor, y and its step.
 _SIZE, _PLACE = ctypes.c_int64, ctypes.c_void_p
@@ -264,6 +265,38 @@ class _Primitive:
         )
 
 
+class Description:
+    """What oneDNN would do, without the compiled code: as a hint, gradients are made with that of forward. Local.
+
+    Args:
+        name: The primitive, such as ``convolution_forward``.
+        parameters: What its ``..._primitive_desc_create`` takes between the engine and the attributes. A :class:`Layout`
+            stands for its descriptor, a :class:`Description` for itself, None for nothing.
+
+    Raises:
+        OneDNNError: If oneDNN has no implementation.
+    """
+
+    def __init__(self, name: str, parameters: Sequence[Any]) -> None:
+        descriptors: list[_Owned] = []
+
+        def convert(value: Any) -> Any:
+            if isinstance(value, Layout):
+                descriptors.append(_descriptor(value))
+                return descriptors[-1].handle
+            if isinstance(value, Description):
+                return value.owned.handle
+            return ctypes.c_float(value) if isinstance(value, float) else value
+
+        self.owned = _Owned(
+            f"dnnl_{name}_primitive_desc_create",
+            "dnnl_primitive_desc_destroy",
+            library().engine,
+            *map(convert, parameters),
+            None,
+        )
+
+
 class Operation:
     """One of oneDNN's primitives, for arrays of given layouts. Local.
 
@@ -272,8 +305,7 @@ class Operation:
 
     Args:
         name: The primitive, such as ``convolution_forward``.
-        parameters: What its ``..._primitive_desc_create`` takes between the engine and the attributes. A :class:`Layout`
-            stands for its descriptor, an :class:`Operation` for its own description, None for nothing.
+        parameters: See :class:`Description`.
         inputs: Arguments that are read: the constant, and the layout of the array that will be given; None is the one
             that the primitive has for it, as for the workspace, which is not of float32.
         outputs: Arguments that are written likewise.
@@ -291,32 +323,17 @@ class Operation:
     ) -> None:
         opened = library()
         functions = opened.functions
-        kept: list[_Owned] = []
-
-        def descriptor(layout: Layout) -> Any:
-            kept.append(_descriptor(layout))
-            return kept[-1].handle
-
-        def convert(value: Any) -> Any:
-            if isinstance(value, Layout):
-                return descriptor(value)
-            if isinstance(value, Operation):
-                return value._description.handle
-            return ctypes.c_float(value) if isinstance(value, float) else value
-
-        self._description = _Owned(
-            f"dnnl_{name}_primitive_desc_create",
-            "dnnl_primitive_desc_destroy",
-            opened.engine,
-            *map(convert, parameters),
-            None,
-        )
+        descriptors: list[_Owned] = []
+        self._description = Description(name, parameters).owned
         arguments = []
         self._inputs: list[tuple[int, int, _Primitive]] = []  # position, bytes, reorder
         self._outputs: list[tuple[int, int, _Primitive]] = []
         for position, (argument, layout) in enumerate([*inputs, *outputs]):
             wanted = self._wanted(argument)
-            given = _Handle(wanted) if layout is None else descriptor(layout)
+            given = _Handle(wanted)
+            if layout is not None:
+                descriptors.append(_descriptor(layout))
+                given = descriptors[-1].handle
             if not functions.dnnl_memory_desc_equal(given, _Handle(wanted)):
                 size = functions.dnnl_memory_desc_get_size(_Handle(wanted))
                 if position < len(inputs):
@@ -333,22 +350,9 @@ class Operation:
             self._description.handle, _EXECUTION_ARGUMENT, argument
         )
 
-    def size(self, argument: int) -> int:
-        """Return how many bytes an argument takes, such as the workspace; 0 if there is none. Local."""
-        return int(library().functions.dnnl_memory_desc_get_size(_Handle(self._wanted(argument))))
-
-    @property
-    def implementation(self) -> str:
-        """The name of the implementation that oneDNN chose."""
-        name = ctypes.c_char_p()
-        library().functions.dnnl_primitive_desc_query(
-            self._description.handle, _IMPLEMENTATION, 0, ctypes.byref(name)
-        )
-        return (name.value or b"").decode()
-
     def __call__(self, *arrays: np.ndarray[Any, Any]) -> None:
         """Run on arrays in the order of inputs and outputs; outputs are written in place. Local."""
-        addresses = [array.__array_interface__["data"][0] for array in arrays]
+        addresses = [address(array) for array in arrays]
         if not self._inputs and not self._outputs:
             self._primitive.run(addresses)
             return

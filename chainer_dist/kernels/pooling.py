@@ -19,6 +19,7 @@ from chainer_dist.kernels.onednn import (
     SRC,
     TRAINING,
     WORKSPACE,
+    Description,
     Layout,
     Operation,
     dimensions,
@@ -96,9 +97,7 @@ def _forward(pooling: _Pooling) -> Operation:
 
 @kept
 def _backward(pooling: _Pooling) -> Operation:
-    hint = Operation(
-        "pooling_forward", [TRAINING, pooling.algorithm, *pooling.parameters()], [], []
-    )
+    hint = Description("pooling_forward", [TRAINING, pooling.algorithm, *pooling.parameters()])
     inputs: list[tuple[int, Layout | None]] = [(DIFF_DST, Layout.channels_last(pooling.y))]
     if pooling.algorithm == _MAX:
         inputs.append((WORKSPACE, None))

@@ -21,6 +21,7 @@ from chainer_dist.kernels.onednn import (
     DST,
     SRC,
     TRAINING,
+    Description,
     Layout,
     Operation,
     kept,
@@ -76,7 +77,7 @@ def _forward(algorithm: int, x: Layout, axis: int) -> Operation:
 
 @kept
 def _backward(algorithm: int, y: Layout, axis: int) -> Operation:
-    hint = Operation("softmax_forward", [TRAINING, algorithm, y, y, axis], [], [])
+    hint = Description("softmax_forward", [TRAINING, algorithm, y, y, axis])
     inputs = [(DST, y), (DIFF_DST, y)]
     parameters = [algorithm, y, y, y, axis, hint]
     return Operation("softmax_backward", parameters, inputs, [(DIFF_SRC, y)])
@@ -104,10 +105,7 @@ def _softmax(algorithm: int, x: Array, axis: int) -> Array | None:
 
 def _softmax_gradient(algorithm: int, y: Array, gy: Array, axis: int) -> Array:
     y = _in_order(y)
-    gx = np.empty_like(y)
-    if gy.strides != y.strides:
-        gx[...] = gy
-        gy = gx  # oneDNN may write where it has read
+    gy, gx = layouts.gradients_like(y, gy)
     _backward(algorithm, Layout.of(y), axis % y.ndim)(y, gy, gx)
     return gx
 

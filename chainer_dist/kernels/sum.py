@@ -30,7 +30,7 @@ def _sum(chainers: Any, self: Any, inputs: tuple[Array]) -> Any:
         or not layouts.is_channels_last(x)
     ):
         return chainers(self, inputs)
-    rows = layouts.to_last(x).reshape(-1, x.shape[1])
+    rows = layouts.rows(x)
     ones = np.ones((1, len(rows)), np.float32)
     if not replacements.uses_onednn():
         return ((ones @ rows)[0],)
