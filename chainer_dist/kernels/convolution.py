@@ -61,6 +61,16 @@ class Window(NamedTuple):
         return cls(function.stride, function.pad, function.dilate, function.groups)
 
 
+def padding_at_end(*sizes: Sequence[int]) -> tuple[int, ...]:
+    """Return how far the last windows reach beyond the end, which Chainer does not say. Local.
+
+    Args:
+        sizes: Those of the input, the window, the output, stride, padding and dilation, a number for each dimension.
+    """
+    each = zip(*sizes)
+    return tuple(max(0, s * (y - 1) + (k - 1) * d + 1 - x - p) for x, k, y, s, p, d in each)
+
+
 class Geometry(NamedTuple):
     """All that decides which operation a convolution of ``x`` to ``y`` by ``w`` is.
 
@@ -75,9 +85,9 @@ class Geometry(NamedTuple):
     x_is_dense: bool = False
 
     def padding_at_end(self) -> tuple[int, ...]:
-        """Return how far the last windows reach beyond the end of ``x``, which Chainer does not say. Local."""
-        sizes = zip(self.x[2:], self.w[2:], self.y[2:], *self.window[:3])
-        return tuple(max(0, s * (y - 1) + (k - 1) * d + 1 - x - p) for x, k, y, s, p, d in sizes)
+        """Return :func:`padding_at_end` for all sizes. Local."""
+        stride, pad, dilate, _ = self.window
+        return padding_at_end(self.x[2:], self.w[2:], self.y[2:], stride, pad, dilate)
 
     def weights(self) -> tuple[int, ...]:
         """Return the shape of the weights as oneDNN has it: groups first, if there are several. Local."""

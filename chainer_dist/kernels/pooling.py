@@ -11,7 +11,7 @@ from chainer.functions.pooling.max_pooling_nd import MaxPoolingND, MaxPoolingNDG
 from chainer.utils.conv import get_conv_outsize
 
 from chainer_dist.kernels import layouts
-from chainer_dist.kernels.convolution import MOST_DIMENSIONS
+from chainer_dist.kernels.convolution import MOST_DIMENSIONS, padding_at_end
 from chainer_dist.kernels.onednn import (
     DIFF_DST,
     DIFF_SRC,
@@ -60,8 +60,8 @@ class _Pooling(NamedTuple):
 
     def padding_at_end(self) -> tuple[int, ...]:
         """Return how far the last windows reach beyond the end of ``x``. Local."""
-        sizes = zip(self.x[2:], self.y[2:], self.size, self.stride, self.pad)
-        return tuple(max(0, s * (y - 1) + k - x - p) for x, y, k, s, p in sizes)
+        together = [1] * len(self.size)
+        return padding_at_end(self.x[2:], self.size, self.y[2:], self.stride, self.pad, together)
 
     def is_possible(self) -> bool:
         """Return whether each window has a value of ``x`` in it. Local."""
