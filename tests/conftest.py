@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 
 import hypothesis
@@ -26,6 +27,14 @@ hypothesis.settings.register_profile(
     suppress_health_check=list(hypothesis.HealthCheck),
 )
 hypothesis.settings.load_profile("ranks")
+
+
+def pytest_collection_modifyitems(config, items):
+    """Leave out what needs torch where it is not installed, and count it as deselected."""
+    if not importlib.util.find_spec("torch"):
+        without = [item for item in items if item.get_closest_marker("torch")]
+        config.hook.pytest_deselected(items=without)
+        items[:] = [item for item in items if item not in without]
 
 
 # All but those that do the same on one node, of which grouped_kinds takes care, and one that does nothing.

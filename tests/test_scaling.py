@@ -113,6 +113,7 @@ def test_contenders_do_the_same_training(comm):
 MORE_MODELS = mpi_job.ROOT / "scripts" / "kernel_models.py"
 
 
+@pytest.mark.torch
 @pytest.mark.mpi_skip
 @pytest.mark.parametrize(
     "name",
@@ -129,7 +130,6 @@ def test_torch_models_compute_the_same(name):
 
     In float64, since batch normalization of few examples makes much of rounding.
     """
-    pytest.importorskip("torch")
     from chainer_dist.scaling import torch_models
 
     workload = workloads.load(name)
@@ -167,10 +167,12 @@ def test_torch_models_compute_the_same(name):
         )
 
 
+@pytest.mark.torch
 @pytest.mark.mpi_skip
 def test_parameters_of_torch_that_do_not_fit():
     """A model of another structure is no equal contender."""
-    torch = pytest.importorskip("torch")
+    import torch
+
     from chainer_dist.scaling import torch_models
 
     layer = chainer.links.Linear(3, 2)
