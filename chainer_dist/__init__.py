@@ -8,7 +8,7 @@ Two lines make an ordinary Chainer script distributed::
 One training step is four files, in the order in which it runs through them:
 :mod:`~chainer_dist.optimizers.multi_node_optimizer` (backward, then the mean, then the update),
 :mod:`~chainer_dist.exchange` (which gradients there are, and whether the ranks agree on that),
-:mod:`~chainer_dist.communicators.agreement` (how they find out), and a communicator such as
+:mod:`~chainer_dist.collectives.agreement` (how they find out), and a communicator such as
 :mod:`~chainer_dist.communicators.flat` (how the mean is computed).
 
 ``import chainer_dist as chainermn`` serves scripts written for ChainerMN; :mod:`chainer_dist.chainermn`

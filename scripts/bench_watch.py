@@ -32,8 +32,8 @@ import numpy as np
 import chainer_dist
 import chainer_dist.watch
 from chainer_dist import exchange
-from chainer_dist.communicators import operation
-from chainer_dist.communicators.operation import Operation
+from chainer_dist.collectives import operation
+from chainer_dist.collectives.operation import Operation
 from chainer_dist.optimizers import MultiNodeOptimizer
 
 if TYPE_CHECKING:
@@ -53,7 +53,7 @@ class Counter(operation.Observer):
     count = 0
 
     def left(self, operation: Operation, end: float) -> None:
-        """See :meth:`chainer_dist.communicators.operation.Observer.left`."""
+        """See :meth:`chainer_dist.collectives.operation.Observer.left`."""
         del operation, end
         self.count += 1
 

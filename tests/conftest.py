@@ -117,7 +117,7 @@ def nodes():
 @pytest.fixture
 def small_blocks(monkeypatch):
     """Let small models take many blocks, and parameters end anywhere in one."""
-    from chainer_dist.communicators import ring
+    from chainer_dist.communicators.shared_memory import exchange as ring
 
     monkeypatch.setattr(ring, "BLOCK_BYTES", 1024)
 

@@ -16,8 +16,8 @@ from chainer.training import extensions
 
 from chainer_dist import RankMismatchError, create_multi_node_optimizer, scatter_dataset
 from chainer_dist.extensions import create_multi_node_checkpointer
-from chainer_dist.extensions._npz_files import write_npz
 from chainer_dist.iterators import DistributedIterator
+from chainer_dist.serialization.npz import write_npz
 from damage import DAMAGES, Attack, damage
 
 DATA = [(np.array([i, i * i % 7], np.float32), i % 3) for i in range(24)]

@@ -33,8 +33,8 @@ from chainer_dist import (
 )
 from chainer_dist._files import open_regular
 from chainer_dist.checkpoints import Checkpoint, generations
-from chainer_dist.extensions._npz_files import ArrayFile, write_npz
 from chainer_dist.iterators import DistributedIterator
+from chainer_dist.serialization.npz import ArrayFile, write_npz
 from damage import Attack
 
 DATA = [(np.array([i, i * i % 7, 1], np.float32) / 24, np.int32(i % 3)) for i in range(24)]

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from chainer_dist import RankMismatchError
-from chainer_dist.communicators import _reduction
+from chainer_dist.collectives import reduction
 
 DTYPES = [np.dtype(char) for char in "?bhilqBHILQefdgFDG"]
 LAYOUTS = {
@@ -114,7 +114,7 @@ def reference(stack: np.ndarray, op: str) -> np.ndarray:
     dtype=st.sampled_from(DTYPES),
     shape=SHAPES,
     layout=st.sampled_from(sorted(LAYOUTS)),
-    op=st.sampled_from(_reduction.OPS),
+    op=st.sampled_from(reduction.OPS),
 )
 def test_allreduce(comm, dtype, shape, layout, op):
     """Every reduction of every dtype is NumPy's, in a new array of the documented dtype."""
@@ -160,7 +160,7 @@ def test_float16_is_summed_in_float32(comm):
 @pytest.mark.parametrize("op", ["sum", "max", "mean"])
 def test_allreduce_in_pieces(comm, monkeypatch, op):
     """An array longer than one MPI count is reduced in pieces, to the same result."""
-    monkeypatch.setattr(_reduction, "MAX_COUNT", 7)
+    monkeypatch.setattr(reduction, "MAX_COUNT", 7)
     x = np.arange(31, dtype=np.float32).reshape(1, 31) + comm.rank
     stack = np.stack([np.arange(31, dtype=np.float32)[None] + rank for rank in range(comm.size)])
     np.testing.assert_allclose(comm.allreduce(x, op), getattr(np, op)(stack, axis=0), rtol=1e-6)

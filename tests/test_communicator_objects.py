@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from chainer_dist.communicators import agreement
+from chainer_dist.collectives import agreement
 
 OBJECTS = st.recursive(
     st.none() | st.booleans() | st.integers() | st.text() | st.binary(),

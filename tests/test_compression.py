@@ -22,7 +22,7 @@ from chainer_dist import (
     create_communicator,
     create_multi_node_optimizer,
 )
-from chainer_dist.communicators import ring
+from chainer_dist.communicators.shared_memory import exchange as ring
 from conftest import NODES, on_nodes
 
 WAYS = {

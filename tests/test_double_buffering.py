@@ -15,7 +15,7 @@ from chainer import optimizers
 from mpi4py import MPI
 
 from chainer_dist import compression, create_communicator, create_multi_node_optimizer
-from chainer_dist.communicators import operation
+from chainer_dist.collectives import operation
 from chainer_dist.optimizers import double_buffering
 
 BATCH = 12

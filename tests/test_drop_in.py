@@ -411,7 +411,7 @@ class WithoutSuper(MpiCommunicatorBase):
         super().multi_node_mean_grad(model, zero_fill)
 
 
-class Watching(chainer_dist.communicators.shared_memory.SharedMemoryCommunicator):
+class Watching(chainer_dist.communicators.shared_memory.communicator.SharedMemoryCommunicator):
     """The default communicator, with a look at what is averaged."""
 
     calls = None

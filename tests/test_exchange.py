@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from chainer_dist import RankMismatchError
-from chainer_dist.communicators import _reduction
+from chainer_dist.collectives import reduction
 
 SPECS = {
     "a": ((3, 4), np.float32),
@@ -188,7 +188,7 @@ def test_bcast_data(any_comm):
 
 def test_bcast_data_in_pieces(comm, monkeypatch):
     """A parameter beyond the reach of one MPI count is broadcast in pieces."""
-    monkeypatch.setattr(_reduction, "MAX_COUNT", 7)
+    monkeypatch.setattr(reduction, "MAX_COUNT", 7)
     model = link()
     model.a.array[...] = gradient(comm.rank, "a")
     comm.bcast_data(model)

@@ -22,13 +22,8 @@ from chainer import serializers
 from chainer_dist import _files
 from chainer_dist._files import open_appending, open_regular, read_regular, replacing
 from chainer_dist.datasets.files import open_arrays
-from chainer_dist.extensions._npz_files import (
-    ArrayFile,
-    PickleRefusedError,
-    check_npz,
-    load_npz,
-    write_npz,
-)
+from chainer_dist.serialization.npz import ArrayFile, PickleRefusedError, check_npz, write_npz
+from chainer_dist.serialization.target import load_npz
 from damage import Attack
 
 pytestmark = pytest.mark.mpi_skip  # there is nothing to do together

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from chainer_dist.communicators import node_memory
+from chainer_dist.communicators.shared_memory import memory as node_memory
 
 
 @pytest.fixture(autouse=True)

@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from chainer_dist.communicators.node_memory import default_directories
+from chainer_dist.communicators.shared_memory.memory import default_directories
 from chainer_dist.datasets.node_file import NodeFile
 from chainer_dist.datasets.node_shared import Common, scatter_parts
 

@@ -14,8 +14,8 @@ import pytest
 import chainer_dist
 import chainer_dist.watch
 from chainer_dist import RankMismatchError
-from chainer_dist.communicators import operation
-from chainer_dist.communicators.operation import Kind, Observer, Operation, collective
+from chainer_dist.collectives import operation
+from chainer_dist.collectives.operation import Kind, Observer, Operation, collective
 
 
 class Recorder(Observer):
@@ -217,7 +217,7 @@ def test_the_source_line_is_the_users():
         f"{__file__}:{line} in test_the_source_line_is_the_users"
     )
     code = "def inside(call):\n    return call()\n"
-    for package in ("chainer_dist.communicators.arrays", "chainer.link", "mpi4py.util.pkl5"):
+    for package in ("chainer_dist.collectives.arrays", "chainer.link", "mpi4py.util.pkl5"):
         namespace = {"__name__": package}
         exec(code, namespace)  # noqa: S102 - a function of that module
         line = sys._getframe().f_lineno + 1
@@ -227,7 +227,7 @@ def test_the_source_line_is_the_users():
 
 def test_code_of_the_user_within_an_operation():
     """Is what chainer_dist calls; what calls chainer_dist, and the standard library that it waits by, are not."""
-    namespace = {"__name__": "chainer_dist.communicators.objects"}
+    namespace = {"__name__": "chainer_dist.collectives.objects"}
     exec("def inside(call):\n    return call()\n", namespace)  # noqa: S102 - a function of that module
     inside = namespace["inside"]
     assert not inside(lambda: operation.calls_user_code(sys._getframe(1)))

@@ -14,7 +14,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import chainer_dist
-from chainer_dist.communicators import operation, ring
+from chainer_dist.collectives import operation
+from chainer_dist.communicators.shared_memory import exchange as ring
 from chainer_dist.scaling import answers, predict, predicted, schedule, simulate, validation
 from chainer_dist.scaling.predict import REPORT, Scenario
 from chainer_dist.scaling.schedule import Schedule

@@ -19,7 +19,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from chainer_dist import RankMismatchError, create_communicator, create_multi_node_optimizer
-from chainer_dist.communicators import ring
+from chainer_dist.communicators.shared_memory import exchange as ring
 from conftest import on_nodes
 from test_optimizers import OPTIMIZERS
 

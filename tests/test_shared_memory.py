@@ -8,7 +8,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from chainer_dist import RankMismatchError, create_communicator
-from chainer_dist.communicators import blocks, ring, tuning
+from chainer_dist.communicators.shared_memory import exchange as ring
+from chainer_dist.communicators.shared_memory import layout as blocks
+from chainer_dist.communicators.shared_memory import tuning
 
 
 @pytest.fixture(autouse=True)

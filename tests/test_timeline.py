@@ -14,7 +14,7 @@ import pytest
 
 import chainer_dist
 import mpi_job
-from chainer_dist.communicators.operation import CATEGORIES, EXCHANGE, Kind, Operation
+from chainer_dist.collectives.operation import CATEGORIES, EXCHANGE, Kind, Operation
 from chainer_dist.watch import timeline
 from chainer_dist.watch.timeline import Part, _trace, table
 
@@ -248,7 +248,7 @@ rank = MPI.COMM_WORLD.rank
 real = time.perf_counter
 time.perf_counter = lambda: real() * (1 + rank) + 5000 * rank
 import chainer_dist
-from chainer_dist.communicators.group import Group
+from chainer_dist.collectives.group import Group
 Group.inter_rank = property(lambda comm: comm.rank)  # only other nodes have other clocks
 from chainer_dist.watch import timeline
 comm = chainer_dist.create_communicator("naive")

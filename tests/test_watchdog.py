@@ -22,7 +22,7 @@ HEADER = """
 import ctypes, itertools, os, signal, subprocess, sys, threading, time
 import chainer, chainer_dist, chainer_dist.watch
 import numpy as np
-from chainer_dist.communicators.operation import Kind, Operation
+from chainer_dist.collectives.operation import Kind, Operation
 comm = chainer_dist.create_communicator({kind!r})
 last = comm.size - 1
 def culprit():

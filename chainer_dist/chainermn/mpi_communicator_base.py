@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from chainer_dist.chainermn._communication_utility import chunked_bcast_obj
+from chainer_dist.collectives.group import Group
 from chainer_dist.communicators.communicator_base import CommunicatorBase
-from chainer_dist.communicators.group import Group
 from chainer_dist.communicators.naive import NaiveCommunicator
 
 if TYPE_CHECKING:
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
     from mpi4py import MPI
 
-    from chainer_dist.communicators.arrays import Array
+    from chainer_dist._typing import Array
 
 __all__ = ["MpiCommunicatorBase", "chunked_bcast_obj"]
 

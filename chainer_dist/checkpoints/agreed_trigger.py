@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING, Any
 
 from chainer.training import triggers
 
-from chainer_dist.communicators.agreement import agree, digest
-from chainer_dist.extensions._npz_files import RANK_FREE_ITERATORS
+from chainer_dist.collectives.agreement import agree, digest
+from chainer_dist.serialization.target import RANK_FREE_ITERATORS
 from chainer_dist.updaters import _MultiNodeUpdater
 
 if TYPE_CHECKING:

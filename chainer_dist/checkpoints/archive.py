@@ -12,12 +12,12 @@ from chainer_dist._files import open_regular
 from chainer_dist.checkpoints import generations
 from chainer_dist.checkpoints.generations import COMMON_FILE, File, Manifest, rank_file
 from chainer_dist.checkpoints.state import restore
-from chainer_dist.communicators.agreement import (
+from chainer_dist.collectives.agreement import (
     describe_error,
     raise_first,
     together,
 )
-from chainer_dist.extensions._npz_files import ArrayFile, PickleRefusedError
+from chainer_dist.serialization.npz import ArrayFile, PickleRefusedError
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -21,14 +21,14 @@ from chainer import serializer as serializers
 from chainer import training
 from chainer.training import extension, extensions
 
-from chainer_dist.extensions._npz_files import parts
 from chainer_dist.extensions._plain_values import NotPlainError, pack, unpack
 from chainer_dist.extensions.multi_node_early_stopping_trigger import MultiNodeEarlyStoppingTrigger
+from chainer_dist.serialization.target import parts
 
 if TYPE_CHECKING:
     from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 
-    from chainer_dist.communicators.arrays import Array
+    from chainer_dist._typing import Array
 
 __all__ = ["Attributes", "PutOff", "put_off", "serialize_trainer", "trainers", "unwrapped"]
 

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 import chainer
 
 from chainer_dist.checkpoints.attributes import trainers, unwrapped
-from chainer_dist.extensions._npz_files import parts
 from chainer_dist.optimizers.multi_node_optimizer import MultiNodeOptimizer
+from chainer_dist.serialization.target import parts
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -24,13 +24,13 @@ import numpy as np
 
 from chainer_dist._files import open_regular, read_regular, replacing
 from chainer_dist._version import __version__
-from chainer_dist.extensions._npz_files import write_npz
+from chainer_dist.serialization.npz import write_npz
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping
     from pathlib import Path
 
-    from chainer_dist.communicators.arrays import Array
+    from chainer_dist._typing import Array
 
 __all__ = [
     "COMMON_FILE",

@@ -23,23 +23,17 @@ from chainer.serializers import NpzDeserializer
 
 from chainer_dist.checkpoints.attributes import Attributes, put_off, serialize_trainer, trainers
 from chainer_dist.checkpoints.description import compare, describe, without_state
-from chainer_dist.extensions._npz_files import (
-    NONE,
-    ArrayFile,
-    PickleRefusedError,
-    is_none,
-    parts,
-    rank_bound,
-)
 from chainer_dist.iterators.multi_node_iterator import _MultiNodeIterator
 from chainer_dist.iterators.synchronized_iterator import _Order, _SynchronizedSampler
 from chainer_dist.optimizers.multi_node_optimizer import MultiNodeOptimizer
+from chainer_dist.serialization.npz import NONE, ArrayFile, PickleRefusedError, is_none
+from chainer_dist.serialization.target import parts, rank_bound
 
 if TYPE_CHECKING:
     from collections.abc import Container, Iterator, Mapping, Sequence
 
+    from chainer_dist._typing import Array
     from chainer_dist.communicators import CommunicatorBase
-    from chainer_dist.communicators.arrays import Array
 
 __all__ = ["State", "check_target", "collect", "prepare", "restore"]
 

@@ -20,8 +20,8 @@ from typing import TYPE_CHECKING, Any
 from chainer import iterators
 
 from chainer_dist.checkpoints.preemption import SIGNALS
-from chainer_dist.extensions._npz_files import parts
 from chainer_dist.iterators import DistributedIterator
+from chainer_dist.serialization.target import parts
 
 if TYPE_CHECKING:
     from collections.abc import Callable

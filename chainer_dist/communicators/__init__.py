@@ -23,7 +23,7 @@ __all__ = ["CommunicatorBase", "create_communicator", "names"]
 _KINDS = {
     "naive": "chainer_dist.communicators.naive:NaiveCommunicator",
     "flat": "chainer_dist.communicators.flat:FlatCommunicator",
-    "shared_memory": "chainer_dist.communicators.shared_memory:SharedMemoryCommunicator",
+    "shared_memory": "chainer_dist.communicators.shared_memory.communicator:SharedMemoryCommunicator",
     "single_node": "chainer_dist.communicators.single_node:SingleNodeCommunicator",
     "hierarchical": "chainer_dist.communicators.hierarchical:HierarchicalCommunicator",
     "two_dimensional": "chainer_dist.communicators.two_dimensional:TwoDimensionalCommunicator",

@@ -24,7 +24,7 @@ import threading
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from chainer_dist.communicators.operation import Operation
+from chainer_dist.collectives.operation import Operation
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -9,14 +9,16 @@ from typing import TYPE_CHECKING, Any
 import chainer
 import numpy as np
 
-from chainer_dist.communicators.agreement import agree, digest, raise_mismatch
-from chainer_dist.communicators.arrays import Array, ArrayCommunicator
-from chainer_dist.communicators.operation import collective
+from chainer_dist.collectives.agreement import agree, digest, raise_mismatch
+from chainer_dist.collectives.arrays import ArrayCommunicator
+from chainer_dist.collectives.operation import collective
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from typing_extensions import Self
+
+    from chainer_dist._typing import Array
 
 
 class CommunicatorBase(ArrayCommunicator, abc.ABC):

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from chainer_dist.communicators.flat import FlatCommunicator
 
 if TYPE_CHECKING:
-    from chainer_dist.communicators.arrays import Array
+    from chainer_dist._typing import Array
 
 
 class DummyCommunicator(FlatCommunicator):

@@ -6,14 +6,14 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from chainer_dist.communicators import _reduction
+from chainer_dist.collectives import reduction
+from chainer_dist.collectives.operation import PACK, UNPACK, Operation
 from chainer_dist.communicators.communicator_base import CommunicatorBase
-from chainer_dist.communicators.operation import PACK, UNPACK, Operation
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from chainer_dist.communicators.arrays import Array
+    from chainer_dist._typing import Array
 
 
 class FlatCommunicator(CommunicatorBase):
@@ -29,7 +29,7 @@ class FlatCommunicator(CommunicatorBase):
         """See :meth:`CommunicatorBase.mean_arrays`."""
         groups: dict[np.dtype[Any], list[Array]] = {}
         for array in arrays:
-            groups.setdefault(_reduction.wire_dtype(array.dtype), []).append(array)
+            groups.setdefault(reduction.wire_dtype(array.dtype), []).append(array)
         for dtype, group in groups.items():
             self._mean_packed(self._buffer(dtype, sum(array.size for array in group)), group)
 
@@ -48,7 +48,7 @@ class FlatCommunicator(CommunicatorBase):
 
     def _reduce(self, buffer: Array) -> float:
         """Sum the buffer over the ranks in place; return what makes a mean of it. Collective."""
-        _reduction.sum_in_place(self.mpi_comm, buffer)
+        reduction.sum_in_place(self.mpi_comm, buffer)
         return 1.0 / self.size
 
     def _buffer(self, dtype: np.dtype[Any], size: int) -> Array:

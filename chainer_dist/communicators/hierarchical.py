@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, cast
 
-from chainer_dist.communicators import _reduction
+from chainer_dist.collectives import reduction
 from chainer_dist.communicators.flat import FlatCommunicator
 
 if TYPE_CHECKING:
     from mpi4py import MPI
 
-    from chainer_dist.communicators.arrays import Array
+    from chainer_dist._typing import Array
 
 
 class HierarchicalCommunicator(FlatCommunicator):
@@ -28,10 +28,10 @@ class HierarchicalCommunicator(FlatCommunicator):
         from mpi4py import MPI
 
         leaders = self._leaders
-        for piece in _reduction.pieces(buffer):
+        for piece in reduction.pieces(buffer):
             if self.intra_rank == 0:
                 self.node_comm.Reduce(MPI.IN_PLACE, piece, MPI.SUM, root=0)
-                _reduction.sum_in_place(leaders, piece)
+                reduction.sum_in_place(leaders, piece)
             else:
                 self.node_comm.Reduce(piece, None, MPI.SUM, root=0)
             self.node_comm.Bcast(piece, root=0)

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from chainer_dist.communicators import _reduction
+from chainer_dist.collectives import reduction
 from chainer_dist.communicators.communicator_base import CommunicatorBase
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from chainer_dist.communicators.arrays import Array
+    from chainer_dist._typing import Array
 
 
 class NaiveCommunicator(CommunicatorBase):
@@ -26,4 +26,4 @@ class NaiveCommunicator(CommunicatorBase):
     def mean_arrays(self, arrays: Sequence[Array]) -> None:
         """See :meth:`CommunicatorBase.mean_arrays`."""
         for array in arrays:
-            _reduction.mean_in_place(self.mpi_comm, array)
+            reduction.mean_in_place(self.mpi_comm, array)

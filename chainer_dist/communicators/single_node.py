@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from chainer_dist.communicators.shared_memory import SharedMemoryCommunicator
+from chainer_dist.communicators.shared_memory.communicator import SharedMemoryCommunicator
 
 if TYPE_CHECKING:
     from mpi4py import MPI

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, cast
 
-from chainer_dist.communicators import _reduction
+from chainer_dist.collectives import reduction
 from chainer_dist.communicators.flat import FlatCommunicator
 
 if TYPE_CHECKING:
     from mpi4py import MPI
 
-    from chainer_dist.communicators.arrays import Array
+    from chainer_dist._typing import Array
 
 
 class TwoDimensionalCommunicator(FlatCommunicator):
@@ -29,13 +29,13 @@ class TwoDimensionalCommunicator(FlatCommunicator):
 
         slices, peers = self._grid
         node = self.node_comm
-        for piece in _reduction.pieces(buffer):
+        for piece in reduction.pieces(buffer):
             edges = [piece.size * min(rank, slices) // slices for rank in range(node.size + 1)]
             counts = [high - low for low, high in zip(edges, edges[1:])]
             mine = piece[edges[node.rank] : edges[node.rank + 1]].copy()
             node.Reduce_scatter(piece, mine, counts, MPI.SUM)
             if node.rank < slices:
-                _reduction.sum_in_place(peers, mine)
+                reduction.sum_in_place(peers, mine)
             node.Allgatherv(mine, [piece, counts])
         return 1.0 / self.size
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import numpy as np
 
-from chainer_dist.communicators import _reduction
+from chainer_dist.collectives import reduction
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping
@@ -18,8 +18,8 @@ if TYPE_CHECKING:
     import chainer
     from mpi4py import MPI
 
+    from chainer_dist._typing import Array
     from chainer_dist.communicators import CommunicatorBase
-    from chainer_dist.communicators.arrays import Array
 
 
 # Squares of what is larger overflow in float32. Beside such a number ordinary ones are lost in rounding.
@@ -163,7 +163,7 @@ class NodeCompression(Compression):
         if self._comm is not comm:
             self._connect(comm)
         wide = {
-            name: np.ascontiguousarray(grad, _reduction.wire_dtype(grad.dtype)).reshape(grad.shape)
+            name: np.ascontiguousarray(grad, reduction.wire_dtype(grad.dtype)).reshape(grad.shape)
             for name, grad in grads.items()
         }
         node = cast("CommunicatorBase", self._node)
@@ -172,7 +172,7 @@ class NodeCompression(Compression):
             if self._nodes is not None:
                 self.mean_over_nodes(self._nodes, wide)
             for name, grad in grads.items():
-                for piece in _reduction.pieces(wide[name]):
+                for piece in reduction.pieces(wide[name]):
                     node.mpi_comm.Bcast(piece, root=0)
                 if wide[name] is not grad:
                     np.copyto(grad, wide[name], casting="same_kind")
@@ -302,7 +302,7 @@ def allreduce_mean(nodes: Nodes, arrays: list[Array]) -> int:
     for group in groups.values():
         packed = np.concatenate([array.reshape(-1) for array in group])
         packed *= nodes.weight
-        _reduction.sum_in_place(nodes.mpi_comm, packed)
+        reduction.sum_in_place(nodes.mpi_comm, packed)
         sent += packed.nbytes * 2 * (nodes.mpi_comm.size - 1) // nodes.mpi_comm.size
         unpack(packed, group)
     return sent

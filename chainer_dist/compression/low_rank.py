@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from chainer_dist.communicators.agreement import digest
+from chainer_dist.collectives.agreement import digest
 from chainer_dist.compression.compression import (
     Kept,
     NodeCompression,
@@ -18,8 +18,8 @@ from chainer_dist.compression.compression import (
 if TYPE_CHECKING:
     import chainer
 
+    from chainer_dist._typing import Array
     from chainer_dist.communicators import CommunicatorBase
-    from chainer_dist.communicators.arrays import Array
     from chainer_dist.compression.compression import Nodes
 
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from chainer_dist.communicators.shared_memory import SharedMemoryCommunicator
+from chainer_dist.communicators.shared_memory.communicator import SharedMemoryCommunicator
 from chainer_dist.compression.compression import (
     Compression,
     NodeCompression,
@@ -18,8 +18,8 @@ from chainer_dist.compression.compression import (
 )
 
 if TYPE_CHECKING:
+    from chainer_dist._typing import Array
     from chainer_dist.communicators import CommunicatorBase
-    from chainer_dist.communicators.arrays import Array
     from chainer_dist.compression.compression import Nodes
 
 

@@ -23,8 +23,8 @@ if TYPE_CHECKING:
 
     import chainer
 
+    from chainer_dist._typing import Array
     from chainer_dist.communicators import CommunicatorBase
-    from chainer_dist.communicators.arrays import Array
     from chainer_dist.compression.compression import Nodes
 
 _FIRST_DENSITY = 0.25  # of a warm-up, as in the paper

@@ -6,14 +6,14 @@ from typing import TYPE_CHECKING, NamedTuple, cast
 
 import numpy as np
 
-from chainer_dist.communicators import _reduction
+from chainer_dist.collectives import reduction
 from chainer_dist.compression.compression import Compression
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from chainer_dist._typing import Array
     from chainer_dist.communicators import CommunicatorBase
-    from chainer_dist.communicators.arrays import Array
 
 _INDEX = np.dtype(np.int64)
 
@@ -51,7 +51,7 @@ class SparseRows(Compression):
             ],
             np.int64,
         )
-        _reduction.sum_in_place(comm.mpi_comm, counts)
+        reduction.sum_in_place(comm.mpi_comm, counts)
         sparse: list[str] = []
         dense: list[str] = []
         for (name, grad), count in zip(grads.items(), counts.tolist()):
@@ -79,7 +79,7 @@ class SparseRows(Compression):
             rows = numbers[name]
             where = np.arange(len(grad)) if rows is None else rows
             values = grad[where].reshape(len(where), grad[0].size)
-            own.append(_Rows(where, values.astype(_reduction.wire_dtype(grad.dtype), copy=False)))
+            own.append(_Rows(where, values.astype(reduction.wire_dtype(grad.dtype), copy=False)))
         sums = _sum(node.allgather_obj(own))
         if comm.inter_size > 1:
             if self._nodes is not None:

@@ -17,9 +17,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from chainer_dist.communicators.agreement import together
-from chainer_dist.communicators.node_memory import default_directories
-from chainer_dist.communicators.operation import collective
+from chainer_dist.collectives.agreement import together
+from chainer_dist.collectives.operation import collective
+from chainer_dist.communicators.shared_memory.memory import default_directories
 from chainer_dist.datasets.node_file import NodeFile
 
 if TYPE_CHECKING:

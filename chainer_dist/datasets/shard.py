@@ -11,7 +11,7 @@ import heapq
 import os
 from typing import TYPE_CHECKING, Any
 
-from chainer_dist.communicators.agreement import (
+from chainer_dist.collectives.agreement import (
     agree,
     digest,
     raise_mismatch,

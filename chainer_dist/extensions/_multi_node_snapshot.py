@@ -14,14 +14,15 @@ from chainer.training import extension
 from chainer.training.extensions._snapshot import _find_snapshot_files
 
 from chainer_dist._files import read_regular
-from chainer_dist.communicators.agreement import (
+from chainer_dist.collectives.agreement import (
     agree,
     describe_error,
     digest,
     raise_mismatch,
     together,
 )
-from chainer_dist.extensions._npz_files import ArrayFile, check_npz, consolidate, load_npz
+from chainer_dist.serialization.npz import ArrayFile, check_npz
+from chainer_dist.serialization.target import consolidate, load_npz
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence

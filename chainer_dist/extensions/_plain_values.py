@@ -15,7 +15,7 @@ import numpy as np
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from chainer_dist.communicators.arrays import Array
+    from chainer_dist._typing import Array
 
 __all__ = ["NotPlainError", "pack", "unpack"]
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from chainer.training import extension
 
-from chainer_dist.communicators.agreement import agree, digest, raise_mismatch
+from chainer_dist.collectives.agreement import agree, digest, raise_mismatch
 
 if TYPE_CHECKING:
     import chainer

@@ -9,7 +9,7 @@ from chainer import backend, configuration, function
 from chainer.dataset import convert
 from chainer.training import extension
 
-from chainer_dist.communicators.agreement import (
+from chainer_dist.collectives.agreement import (
     agree,
     digest,
     raise_mismatch,

@@ -18,16 +18,16 @@ import numpy as np
 from chainer import functions as F
 from chainer.functions.normalization.batch_normalization import _compute_axis
 
-from chainer_dist.communicators.agreement import digest, raise_mismatch, raise_together
-from chainer_dist.communicators.operation import collective
+from chainer_dist.collectives.agreement import digest, raise_mismatch, raise_together
+from chainer_dist.collectives.operation import collective
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from mpi4py import MPI
 
+    from chainer_dist._typing import Array
     from chainer_dist.communicators import CommunicatorBase
-    from chainer_dist.communicators.arrays import Array
 
 _FAILED = "failed"  # takes the place of a description on a rank that has an error
 

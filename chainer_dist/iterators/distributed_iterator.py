@@ -9,7 +9,7 @@ import numpy as np
 from chainer import iterators
 from chainer.dataset import Iterator
 
-from chainer_dist.communicators.agreement import (
+from chainer_dist.collectives.agreement import (
     agree,
     digest,
     raise_mismatch,

@@ -9,7 +9,7 @@ from chainer import serializer as serializers
 from chainer.dataset import Iterator
 from chainer.iterators import MultithreadIterator
 
-from chainer_dist.communicators.agreement import agreed_rank, describe_error, raise_first
+from chainer_dist.collectives.agreement import agreed_rank, describe_error, raise_first
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -10,7 +10,7 @@ from chainer import iterators
 from chainer import serializer as serializers
 from chainer.dataset import Iterator
 
-from chainer_dist.communicators.agreement import (
+from chainer_dist.collectives.agreement import (
     agree,
     digest,
     raise_mismatch,

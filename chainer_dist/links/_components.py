@@ -17,7 +17,7 @@ import weakref
 from collections import Counter, deque
 from typing import TYPE_CHECKING, NamedTuple, Optional
 
-from chainer_dist.communicators.operation import point_to_point
+from chainer_dist.collectives.operation import point_to_point
 from chainer_dist.errors import RankMismatchError
 from chainer_dist.functions import _messages
 

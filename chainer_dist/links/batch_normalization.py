@@ -13,8 +13,8 @@ from chainer_dist.functions import batch_normalization
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from chainer_dist._typing import Array
     from chainer_dist.communicators import CommunicatorBase
-    from chainer_dist.communicators.arrays import Array
 
 
 class MultiNodeBatchNormalization(L.BatchNormalization):  # type: ignore[misc]  # Chainer has no types

@@ -5,7 +5,7 @@ from __future__ import annotations
 import operator
 from typing import TYPE_CHECKING, Literal, cast
 
-from chainer_dist.communicators.shared_memory import SharedMemoryCommunicator
+from chainer_dist.communicators.shared_memory.communicator import SharedMemoryCommunicator
 from chainer_dist.compression.quantized import as_code
 from chainer_dist.optimizers.double_buffering import DoubleBufferingOptimizer
 from chainer_dist.optimizers.foreign import is_foreign, wrap_foreign

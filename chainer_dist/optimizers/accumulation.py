@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from chainer_dist import exchange
-from chainer_dist.communicators._reduction import wire_dtype
+from chainer_dist.collectives.reduction import wire_dtype
 from chainer_dist.compression.compression import Kept
+from chainer_dist.parameters import ParameterSet, private_grads
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -35,7 +35,7 @@ class Accumulation:
         self.calls = self.batches = self.own = 0
         self._sums = Kept()
 
-    def mark(self, parameters: exchange.ParameterSet, *, stands_by: bool) -> None:
+    def mark(self, parameters: ParameterSet, *, stands_by: bool) -> None:
         """Let ``has_grad`` tell which parameters have a gradient from this batch or from those before."""
         if self.own or stands_by:
             parameters.has_grad = tuple(
@@ -47,7 +47,7 @@ class Accumulation:
                 ]
             )
 
-    def add(self, parameters: exchange.ParameterSet, ranks: int, *, stands_by: bool) -> None:
+    def add(self, parameters: ParameterSet, ranks: int, *, stands_by: bool) -> None:
         """Take over the gradients of a batch; the parameters have none then.
 
         Args:
@@ -60,7 +60,7 @@ class Accumulation:
         if stands_by:
             return
         self.own += 1
-        exchange.private_grads(parameters)
+        private_grads(parameters)
         for name, param, grad in zip(parameters.names, parameters.params, parameters.grads):
             if grad is None:
                 continue
@@ -71,7 +71,7 @@ class Accumulation:
                 np.add(total, grad, out=total)
             param.grad = None
 
-    def finish(self, parameters: exchange.ParameterSet, size: int) -> None:
+    def finish(self, parameters: ParameterSet, size: int) -> None:
         """Make what was added gradients, whose mean over the ranks is that over all batches.
 
         Args:

@@ -11,14 +11,14 @@ from __future__ import annotations
 import functools
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from chainer_dist.communicators.agreement import digest
-from chainer_dist.exchange import same
+from chainer_dist.collectives.agreement import digest
 from chainer_dist.optimizers.descriptions import describe, is_of_chainer, is_plain, name_of
+from chainer_dist.parameters import same
 
 if TYPE_CHECKING:
     import chainer
 
-    from chainer_dist.exchange import ParameterSet
+    from chainer_dist.parameters import ParameterSet
 
 __all__ = ["Report", "Settings", "Verdict", "describe_states"]
 

@@ -7,12 +7,13 @@ from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 from chainer_dist import exchange
 from chainer_dist.optimizers.multi_node_optimizer import MultiNodeOptimizer
+from chainer_dist.parameters import ParameterSet, private_grads
 
 if TYPE_CHECKING:
     import chainer
 
+    from chainer_dist._typing import Array
     from chainer_dist.communicators import CommunicatorBase
-    from chainer_dist.communicators.arrays import Array
 
 __all__ = ["DoubleBufferingOptimizer"]
 
@@ -44,10 +45,10 @@ class DoubleBufferingOptimizer(MultiNodeOptimizer):
         if self._pending is not None:
             self._pending.done.result()
 
-    def _step(self, parameters: exchange.ParameterSet, *, same_grads: bool) -> None:
+    def _step(self, parameters: ParameterSet, *, same_grads: bool) -> None:
         if not same_grads:
             parameters.fill_zeros()
-        grads = exchange.private_grads(parameters)
+        grads = private_grads(parameters)
         having = [param for param, has in zip(parameters.params, parameters.has_grad) if has]
         self.wait()
         done = background(self._connected()).start(grads)

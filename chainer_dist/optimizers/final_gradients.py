@@ -18,7 +18,7 @@ from chainer import _backprop_utils
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
-    from chainer_dist.communicators.arrays import Array
+    from chainer_dist._typing import Array
 
 __all__ = ["FinalGradients"]
 

@@ -6,9 +6,9 @@ from typing import TYPE_CHECKING, Any
 
 import chainer
 
-from chainer_dist import exchange
-from chainer_dist.communicators.agreement import agree
+from chainer_dist.collectives.agreement import agree
 from chainer_dist.optimizers.proxy import OptimizerProxy
+from chainer_dist.parameters import ParameterSet
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -112,11 +112,11 @@ class ForeignMultiNodeOptimizer(OptimizerProxy):
         self._compare(has_gradients=True)
         self._connected().multi_node_mean_grad(target, self.zero_fill)
         self.actual_optimizer.update(None, *args, **kwds)
-        self._replicas.keep(exchange.ParameterSet(target))
+        self._replicas.keep(ParameterSet(target))
 
     def _compare(self, *, has_gradients: bool) -> None:
         """Make parameters equal that were changed on some rank, other than on the others. Collective."""
-        comm, parameters = self._connected(), exchange.ParameterSet(self.target)
+        comm, parameters = self._connected(), ParameterSet(self.target)
         state, values = self._replicas.compare(parameters)
         same_state, same_structure, same_values = agree(comm, state, parameters.digest, values)
         _, differ = self._replicas.judge(

@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any
 import chainer
 import numpy as np
 
-from chainer_dist.communicators.agreement import raise_mismatch
-from chainer_dist.communicators.operation import WAITING, Kind, Operation
+from chainer_dist.collectives.agreement import raise_mismatch
+from chainer_dist.collectives.operation import WAITING, Kind, Operation
 from chainer_dist.links.batch_normalization import MultiNodeBatchNormalization
 
 if TYPE_CHECKING:

@@ -7,17 +7,17 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from chainer_dist import exchange
-from chainer_dist.communicators.agreement import agree, digest, raise_mismatch
-from chainer_dist.communicators.operation import EXCHANGE, Kind, Operation
+from chainer_dist.collectives.agreement import agree, digest, raise_mismatch
+from chainer_dist.collectives.operation import EXCHANGE, Kind, Operation
 from chainer_dist.optimizers.consensus import describe_states
 from chainer_dist.optimizers.multi_node_optimizer import MultiNodeOptimizer, Options
+from chainer_dist.parameters import ParameterSet
 
 if TYPE_CHECKING:
     import chainer
 
+    from chainer_dist._typing import Array
     from chainer_dist.communicators import CommunicatorBase
-    from chainer_dist.communicators.arrays import Array
 
 __all__ = ["LocalSGDOptimizer", "create_local_sgd_optimizer"]
 
@@ -73,7 +73,7 @@ class LocalSGDOptimizer(MultiNodeOptimizer):
         warms_up: bool = self.t < self.warmup_updates
         return warms_up
 
-    def _step(self, parameters: exchange.ParameterSet, *, same_grads: bool) -> None:
+    def _step(self, parameters: ParameterSet, *, same_grads: bool) -> None:
         if self._warms_up():
             super()._step(parameters, same_grads=same_grads)
             return
@@ -85,7 +85,7 @@ class LocalSGDOptimizer(MultiNodeOptimizer):
     def _average(self) -> None:
         """Average the parameters of ranks whose parameters are of equal structure. Collective."""
         comm = self._connected()
-        parameters = exchange.ParameterSet(self.target)
+        parameters = ParameterSet(self.target)
         described = self._describe_averaged(parameters)
         if not all(agree(comm, digest(described))):
             raise_mismatch(comm, described)
@@ -105,7 +105,7 @@ class LocalSGDOptimizer(MultiNodeOptimizer):
             if wide is not None:
                 np.copyto(param.array, wide.array, casting="same_kind")
 
-    def _describe_averaged(self, parameters: exchange.ParameterSet) -> list[tuple[str, str]]:
+    def _describe_averaged(self, parameters: ParameterSet) -> list[tuple[str, str]]:
         wide = [
             (f"the float32 copy of {name}", "not there" if rule._fp32_param is None else "there")
             for name, param in parameters.all.items()
@@ -123,7 +123,7 @@ class LocalSGDOptimizer(MultiNodeOptimizer):
 
     def _make_equal(self, *, has_gradients: bool, kept: frozenset[str] = frozenset()) -> None:
         """Make parameters equal that were not updated or loaded yet; others are each rank's own."""
-        parameters = exchange.ParameterSet(self.target)
+        parameters = ParameterSet(self.target)
         own = [
             (name, param, param.array.copy(), param.update_rule and param.update_rule._fp32_param)
             for name, param in zip(parameters.names, parameters.params)

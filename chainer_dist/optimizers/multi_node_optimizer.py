@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 import numpy as np
 
 from chainer_dist import _allocator, exchange
-from chainer_dist.communicators.agreement import agree, digest, raise_mismatch
-from chainer_dist.communicators.operation import (
+from chainer_dist.collectives.agreement import agree, digest, raise_mismatch
+from chainer_dist.collectives.operation import (
     BACKWARD,
     EXCHANGE,
     FORWARD,
@@ -20,7 +20,7 @@ from chainer_dist.communicators.operation import (
     Operation,
     stage,
 )
-from chainer_dist.communicators.shared_memory import SharedMemoryCommunicator
+from chainer_dist.communicators.shared_memory.communicator import SharedMemoryCommunicator
 from chainer_dist.compression.quantized import as_code
 from chainer_dist.optimizers.accumulation import Accumulation
 from chainer_dist.optimizers.consensus import (
@@ -33,7 +33,9 @@ from chainer_dist.optimizers.descriptions import describe, name_of
 from chainer_dist.optimizers.overlap import Overlap
 from chainer_dist.optimizers.proxy import OptimizerProxy
 from chainer_dist.optimizers.replicas import AS_KNOWN
-from chainer_dist.sharding import ShardedUpdate, Signature, obstacle
+from chainer_dist.parameters import ParameterSet, private_grads
+from chainer_dist.updates.sharded import ShardedUpdate
+from chainer_dist.updates.sharding.eligibility import Signature, obstacle
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -273,7 +275,7 @@ class MultiNodeOptimizer(OptimizerProxy):
         stands_by: bool,
         compare: bool,
         is_whole: bool,
-    ) -> tuple[exchange.ParameterSet, bool]:
+    ) -> tuple[ParameterSet, bool]:
         """Compute the gradients of a batch from parameters that all ranks have alike.
 
         Collective where ``compare`` is true or the parameters are not settled yet, otherwise local.
@@ -297,9 +299,9 @@ class MultiNodeOptimizer(OptimizerProxy):
         elif stands_by:
             target.cleargrads()
         elif overlap is not None:
-            overlap.meet(None, exchange.ParameterSet(target), is_usual=False)
+            overlap.meet(None, ParameterSet(target), is_usual=False)
         if not (compare or is_new) and self._is_current():
-            return exchange.ParameterSet(target), True
+            return ParameterSet(target), True
         return self._agree(stands_by=stands_by)
 
     def _is_current(self) -> bool:
@@ -308,16 +310,16 @@ class MultiNodeOptimizer(OptimizerProxy):
         Every rank comes to the same answer, or to an error in the next comparison: what is not
         initialized is known to all of them, as some batches may use it and others not.
         """
-        state, _ = self._replicas.compare(exchange.ParameterSet(self.target))
+        state, _ = self._replicas.compare(ParameterSet(self.target))
         return state == AS_KNOWN and not self._replicas.is_waiting
 
     def _prepare(self, *, has_gradients: bool) -> None:
         """Make parameters equal that were changed since the last update. Collective."""
         report = Report(_BEFORE, t=self.t, calls=self._accumulation.calls)
-        if self._compare(exchange.ParameterSet(self.target), report).differ:
+        if self._compare(ParameterSet(self.target), report).differ:
             self._make_equal(has_gradients=has_gradients)
 
-    def _step(self, parameters: exchange.ParameterSet, *, same_grads: bool) -> None:
+    def _step(self, parameters: ParameterSet, *, same_grads: bool) -> None:
         """Average the gradients and update the parameters. Collective."""
         if self._shards is not None:
             absent: frozenset[int] = frozenset()
@@ -327,7 +329,7 @@ class MultiNodeOptimizer(OptimizerProxy):
                 )
             parameters.fill_zeros()
             if self._connected().size == 1:  # hooks change the gradients where they are
-                exchange.private_grads(parameters)
+                private_grads(parameters)
             self._shards.update(parameters, averaged=self._averaged, absent=absent)
             return
         if self._connected().has_own_mean:
@@ -349,7 +351,7 @@ class MultiNodeOptimizer(OptimizerProxy):
         with self._equal_randomness():
             self.actual_optimizer.update(None)
 
-    def _follow_pattern(self, parameters: exchange.ParameterSet, *, has_batch: bool) -> bool:
+    def _follow_pattern(self, parameters: ParameterSet, *, has_batch: bool) -> bool:
         """Give a rank without a batch, if a gradient is everywhere or nowhere, zeros where others have one.
 
         Collective.
@@ -365,7 +367,7 @@ class MultiNodeOptimizer(OptimizerProxy):
             parameters.look_at_grads()
         return len(set(known)) == 1
 
-    def _allow_missing_grads(self, parameters: exchange.ParameterSet, *, same_grads: bool) -> None:
+    def _allow_missing_grads(self, parameters: ParameterSet, *, same_grads: bool) -> None:
         if not self.zero_fill:
             exchange.check_same_grads(self._connected(), parameters, same_grads=same_grads)
             return
@@ -463,7 +465,7 @@ class MultiNodeOptimizer(OptimizerProxy):
             loss = lossfun(*args, **kwds)
         optimizer, target = self.actual_optimizer, self.target
         if overlap is not None:
-            parameters = exchange.ParameterSet(target)
+            parameters = ParameterSet(target)
             is_usual = (
                 is_whole
                 and self._replicas.has_structure_of(parameters)
@@ -479,7 +481,7 @@ class MultiNodeOptimizer(OptimizerProxy):
             else:
                 overlap.backward(loss, optimizer._loss_scale)
 
-    def _is_settled(self, parameters: exchange.ParameterSet, signature: Signature) -> bool:
+    def _is_settled(self, parameters: ParameterSet, signature: Signature) -> bool:
         """Tell whether parameters can be updated in the way that was last chosen. Local."""
         return (
             signature == self._signature
@@ -487,13 +489,13 @@ class MultiNodeOptimizer(OptimizerProxy):
             and not (self._overlap is not None and self._overlap.is_stale)
         )
 
-    def _agree(self, *, stands_by: bool = False) -> tuple[exchange.ParameterSet, bool]:
+    def _agree(self, *, stands_by: bool = False) -> tuple[ParameterSet, bool]:
         """Compare what the ranks have come to after backward. Collective.
 
         Returns:
             The parameters, which are equal, and whether the same ones have a gradient on every rank.
         """
-        parameters = exchange.ParameterSet(self.target)
+        parameters = ParameterSet(self.target)
         self._accumulation.mark(parameters, stands_by=stands_by)
         signature = Signature(self.actual_optimizer, parameters)
         planned = self._is_settled(parameters, signature)
@@ -528,7 +530,7 @@ class MultiNodeOptimizer(OptimizerProxy):
                 self._choose(parameters, signature)
         return parameters, bool(verdict.same.grads)
 
-    def _compare(self, parameters: exchange.ParameterSet, report: Report) -> Verdict:
+    def _compare(self, parameters: ParameterSet, report: Report) -> Verdict:
         """Compare the ranks' reports, and whether their parameters are still equal. Collective.
 
         Raises:
@@ -567,7 +569,7 @@ class MultiNodeOptimizer(OptimizerProxy):
         )
         return Verdict(same, changed=changed, differ=differ)
 
-    def _choose(self, parameters: exchange.ParameterSet, signature: Signature) -> None:
+    def _choose(self, parameters: ParameterSet, signature: Signature) -> None:
         """Choose how parameters are updated, for as long as the signature stays. Collective."""
         comm = self._connected()
         reasons = comm.allgather_obj(self._against_sharding(parameters))
@@ -605,7 +607,7 @@ class MultiNodeOptimizer(OptimizerProxy):
                 _logger.warning("chainer_dist: every rank updates all parameters, as %s", reason)
             self._reported = reason
 
-    def _against_sharding(self, parameters: exchange.ParameterSet) -> str | None:
+    def _against_sharding(self, parameters: ParameterSet) -> str | None:
         comm = self._connected()
         if self._options.sharded_update is False:
             return "sharded_update is False"

@@ -23,23 +23,23 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from chainer_dist.communicators import _reduction
-from chainer_dist.communicators.agreement import agree, digest
-from chainer_dist.communicators.operation import EXCHANGE, Kind, Operation
+from chainer_dist.collectives import reduction
+from chainer_dist.collectives.agreement import agree, digest
+from chainer_dist.collectives.operation import EXCHANGE, Kind, Operation
 from chainer_dist.optimizers.final_gradients import FinalGradients
-from chainer_dist.sharding import Part, places
+from chainer_dist.updates.sharded import Part, places
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     import chainer
 
-    from chainer_dist.communicators.arrays import Array
-    from chainer_dist.communicators.between_nodes import Code
-    from chainer_dist.communicators.blocks import Block
-    from chainer_dist.communicators.ring import Run
-    from chainer_dist.communicators.shared_memory import SharedMemoryCommunicator
-    from chainer_dist.exchange import ParameterSet
+    from chainer_dist._typing import Array
+    from chainer_dist.communicators.shared_memory.between_nodes import Code
+    from chainer_dist.communicators.shared_memory.communicator import SharedMemoryCommunicator
+    from chainer_dist.communicators.shared_memory.exchange import Run
+    from chainer_dist.communicators.shared_memory.layout import Block
+    from chainer_dist.parameters import ParameterSet
 
 __all__ = ["Overlap"]
 
@@ -167,7 +167,7 @@ class Overlap:
         for dtype, indices in groups.items():
             sizes = [parameters.arrays[index].size for index in indices]
             means = np.split(np.empty(sum(sizes), dtype), list(itertools.accumulate(sizes))[:-1])
-            wire = _reduction.wire_dtype(dtype)
+            wire = reduction.wire_dtype(dtype)
             blocks = ring.cut(sizes, wire, seldom=True)
             self.means.update(zip([parameters.names[index] for index in indices], means))
             parts.append(Part(indices, blocks, wire, ring.mean_to(blocks, means), means))

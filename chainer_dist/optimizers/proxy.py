@@ -5,8 +5,8 @@ from __future__ import annotations
 import copy
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from chainer_dist import exchange
 from chainer_dist.optimizers.replicas import Replicas
+from chainer_dist.parameters import ParameterSet
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -61,7 +61,7 @@ class OptimizerProxy:
             target: A link.
             previous_params: Pairs to compare with instead, as in ChainerMN's double buffering.
         """
-        now = [(name, spec is not None) for name, spec in exchange.ParameterSet(target).structure]
+        now = [(name, spec is not None) for name, spec in ParameterSet(target).structure]
         if previous_params is None:
             return now != self.target_params
         return now != [(name, param.array is not None) for name, param in previous_params]

@@ -7,19 +7,19 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from chainer_dist.communicators.agreement import digest, raise_together
+from chainer_dist.collectives.agreement import digest, raise_together
 from chainer_dist.errors import RankMismatchError
-from chainer_dist.exchange import ParameterSet, same
 from chainer_dist.optimizers.first_values import share_draws
+from chainer_dist.parameters import ParameterSet, same
 
 if TYPE_CHECKING:
     from collections.abc import Container
 
     import chainer
 
+    from chainer_dist._typing import Array
     from chainer_dist.communicators import CommunicatorBase
-    from chainer_dist.communicators.arrays import Array
-    from chainer_dist.exchange import Structure
+    from chainer_dist.parameters import Structure
 
 __all__ = ["AS_KNOWN", "CHANGED", "LOADED", "Replicas"]
 

@@ -16,7 +16,7 @@ import traceback
 import weakref
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from chainer_dist.communicators.agreement import (
+from chainer_dist.collectives.agreement import (
     agree,
     describe_error,
     digest,
@@ -25,7 +25,7 @@ from chainer_dist.communicators.agreement import (
     raise_together,
     together,
 )
-from chainer_dist.communicators.operation import raising_line
+from chainer_dist.collectives.operation import raising_line
 from chainer_dist.errors import FailedItem, FailedItemsError
 
 if TYPE_CHECKING:
@@ -33,8 +33,8 @@ if TYPE_CHECKING:
 
     from mpi4py.util import pkl5
 
+    from chainer_dist.collectives.agreement import Failure
     from chainer_dist.communicators import CommunicatorBase
-    from chainer_dist.communicators.agreement import Failure
 
 ON_ERROR = ("raise", "return")
 

@@ -16,7 +16,7 @@ import numpy as np
 from chainer.dataset import convert
 
 from chainer_dist._files import replacing
-from chainer_dist.communicators.agreement import (
+from chainer_dist.collectives.agreement import (
     agree,
     digest,
     raise_mismatch,
@@ -25,12 +25,12 @@ from chainer_dist.communicators.agreement import (
 )
 from chainer_dist.datasets.scattered import ScatteredDataset
 from chainer_dist.errors import FailedItem, RankMismatchError
-from chainer_dist.extensions._npz_files import write_npz
 from chainer_dist.extensions.allreduce_persistent import _persistents
 from chainer_dist.extensions.generic_multi_node_evaluator import call_with
 from chainer_dist.iterators.distributed_iterator import _integer
 from chainer_dist.parallel import dealing
 from chainer_dist.parallel.dealing import Block, Chunk, Dealer, End
+from chainer_dist.serialization.npz import write_npz
 
 if TYPE_CHECKING:
     import os

@@ -1,6 +1,6 @@
 """Watching a job: ranks that wait for ever, ranks that disagree, and where the time goes.
 
-Three things, each on its own, for every communicator (see :mod:`chainer_dist.communicators.operation`
+Three things, each on its own, for every communicator (see :mod:`chainer_dist.collectives.operation`
 for what they watch). The environment decides; it is read when a communicator is created.
 
 Stalls
@@ -27,8 +27,8 @@ import sys
 import uuid
 from typing import TYPE_CHECKING, NamedTuple
 
-from chainer_dist.communicators import operation
-from chainer_dist.communicators.agreement import describe_error, raise_first
+from chainer_dist.collectives import operation
+from chainer_dist.collectives.agreement import describe_error, raise_first
 from chainer_dist.watch import checked_mode
 from chainer_dist.watch.inquiry import own_hosts
 from chainer_dist.watch.settings import Settings, from_environment
@@ -36,8 +36,8 @@ from chainer_dist.watch.timeline import start_at_exit, timeline
 from chainer_dist.watch.watchdog import Watchdog
 
 if TYPE_CHECKING:
+    from chainer_dist.collectives.agreement import Failure
     from chainer_dist.communicators import CommunicatorBase
-    from chainer_dist.communicators.agreement import Failure
     from chainer_dist.watch.inquiry import Address
 
 __all__ = ["timeline"]

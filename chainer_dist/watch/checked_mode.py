@@ -7,12 +7,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from chainer_dist.communicators.agreement import agree, digest
-from chainer_dist.communicators.operation import brief, user_line
+from chainer_dist.collectives.agreement import agree, digest
+from chainer_dist.collectives.operation import brief, user_line
 from chainer_dist.errors import RankMismatchError
 
 if TYPE_CHECKING:
-    from chainer_dist.communicators.operation import Operation
+    from chainer_dist.collectives.operation import Operation
 
 
 def compare(operation: Operation) -> None:

@@ -8,14 +8,14 @@ import time
 import traceback
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from chainer_dist.communicators import operation
+from chainer_dist.collectives import operation
 from chainer_dist.watch.inquiry import Address, Silence
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
 
+    from chainer_dist.collectives.operation import Operation
     from chainer_dist.communicators import CommunicatorBase
-    from chainer_dist.communicators.operation import Operation
 
 _MOST = 24  # lines, and stacks, that are worth reading
 _MOST_FRAMES = 60  # innermost ones of a thread

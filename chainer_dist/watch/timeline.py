@@ -15,9 +15,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from chainer_dist._files import replacing
-from chainer_dist.communicators import operation
-from chainer_dist.communicators.agreement import raise_together
-from chainer_dist.communicators.operation import CATEGORIES, Observer
+from chainer_dist.collectives import operation
+from chainer_dist.collectives.agreement import raise_together
+from chainer_dist.collectives.operation import CATEGORIES, Observer
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -25,8 +25,8 @@ if TYPE_CHECKING:
 
     from typing_extensions import Self
 
+    from chainer_dist.collectives.operation import Operation
     from chainer_dist.communicators import CommunicatorBase
-    from chainer_dist.communicators.operation import Operation
 
 MAX_EVENTS = 100_000
 

@@ -17,7 +17,7 @@ import weakref
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
-from chainer_dist.communicators import operation
+from chainer_dist.collectives import operation
 from chainer_dist.global_except_hook import SECONDS_TO_SPEAK, _tell_cause
 from chainer_dist.watch import inquiry, report
 from chainer_dist.watch.settings import ABORT, Settings
@@ -25,8 +25,8 @@ from chainer_dist.watch.settings import ABORT, Settings
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from chainer_dist.collectives.operation import Operation
     from chainer_dist.communicators import CommunicatorBase
-    from chainer_dist.communicators.operation import Operation
 
 _LONGEST_PERIOD = 5.0  # seconds between two looks
 _LOOKS = 8  # in the time of the shortest limit

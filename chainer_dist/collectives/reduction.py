@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
     from mpi4py import MPI
 
-    from chainer_dist.communicators.arrays import Array
+    from chainer_dist._typing import Array
 
 OPS = ("sum", "mean", "max", "min", "prod")
 
@@ -38,7 +38,7 @@ def wire_dtype(dtype: np.dtype[Any]) -> np.dtype[Any]:
 def allreduce(mpi_comm: MPI.Intracomm, x: Array, op: str) -> Array:
     """Return the reduction of a C-contiguous native array over the ranks, as a new one. Collective.
 
-    See :meth:`~chainer_dist.communicators.arrays.ArrayCommunicator.allreduce`.
+    See :meth:`~chainer_dist.collectives.arrays.ArrayCommunicator.allreduce`.
     """
     is_mean = op == "mean"
     dtype = np.dtype(np.float64) if is_mean and x.dtype.kind in "biu" else x.dtype

@@ -16,17 +16,9 @@ from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 
-from chainer_dist.communicators import _reduction
-from chainer_dist.communicators.agreement import describe_error, raise_first
-from chainer_dist.communicators.between_nodes import (
-    MOST_NODES,
-    CodedMean,
-    DirectSum,
-    PartOfEach,
-)
-from chainer_dist.communicators.blocks import Block, Slice, cut
-from chainer_dist.communicators.node_memory import barrier, share_memory
-from chainer_dist.communicators.operation import (
+from chainer_dist.collectives import reduction
+from chainer_dist.collectives.agreement import describe_error, raise_first
+from chainer_dist.collectives.operation import (
     EXCHANGE,
     PACK,
     UNPACK,
@@ -35,16 +27,24 @@ from chainer_dist.communicators.operation import (
     Operation,
     innermost,
 )
-from chainer_dist.communicators.tuning import Tuning
+from chainer_dist.communicators.shared_memory.between_nodes import (
+    MOST_NODES,
+    CodedMean,
+    DirectSum,
+    PartOfEach,
+)
+from chainer_dist.communicators.shared_memory.layout import Block, Slice, cut
+from chainer_dist.communicators.shared_memory.memory import barrier, share_memory
+from chainer_dist.communicators.shared_memory.tuning import Tuning
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from mpi4py import MPI
 
-    from chainer_dist.communicators.arrays import Array
-    from chainer_dist.communicators.between_nodes import Code
+    from chainer_dist._typing import Array
     from chainer_dist.communicators.communicator_base import CommunicatorBase
+    from chainer_dist.communicators.shared_memory.between_nodes import Code
 
     # See Ring.run.
     Deliver = Callable[[int, Array, float, Array], None]
@@ -517,7 +517,7 @@ class Run:
             self._sum_over_node(number, total)
             own = total
         if self._by_mpi:
-            return _reduction.begin_sum(peers, total).Test
+            return reduction.begin_sum(peers, total).Test
         tag = self._tag(number)
         if self._code is None:
             return DirectSum(peers, own, total, tag=tag).test

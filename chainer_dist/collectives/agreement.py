@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn, Optional
 
 import numpy as np
 
-from chainer_dist.communicators.operation import WAITING, Kind, Operation
+from chainer_dist.collectives.operation import WAITING, Kind, Operation
 from chainer_dist.errors import RankMismatchError
 
 if TYPE_CHECKING:
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from contextlib import AbstractContextManager
     from types import TracebackType
 
-    from chainer_dist.communicators.objects import ObjectCommunicator
+    from chainer_dist.collectives.objects import ObjectCommunicator
 
 
 class ErrorClass(NamedTuple):

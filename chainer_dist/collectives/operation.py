@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
     from typing_extensions import Self
 
-    from chainer_dist.communicators.group import Group
+    from chainer_dist.collectives.group import Group
 
     Function = TypeVar("Function", bound=Callable[..., Any])
 

@@ -6,12 +6,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from chainer_dist.exchange import same
+from chainer_dist.parameters import same
 
 if TYPE_CHECKING:
     import chainer
 
-    from chainer_dist.exchange import ParameterSet
+    from chainer_dist.parameters import ParameterSet
 
 __all__ = ["Signature", "is_elementwise", "obstacle", "obstacle_in_arrays"]
 

@@ -5,12 +5,12 @@ from __future__ import annotations
 import operator
 from typing import TYPE_CHECKING, Any
 
-from chainer_dist.communicators import _reduction
-from chainer_dist.communicators.agreement import agree, raise_mismatch
+from chainer_dist.collectives import reduction
+from chainer_dist.collectives.agreement import agree, raise_mismatch
+from chainer_dist.collectives.operation import collective
 from chainer_dist.communicators.communicator_base import CommunicatorBase
-from chainer_dist.communicators.operation import collective
-from chainer_dist.communicators.ring import Ring
-from chainer_dist.communicators.tuning import Tuning, tune
+from chainer_dist.communicators.shared_memory.exchange import Ring
+from chainer_dist.communicators.shared_memory.tuning import Tuning, tune
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -18,8 +18,8 @@ if TYPE_CHECKING:
     import numpy as np
     from typing_extensions import Self
 
-    from chainer_dist.communicators.arrays import Array
-    from chainer_dist.communicators.between_nodes import Code
+    from chainer_dist._typing import Array
+    from chainer_dist.communicators.shared_memory.between_nodes import Code
 
 
 class SharedMemoryCommunicator(CommunicatorBase):
@@ -88,7 +88,7 @@ class SharedMemoryCommunicator(CommunicatorBase):
         dtypes = dict.fromkeys([array.dtype for array in distinct])
         for dtype in dtypes:
             group = [array for array in distinct if len(dtypes) == 1 or array.dtype == dtype]
-            self._mean(_reduction.wire_dtype(dtype), group, code)
+            self._mean(reduction.wire_dtype(dtype), group, code)
 
     def _mean(self, dtype: np.dtype[Any], arrays: list[Array], code: Code | None) -> None:
         """Average arrays of one dtype, none of them twice there."""

@@ -18,26 +18,26 @@ from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn, cast
 
 import numpy as np
 
-from chainer_dist.communicators import _reduction
-from chainer_dist.communicators.agreement import together
-from chainer_dist.communicators.blocks import cut
-from chainer_dist.communicators.node_memory import read_only, share_memory
-from chainer_dist.communicators.operation import EXCHANGE, Kind, Operation
-from chainer_dist.exchange import same
-from chainer_dist.sharding.chunk import Chunk, state_keys
-from chainer_dist.sharding.eligibility import is_elementwise, obstacle_in_arrays
+from chainer_dist.collectives import reduction
+from chainer_dist.collectives.agreement import together
+from chainer_dist.collectives.operation import EXCHANGE, Kind, Operation
+from chainer_dist.communicators.shared_memory.layout import cut
+from chainer_dist.communicators.shared_memory.memory import read_only, share_memory
+from chainer_dist.parameters import same
+from chainer_dist.updates.sharding.chunk import Chunk, state_keys
+from chainer_dist.updates.sharding.eligibility import is_elementwise, obstacle_in_arrays
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 
     import chainer
 
-    from chainer_dist.communicators.arrays import Array
-    from chainer_dist.communicators.between_nodes import Code
-    from chainer_dist.communicators.blocks import Block, Slice
-    from chainer_dist.communicators.ring import Deliver
-    from chainer_dist.communicators.shared_memory import SharedMemoryCommunicator
-    from chainer_dist.exchange import ParameterSet
+    from chainer_dist._typing import Array
+    from chainer_dist.communicators.shared_memory.between_nodes import Code
+    from chainer_dist.communicators.shared_memory.communicator import SharedMemoryCommunicator
+    from chainer_dist.communicators.shared_memory.exchange import Deliver
+    from chainer_dist.communicators.shared_memory.layout import Block, Slice
+    from chainer_dist.parameters import ParameterSet
 
 __all__ = ["Part", "ShardedUpdate", "places"]
 
@@ -62,7 +62,7 @@ class ShardedUpdate:
 
     Args:
         comm: Over whose ranks gradients are averaged.
-        optimizer: A Chainer optimizer for which :func:`~chainer_dist.sharding.obstacle` found
+        optimizer: A Chainer optimizer for which :func:`~chainer_dist.updates.sharding.obstacle` found
             nothing on any rank.
         parameters: Of its target; of equal structure on every rank.
         mean_grad: Whether ``param.grad`` becomes the averaged gradient, read-only, once per node.
@@ -189,7 +189,7 @@ class ShardedUpdate:
         """Cut the parameters of one dtype into blocks, and this rank's part of them into chunks."""
         arrays = [self._arrays[index] for index in indices]
         dtype = arrays[0].dtype
-        wire = _reduction.wire_dtype(dtype)
+        wire = reduction.wire_dtype(dtype)
         sizes = tuple(array.size for array in arrays)
         alone = self._comm.size == 1
         if alone:
@@ -407,7 +407,7 @@ class ShardedUpdate:
         own = 0.0
         for chunk in chunks:
             grad = chunk.param.grad
-            wide = grad.astype(_reduction.wire_dtype(grad.dtype), copy=False)
+            wide = grad.astype(reduction.wire_dtype(grad.dtype), copy=False)
             own += float(wide.dot(wide))
         # Of whom together has all slices. In the order of rank, so that all get the same bits.
         ranks = self._comm.mpi_comm if self._across else self._comm.node_comm

@@ -15,14 +15,14 @@ import operator
 import pickle
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
-from chainer_dist.communicators.agreement import (
+from chainer_dist.collectives.agreement import (
     Failure,
     describe_error,
     raise_first,
     raise_together,
 )
-from chainer_dist.communicators.group import Group
-from chainer_dist.communicators.operation import collective, point_to_point
+from chainer_dist.collectives.group import Group
+from chainer_dist.collectives.operation import collective, point_to_point
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence

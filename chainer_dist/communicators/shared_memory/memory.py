@@ -18,15 +18,15 @@ from typing import TYPE_CHECKING, Any, Literal, SupportsIndex, cast
 
 import numpy as np
 
-from chainer_dist.communicators.agreement import raise_together
-from chainer_dist.communicators.operation import collective
+from chainer_dist.collectives.agreement import raise_together
+from chainer_dist.collectives.operation import collective
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from mpi4py import MPI
 
-    from chainer_dist.communicators.arrays import Array
+    from chainer_dist._typing import Array
     from chainer_dist.communicators.communicator_base import CommunicatorBase
 
 _SHARED_MEMORY = Path("/dev/shm")  # noqa: S108 - mkstemp makes the files private

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
     from mpi4py import MPI
 
-    from chainer_dist.communicators.arrays import Array
+    from chainer_dist._typing import Array
 
 MOST_NODES = 8  # of a DirectSum; on more the messages become many and small
 _TWO = 2  # nodes, each of which sends everything to the other

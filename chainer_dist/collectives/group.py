@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar, cast
 
-from chainer_dist.communicators import operation
+from chainer_dist.collectives import operation
 from chainer_dist.errors import FinalizedCommunicatorError
 
 if TYPE_CHECKING:

@@ -2,28 +2,27 @@
 
 Moving an array keeps its dtype, shape and values to the bit, whatever its layout in memory; only a
 foreign byte order becomes the native one. All ranks learn of one rank's bad input (see
-:mod:`chainer_dist.communicators.objects`).
+:mod:`chainer_dist.collectives.objects`).
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Union
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from chainer_dist.communicators import _reduction
-from chainer_dist.communicators.agreement import agree, digest, raise_mismatch
-from chainer_dist.communicators.objects import ObjectCommunicator
-from chainer_dist.communicators.operation import collective, point_to_point
+from chainer_dist.collectives import reduction
+from chainer_dist.collectives.agreement import agree, digest, raise_mismatch
+from chainer_dist.collectives.objects import ObjectCommunicator
+from chainer_dist.collectives.operation import collective, point_to_point
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
+    from chainer_dist._typing import Array, ArrayOrTuple
+
 # Bytes up to which arrays are copied into one message; larger ones are sent from where they lie.
 SMALL = 64 << 10
-
-Array = np.ndarray[Any, np.dtype[Any]]
-ArrayOrTuple = Union[Array, tuple[Array, ...]]
 
 
 class ArrayCommunicator(ObjectCommunicator):
@@ -172,7 +171,7 @@ class ArrayCommunicator(ObjectCommunicator):
         error, description = None, "not an array that can be reduced"
         try:
             array = np.ascontiguousarray(_checked_array(x, "allreduce")).reshape(x.shape)
-            _reduction.check_op(op, array.dtype)
+            reduction.check_op(op, array.dtype)
             description = f"{array.shape} {array.dtype} for {op}"
         except (TypeError, ValueError) as caught:
             error = caught
@@ -180,7 +179,7 @@ class ArrayCommunicator(ObjectCommunicator):
             raise_mismatch(self, [("the argument of allreduce", description)])
         if error is not None:
             raise error
-        return _reduction.allreduce(self.mpi_comm, array, op)
+        return reduction.allreduce(self.mpi_comm, array, op)
 
 
 def _checked_array(x: object, operation: str) -> Array:

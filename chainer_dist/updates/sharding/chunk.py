@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
     import chainer
 
-    from chainer_dist.communicators.arrays import Array
+    from chainer_dist._typing import Array
 
 __all__ = ["Chunk", "state_keys"]
 

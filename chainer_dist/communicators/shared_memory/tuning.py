@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, NamedTuple, cast
 import numpy as np
 
 if TYPE_CHECKING:
-    from chainer_dist.communicators.shared_memory import SharedMemoryCommunicator
+    from chainer_dist.communicators.shared_memory.communicator import SharedMemoryCommunicator
 
 _FEWEST_BYTES = 64 << 10
 _ROUNDS = 5

@@ -1,0 +1,1 @@
+"""Ways to change parameters by averaged gradients."""

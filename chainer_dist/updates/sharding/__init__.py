@@ -1,0 +1,1 @@
+"""How parameters are shared out to ranks, and which can be."""
