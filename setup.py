@@ -119,7 +119,7 @@ setup(
     packages=find_packages(include=["chainer_dist", "chainer_dist.*"]),
     package_data={"chainer_dist": ["py.typed", "scaling/page.html", "scaling/validation.json"]},
     # No entry point: that would import the package, with Chainer, before the launcher.
-    scripts=["chainer_dist/launch/chainer-dist"],
+    scripts=["chainer_dist/launcher/chainer-dist"],
     zip_safe=False,
     cmdclass={"build": _Build, "build_pth": _BuildPth},
 )

@@ -2,7 +2,7 @@
 
 import sys
 
-from chainer_dist.launch import cli
+from chainer_dist.launcher import cli
 
 if __name__ == "__main__":
     sys.exit(cli.main())

@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 __all__ = ["add_hook", "remove_hook"]
 
 VARIABLE = "CHAINER_DIST_ABORT_ON_EXCEPTION"
-CAUSE_FILE = "CHAINER_DIST_CAUSE"  # the monitor of chainer_dist.launch reads it
+CAUSE_FILE = "CHAINER_DIST_CAUSE"  # the monitor of chainer_dist.launcher reads it
 
 # Launchers may drop what they have not read when the job ends; and ranks often fail together, where
 # the first to leave should not silence the one that says why.

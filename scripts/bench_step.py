@@ -176,7 +176,7 @@ def run(contender: str, optimizer: str, batch: int, steps: int) -> None:
 
 def launch(script: str, ranks: int, *arguments: str) -> str:
     """Run a script under mpiexec and return what it prints."""
-    from chainer_dist.launch import mpi
+    from chainer_dist.launcher import mpi
 
     job = subprocess.run(  # noqa: S603 - this script itself
         [mpi.find().mpiexec, "-n", str(ranks), sys.executable, script, *arguments],

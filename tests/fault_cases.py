@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 import faulty_training
 import mpi_job
-from chainer_dist.launch import leftovers
+from chainer_dist.launcher import leftovers
 from faulty_training import BALLAST, CHECKPOINTS, PLANTED
 from launcher import Launched
 

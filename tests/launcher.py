@@ -14,7 +14,7 @@ import chainer_dist
 import mpi_job
 
 # The console script runs this path too.
-LAUNCHER = [sys.executable, str(Path(chainer_dist.__file__).parent / "launch")]
+LAUNCHER = [sys.executable, str(Path(chainer_dist.__file__).parent / "launcher")]
 MARK = "CHAINER_DIST_TEST_MARK"
 SECONDS_TO_VANISH = 10
 

@@ -44,7 +44,7 @@ LAYERS = [
     ["extensions"],
     ["updaters", "checkpoints", "parallel"],
     ["chainermn"],
-    ["launch", "scaling", "__main__"],
+    ["launcher", "scaling", "__main__"],
 ]
 # ChainerMN has these two as methods of the communicator; they call the exchange when called.
 DOORS = {("communicators/communicator_base.py", "exchange")}

@@ -8,7 +8,7 @@ import math
 import pytest
 
 from chainer_dist import _arguments
-from chainer_dist.launch import cli as launcher
+from chainer_dist.launcher import cli as launcher
 from chainer_dist.scaling import cli as scale
 from chainer_dist.scaling import predict
 

@@ -11,8 +11,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from chainer_dist.launch.errors import LaunchError
-from chainer_dist.launch.hostfiles import (
+from chainer_dist.launcher.errors import LaunchError
+from chainer_dist.launcher.hostfiles import (
     Host,
     allocation,
     expand,

@@ -18,8 +18,8 @@ from pathlib import Path
 import pytest
 
 import mpi_job
-from chainer_dist.launch import cli, leftovers
-from chainer_dist.launch import job as job_module
+from chainer_dist.launcher import cli, leftovers
+from chainer_dist.launcher import job as job_module
 from chainer_dist.watch import settings
 from launcher import LAUNCHER, MARK, Launched, launch, run, write
 
@@ -289,7 +289,7 @@ def shared_folder(monkeypatch):
 
 def clean_up_elsewhere(folder):
     """Clean up as a process does that sees no process of this one's namespace."""
-    code = "import sys, pathlib; from chainer_dist.launch import __main__, leftovers\n"
+    code = "import sys, pathlib; from chainer_dist.launcher import __main__, leftovers\n"
     code += "leftovers.SHARED_MEMORY = pathlib.Path(sys.argv[1]); leftovers.remove_shared_memory(0)"
     unshare = [shutil.which("unshare") or "unshare", "--pid", "--fork", "--mount-proc"]
     if os.geteuid() != 0:
@@ -410,7 +410,7 @@ def test_a_job_hears_its_own_ranks_alone(tmp_path):
     """Who knows the secret and is no rank that is missing is not heard; with all ranks there nobody is."""
     code = """
 import json, pathlib
-from chainer_dist.launch import rank as monitor
+from chainer_dist.launcher import rank as monitor
 parent = open(f"/proc/{os.getppid()}/environ").read().split("\\0")
 where = next(v for v in parent if v.startswith("CHAINER_DIST_LAUNCHER=")).partition("=")[2]
 assert "CHAINER_DIST_LAUNCHER" not in os.environ
@@ -650,7 +650,7 @@ def test_the_launcher_is_quick(arguments):
 def test_three_ways_to_call_it():
     """The command, and python -m with and without .launch."""
     wanted = launch("--version").stdout
-    ways = [["-m", "chainer_dist"], ["-m", "chainer_dist.launch"]]
+    ways = [["-m", "chainer_dist"], ["-m", "chainer_dist.launcher"]]
     script = Path(sys.executable).parent / "chainer-dist"
     if script.exists():  # not where the package is only on the path
         ways.append([str(script)])

@@ -14,7 +14,7 @@ from mpi4py import MPI
 
 import chainer_dist
 import mpi_job
-from chainer_dist.launch import mpi, report
+from chainer_dist.launcher import mpi, report
 from launcher import LAUNCHER, launch
 
 pytestmark = pytest.mark.faults

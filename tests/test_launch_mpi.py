@@ -10,9 +10,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from chainer_dist.launch import cores, mpi, output, wire
-from chainer_dist.launch.errors import LaunchError
-from chainer_dist.launch.hostfiles import Host
+from chainer_dist.launcher import cores, mpi, output, wire
+from chainer_dist.launcher.errors import LaunchError
+from chainer_dist.launcher.hostfiles import Host
 
 LIBRARIES = {
     "MPICH Version:      5.0.2\nMPICH Release date: ...": "MPICH 5.0.2",
@@ -316,4 +316,4 @@ def test_the_files_that_are_run_by_their_path_are_there():
     """The console script and the ranks run this one."""
     folder = Path(mpi.__file__).parent
     assert (folder / "__main__.py").exists()
-    assert "launch/__main__.py" in (folder / "chainer-dist").read_text()
+    assert "launcher/__main__.py" in (folder / "chainer-dist").read_text()

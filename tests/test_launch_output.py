@@ -89,7 +89,10 @@ def test_output_that_goes_nowhere(tmp_path, stream, how):
     """The job goes on; a full disk is reported."""
     code = f"""
 print("printed"); print("printed", file=sys.stderr)
+import os, time
 open({str(tmp_path)!r} + f"/{{rank}}", "w").close()
+while not os.path.exists({str(tmp_path)!r} + "/0"):  # the failure of rank 1 ends rank 0
+    time.sleep(0.01)
 sys.exit(rank * 3)
 """
     script = write(tmp_path, code)

@@ -11,9 +11,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from chainer_dist.launch import mpi, restarts
-from chainer_dist.launch.hostfiles import Host
-from chainer_dist.launch.job import Outcome
+from chainer_dist.launcher import mpi, restarts
+from chainer_dist.launcher.hostfiles import Host
+from chainer_dist.launcher.job import Outcome
 from launcher import launch, run, write
 
 pytestmark = pytest.mark.faults

@@ -23,7 +23,7 @@ READY = "open({!r} + f'/ready {{rank}}', 'w').close()\n"
 # The launcher, in less of a hurry or more.
 PATCH = """
 import sys
-from chainer_dist.launch import cli, job
+from chainer_dist.launcher import cli, job
 job.SECONDS_TO_HANG_UP = job.SECONDS_TO_LEAVE = 1
 job.SECONDS_TO_FINISH = 2
 """
@@ -136,7 +136,7 @@ def test_a_signal_between_two_attempts(tmp_path):
     """It waits for the next one, which gets it."""
     patch = f"""{PATCH}
 import os, signal
-from chainer_dist.launch import restarts
+from chainer_dist.launcher import restarts
 def say(text, say=restarts.say):
     say(text)
     if "starting again" in text:

@@ -32,7 +32,7 @@ ACCURACY = "accuracy"
 WEAK, STRONG = "weak", "strong"
 RUNS = "runs.jsonl"
 # The launcher by its path: python -m would import what lies in the current directory.
-LAUNCH = str(Path(__file__).resolve().parent.parent / "launch")
+LAUNCH = str(Path(__file__).resolve().parent.parent / "launcher")
 _FOR_ORIENTATION = (contenders.OURS, contenders.INDEPENDENT)
 
 

@@ -46,10 +46,10 @@ class CommandHelp(Directive):
         """Return the text as it is in a terminal of 80 columns."""
         os.environ["COLUMNS"] = "80"
         module = {"scale": "scaling.cli", "predict": "scaling.predict"}.get(
-            "".join(self.arguments), "launch.cli"
+            "".join(self.arguments), "launcher.cli"
         )
         main = importlib.import_module(f"chainer_dist.{module}").main
-        arguments = self.arguments if module == "launch.cli" else []
+        arguments = self.arguments if module == "launcher.cli" else []
         text = io.StringIO()
         with contextlib.redirect_stdout(text), contextlib.suppress(SystemExit):
             main([*arguments, "--help"])

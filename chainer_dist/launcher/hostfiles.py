@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from chainer_dist._arguments import positive
-from chainer_dist.launch.errors import LaunchError
+from chainer_dist.launcher.errors import LaunchError
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping

@@ -15,15 +15,15 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from chainer_dist._arguments import count, positive, seconds, text
 from chainer_dist._version import __version__
-from chainer_dist.launch import output, wire
-from chainer_dist.launch.errors import LaunchError
+from chainer_dist.launcher import output, wire
+from chainer_dist.launcher.errors import LaunchError
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from chainer_dist.launch.hostfiles import Host
-    from chainer_dist.launch.job import Outcome
-    from chainer_dist.launch.mpi import Mpi
+    from chainer_dist.launcher.hostfiles import Host
+    from chainer_dist.launcher.job import Outcome
+    from chainer_dist.launcher.mpi import Mpi
 
 __all__ = ["main"]
 
@@ -213,7 +213,7 @@ def _address(given: str) -> str:
 
 
 def _run(options: argparse.Namespace) -> int:
-    from chainer_dist.launch import mpi
+    from chainer_dist.launcher import mpi
 
     script = _script(options)
     added = _added_environment(options)
@@ -226,9 +226,9 @@ def _launch(
     """Run ``python`` with these arguments on the ranks, or say how it would be run."""
     import shlex
 
-    from chainer_dist.launch import mpi, restarts
-    from chainer_dist.launch.job import TIMED_OUT, Job, addresses
-    from chainer_dist.launch.stdin import Input
+    from chainer_dist.launcher import mpi, restarts
+    from chainer_dist.launcher.job import TIMED_OUT, Job, addresses
+    from chainer_dist.launcher.stdin import Input
 
     n_ranks, hosts = _places(options)
     added = {**mpi.environment(found, {**os.environ, **added}), **added}
@@ -288,7 +288,7 @@ def _launch(
 def _info(options: argparse.Namespace) -> int:
     import json
 
-    from chainer_dist.launch import mpi
+    from chainer_dist.launcher import mpi
 
     found = problem = None
     try:
@@ -297,7 +297,7 @@ def _info(options: argparse.Namespace) -> int:
         problem = str(error)
     launcher = {"mpi": found._asdict() if found else None, "problem": problem}
     flags = ["--json"] if options.json else []
-    report = [str(HERE), "module", "chainer_dist.launch.report", json.dumps(launcher), *flags]
+    report = [str(HERE), "module", "chainer_dist.launcher.report", json.dumps(launcher), *flags]
     if not (options.n_ranks or options.hosts or options.hostfile):
         os.execv(sys.executable, [sys.executable, *report])  # noqa: S606 - under mpiexec this is a rank
     if found is None:
@@ -362,7 +362,7 @@ def _added_environment(options: argparse.Namespace) -> dict[str, str]:
 
 def _places(options: argparse.Namespace) -> tuple[int, list[Host]]:
     """Return the number of ranks, and the hosts if they are not this one alone."""
-    from chainer_dist.launch import cores, hostfiles, mpi
+    from chainer_dist.launcher import cores, hostfiles, mpi
 
     hosts: list[Host] = []
     try:

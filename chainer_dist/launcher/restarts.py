@@ -11,15 +11,15 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING
 
-from chainer_dist.launch import hostfiles, mpi
-from chainer_dist.launch.output import say
+from chainer_dist.launcher import hostfiles, mpi
+from chainer_dist.launcher.output import say
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-    from chainer_dist.launch.hostfiles import Host
-    from chainer_dist.launch.job import Outcome
-    from chainer_dist.launch.mpi import Mpi
+    from chainer_dist.launcher.hostfiles import Host
+    from chainer_dist.launcher.job import Outcome
+    from chainer_dist.launcher.mpi import Mpi
 
 __all__ = ["reachable", "run"]
 

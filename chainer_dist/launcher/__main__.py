@@ -30,10 +30,10 @@ def main() -> int:
         package.__path__ = [str(here.parent)]
         sys.modules["chainer_dist"] = package
     if sys.argv[1:2] == ["rank"]:
-        from chainer_dist.launch import rank
+        from chainer_dist.launcher import rank
 
         return rank.main(sys.argv[2:])
-    from chainer_dist.launch import cli
+    from chainer_dist.launcher import cli
 
     return cli.main()
 

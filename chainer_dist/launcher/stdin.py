@@ -12,7 +12,7 @@ import sys
 import threading
 from typing import TYPE_CHECKING
 
-from chainer_dist.launch import wire
+from chainer_dist.launcher import wire
 
 if TYPE_CHECKING:
     import asyncio

@@ -16,12 +16,12 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from chainer_dist.launch.errors import LaunchError
+from chainer_dist.launcher.errors import LaunchError
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping, Sequence
 
-    from chainer_dist.launch.hostfiles import Host
+    from chainer_dist.launcher.hostfiles import Host
 
 __all__ = ["Mpi", "command", "environment", "find", "is_here", "name_of", "rank_of"]
 
@@ -173,7 +173,7 @@ def command(mpi: Mpi, n_ranks: int, hosts: Sequence[Host], variables: Sequence[s
     elsewhere = not all(is_here(host.name) for host in hosts)
     places = ",".join(f"{host.name}:{host.slots}" for host in hosts)
     if mpi.family == OPEN_MPI:
-        # Ranks are bound by chainer_dist.launch.rank.
+        # Ranks are bound by chainer_dist.launcher.rank.
         call += ["--bind-to", "none"]
         call += ["--host", places] if elsewhere else ["--host", f"localhost:{n_ranks}"]
         names = {*filter(_EXPORTED.match, os.environ), *variables} if elsewhere else set()
@@ -189,7 +189,7 @@ def command(mpi: Mpi, n_ranks: int, hosts: Sequence[Host], variables: Sequence[s
 def environment(mpi: Mpi, environ: Mapping[str, str]) -> dict[str, str]:
     """Return what ``mpiexec`` wants in its environment beside what is there. Local.
 
-    Ranks are bound to cores by :mod:`~chainer_dist.launch.rank` and not by MPI, several may share a
+    Ranks are bound to cores by :mod:`~chainer_dist.launcher.rank` and not by MPI, several may share a
     core, and the superuser of a container may start them. Variables that are set stay as they are.
     """
     wanted = {"SLURM_CPU_BIND": "none"} if "SLURM_JOB_ID" in environ else {}

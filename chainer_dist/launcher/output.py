@@ -12,7 +12,7 @@ import time
 from collections import deque
 from typing import TYPE_CHECKING
 
-from chainer_dist.launch import wire
+from chainer_dist.launcher import wire
 
 if TYPE_CHECKING:
     from collections.abc import Callable

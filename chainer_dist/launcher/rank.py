@@ -31,7 +31,7 @@ from typing import TYPE_CHECKING, Any
 
 from chainer_dist import _threads
 from chainer_dist._connections import LOOPBACK, introduce
-from chainer_dist.launch import cores, leftovers, mpi, output, processes, wire
+from chainer_dist.launcher import cores, leftovers, mpi, output, processes, wire
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -145,7 +145,7 @@ def connect(where: str, rank: int) -> socket.socket:
     """Return a connection to the launcher, which then knows that this rank is there. Local.
 
     Args:
-        where: What :class:`~chainer_dist.launch.job.Job` has in the environment.
+        where: What :class:`~chainer_dist.launcher.job.Job` has in the environment.
         rank: This rank.
 
     Raises:

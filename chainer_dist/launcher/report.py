@@ -21,7 +21,7 @@ import threadpoolctl
 
 import chainer_dist
 from chainer_dist import _threads, communicators, kernels
-from chainer_dist.launch import mpi
+from chainer_dist.launcher import mpi
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence

@@ -15,14 +15,14 @@ from collections import deque
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from chainer_dist._connections import LOOPBACK, Reception, is_loopback, own_address
-from chainer_dist.launch import mpi, output, wire
-from chainer_dist.launch.errors import LaunchError
+from chainer_dist.launcher import mpi, output, wire
+from chainer_dist.launcher.errors import LaunchError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
-    from chainer_dist.launch.hostfiles import Host
-    from chainer_dist.launch.stdin import Input
+    from chainer_dist.launcher.hostfiles import Host
+    from chainer_dist.launcher.stdin import Input
 
 __all__ = ["Job", "Outcome", "addresses"]
 
