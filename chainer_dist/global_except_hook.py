@@ -30,13 +30,13 @@ import time
 import traceback
 from typing import TYPE_CHECKING, Any
 
+from chainer_dist import _environment
+
 if TYPE_CHECKING:
     from types import ModuleType, TracebackType
 
 __all__ = ["add_hook", "remove_hook"]
 
-VARIABLE = "CHAINER_DIST_ABORT_ON_EXCEPTION"
-CAUSE_FILE = "CHAINER_DIST_CAUSE"  # the monitor of chainer_dist.launcher reads it
 
 # Launchers may drop what they have not read when the job ends; and ranks often fail together, where
 # the first to leave should not silence the one that says why.
@@ -80,7 +80,7 @@ def remove_hook() -> None:
 
 
 def _add_hook_if_enabled() -> None:
-    if os.environ.get(VARIABLE, "1") not in ("0", ""):
+    if os.environ.get(_environment.ABORT_ON_EXCEPTION, "1") not in ("0", ""):
         add_hook()
 
 
@@ -220,7 +220,7 @@ def _tell_cause(**facts: Any) -> None:
     Args:
         facts: ``status`` of this rank, ``exception`` in one line, ``stall`` for which it ends the job.
     """
-    file = os.environ.get(CAUSE_FILE)
+    file = os.environ.get(_environment.CAUSE)
     _cause.update(facts, pid=os.getpid())
     if file:
         with contextlib.suppress(OSError), open(file, "w", encoding="ascii") as told:  # noqa: PTH123 - quick

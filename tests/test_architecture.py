@@ -7,11 +7,13 @@ import importlib
 import importlib.util
 import inspect
 import pkgutil
+import re
 from pathlib import Path
 
 import pytest
 
 import chainer_dist
+from chainer_dist import _environment
 
 ROOT = Path(chainer_dist.__file__).parent
 
@@ -22,6 +24,7 @@ LAYERS = [
         "_arguments",
         "_files",
         "_connections",
+        "_environment",
         "_compat",
         "_startup",
         "_typing",
@@ -126,3 +129,18 @@ def test_everything_public_is_documented():
                     and not member.__doc__
                 ]
     assert not silent
+
+
+def test_environment_variables_are_written_once():
+    """And each of them is known, so that a misspelt one can be told from it."""
+    found = {}
+    for path in sorted(ROOT.rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Constant) and re.fullmatch(
+                "CHAINER_DIST_[A-Z_]+", str(node.value)
+            ):
+                found.setdefault(node.value, set()).add(path.relative_to(ROOT).parts[0])
+    assert set(found) == set(_environment._NAMES)
+    # The start-up file stands alone, and kernels know nothing of the rest of the package.
+    alone = {"_environment.py", "_startup.py", "kernels"}
+    assert {name: where - alone for name, where in found.items() if where - alone} == {}

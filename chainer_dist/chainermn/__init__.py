@@ -18,12 +18,13 @@ import os
 import sys
 from typing import TYPE_CHECKING, Any
 
+from chainer_dist import _environment
+
 if TYPE_CHECKING:
     from types import ModuleType
 
 __all__ = ["MODULES", "NAMES", "replace_chainermn"]
 
-VARIABLE = "CHAINER_DIST_AS_CHAINERMN"
 
 _OURS, _THEIRS = "chainer_dist", "chainermn"
 
@@ -149,15 +150,15 @@ def replace_chainermn() -> None:
             f"ChainerMN itself was imported already, from {getattr(there, '__file__', None)}, so "
             "`import chainermn` cannot mean chainer_dist any more: call "
             "chainer_dist.replace_chainermn() before anything imports chainermn, or start the "
-            f"program with {VARIABLE}=1 in the environment"
+            f"program with {_environment.AS_CHAINERMN}=1 in the environment"
         )
-    os.environ[VARIABLE] = "1"
+    os.environ[_environment.AS_CHAINERMN] = "1"
     if _ChainerMNFinder not in sys.meta_path:
         sys.meta_path.insert(0, _ChainerMNFinder)
 
 
 def _replace_if_asked() -> None:
-    if os.environ.get(VARIABLE, "0") not in ("0", ""):
+    if os.environ.get(_environment.AS_CHAINERMN, "0") not in ("0", ""):
         replace_chainermn()
 
 

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from chainer.training import extension
 
+from chainer_dist import _environment
 from chainer_dist._files import replacing
 from chainer_dist.checkpoints.agreed_trigger import AgreedTrigger
 from chainer_dist.checkpoints.archive import Archive
@@ -39,8 +40,6 @@ if TYPE_CHECKING:
     from chainer_dist.communicators import CommunicatorBase
 
 __all__ = ["Checkpoint"]
-
-PROGRESS_VARIABLE = "CHAINER_DIST_PROGRESS"
 
 
 class Checkpoint(extension.Extension):  # type: ignore[misc]  # Chainer has no types
@@ -482,10 +481,10 @@ def _iteration(value: Any) -> int:
 
 def _tell_progress(iteration: int) -> None:
     """Tell who has started the job how far it has come. Local."""
-    file = os.environ.get(PROGRESS_VARIABLE)
+    file = os.environ.get(_environment.PROGRESS)
     if file:
         try:
             with replacing(Path(file)) as progress:
                 progress.write(str(iteration))
         except OSError as error:
-            warnings.warn(f"{PROGRESS_VARIABLE} cannot be written: {error}", stacklevel=4)
+            warnings.warn(f"{_environment.PROGRESS} cannot be written: {error}", stacklevel=4)

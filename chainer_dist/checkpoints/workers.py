@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from chainer import iterators
 
+from chainer_dist import _environment
 from chainer_dist.checkpoints.preemption import SIGNALS
 from chainer_dist.iterators import DistributedIterator
 from chainer_dist.serialization.target import parts
@@ -29,7 +30,6 @@ if TYPE_CHECKING:
 __all__ = ["shield"]
 
 # In the environment of a fork server: the process that has started it.
-_STARTED_BY = "CHAINER_DIST_FORKSERVER_OF"
 
 
 def shield(target: Any) -> None:
@@ -131,11 +131,11 @@ def _start_helpers() -> None:
         server: Any = multiprocessing.forkserver._forkserver
         if __name__ not in server._preload_modules:
             server.set_forkserver_preload([*server._preload_modules, __name__])
-        os.environ[_STARTED_BY] = str(os.getpid())
+        os.environ[_environment.FORKSERVER_OF] = str(os.getpid())
         try:
             server.ensure_running()
         finally:
-            del os.environ[_STARTED_BY]
+            del os.environ[_environment.FORKSERVER_OF]
 
 
 def _outlive_signals() -> None:
@@ -150,5 +150,5 @@ def _outlive_signals() -> None:
     os.register_at_fork(after_in_child=heed_them_again)
 
 
-if os.environ.pop(_STARTED_BY, None) == str(os.getppid()):
+if os.environ.pop(_environment.FORKSERVER_OF, None) == str(os.getppid()):
     _outlive_signals()

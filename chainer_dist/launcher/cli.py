@@ -13,6 +13,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
+from chainer_dist import _environment
 from chainer_dist._arguments import count, positive, seconds, text
 from chainer_dist._version import __version__
 from chainer_dist.launcher import output, wire
@@ -245,7 +246,7 @@ def _launch(
         return 0
     ignored = [each for each in wire.FORWARDED if signal.getsignal(each) is signal.SIG_IGN]
     if ignored:  # by nohup, or by a shell that starts jobs in the background
-        added[wire.IGNORED] = ",".join(str(int(each)) for each in ignored)
+        added[_environment.IGNORED] = ",".join(str(int(each)) for each in ignored)
     # A job takes them as long as it runs; between two attempts they wait.
     before = signal.pthread_sigmask(signal.SIG_BLOCK, wire.FORWARDED)
     output.start()
@@ -253,9 +254,9 @@ def _launch(
     limit = time.monotonic() + options.timeout
 
     def start(attempt: int, n_ranks: int, hosts: Sequence[Host], seconds: float) -> Outcome:
-        environ = {**added, wire.RESTART: str(attempt)}
+        environ = {**added, _environment.RESTART: str(attempt)}
         return Job(
-            [*mpi.command(found, n_ranks, hosts, [*environ, wire.LAUNCHER]), *monitor],
+            [*mpi.command(found, n_ranks, hosts, [*environ, _environment.LAUNCHER]), *monitor],
             {**os.environ, **environ},
             n_ranks,
             reach=addresses(hosts, options.address),
@@ -348,15 +349,15 @@ def _added_environment(options: argparse.Namespace) -> dict[str, str]:
             options.wrong(f"--env {item!r}: {name or 'this'} is not set here; give NAME=VALUE")
         added[name] = value if equals else os.environ[name]
     if options.no_pin:
-        added[wire.PIN] = "0"
+        added[_environment.PIN] = "0"
     if options.timeline:
-        added[wire.TIMELINE] = str(Path(options.timeline).absolute())
+        added[_environment.TIMELINE] = str(Path(options.timeline).absolute())
     if options.stall_abort == math.inf:
         options.wrong("--stall-abort inf: without the option ranks may wait for ever")
     if options.stall_abort:
-        added[wire.STALL_ABORT] = str(options.stall_abort)
+        added[_environment.STALL_ABORT] = str(options.stall_abort)
     if options.checked:
-        added[wire.CHECKED] = "1"
+        added[_environment.CHECKED] = "1"
     return added
 
 

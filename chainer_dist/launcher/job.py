@@ -14,6 +14,7 @@ import socket
 from collections import deque
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from chainer_dist import _environment
 from chainer_dist._connections import LOOPBACK, Reception, is_loopback, own_address
 from chainer_dist.launcher import mpi, output, wire
 from chainer_dist.launcher.errors import LaunchError
@@ -133,7 +134,7 @@ class Job:
         self._loop.add_reader(self._reception, self._admit)
         self._expire()
         where = ",".join([self._secret.hex(), *(f"{place}/{port}" for place, port in places)])
-        mpiexec = await self._start({**self._environ, wire.LAUNCHER: where})
+        mpiexec = await self._start({**self._environ, _environment.LAUNCHER: where})
         try:
             await self._supervise()
             await self._end_ranks()

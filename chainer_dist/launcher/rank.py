@@ -29,7 +29,7 @@ import traceback
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from chainer_dist import _threads
+from chainer_dist import _environment, _threads
 from chainer_dist._connections import LOOPBACK, introduce
 from chainer_dist.launcher import cores, leftovers, mpi, output, processes, wire
 
@@ -54,7 +54,7 @@ def main(arguments: Sequence[str]) -> int:
         The script's exit status, 128 and the signal's number for one that was killed.
     """
     command = [sys.executable, *arguments]
-    where = os.environ.pop(wire.LAUNCHER, None)
+    where = os.environ.pop(_environment.LAUNCHER, None)
     place = mpi.rank_of(os.environ)
     if place is None:
         return _refuse("mpiexec did not start this process as a rank")
@@ -72,7 +72,7 @@ def main(arguments: Sequence[str]) -> int:
         return _refuse(f"rank {rank} on {socket.gethostname()}: {error}")
     own = launcher.getsockname()[0]
     if own != LOOPBACK:
-        os.environ.setdefault(wire.ADDRESS, own)
+        os.environ.setdefault(_environment.ADDRESS, own)
     return _exit_status(_run_monitored(command, cpus, launcher, has_input=rank == 0))
 
 
@@ -81,15 +81,15 @@ def _run_monitored(
 ) -> int:
     """Run the script under a monitor, wait for that one and return how it ended."""
     signal.pthread_sigmask(signal.SIG_BLOCK, wire.FORWARDED)
-    for number in os.environ.pop(wire.IGNORED, "").split(","):
+    for number in os.environ.pop(_environment.IGNORED, "").split(","):
         if number.isdigit():
             signal.signal(int(number), signal.SIG_IGN)  # so does the script, then
     processes.adopt_orphans()
     started = time.time()
     folder = Path(tempfile.mkdtemp(prefix="chainer-dist-"))
-    progress = Path(os.environ.setdefault(wire.PROGRESS_FILE, str(folder / "progress")))
+    progress = Path(os.environ.setdefault(_environment.PROGRESS, str(folder / "progress")))
     cause = folder / "cause"
-    os.environ[wire.CAUSE_FILE] = str(cause)
+    os.environ[_environment.CAUSE] = str(cause)
     ours, its = socket.socketpair()
     pid = os.fork()
     if pid == 0:
@@ -137,7 +137,7 @@ def share_of_host(local_rank: int, local_size: int) -> list[int] | None:
     if local_size > 1 and not any(name in os.environ for name in _threads.VARIABLES):
         threads = _threads.fair_share(parts, local_rank, _threads._quota())
         os.environ.update(dict.fromkeys(_threads.VARIABLES, str(threads)))
-    bind = os.environ.get(wire.PIN, "1") != "0" and hasattr(os, "sched_setaffinity")
+    bind = os.environ.get(_environment.PIN, "1") != "0" and hasattr(os, "sched_setaffinity")
     return parts[local_rank] if bind else None
 
 

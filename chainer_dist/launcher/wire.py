@@ -35,19 +35,6 @@ IN = b"I"  # bytes of standard input, none at its end
 MORE = b"M"  # how many more bytes of output are wanted, as text
 BYE = b"B"  # leave, with the script's status
 
-# Names and values in the environment.
-LAUNCHER = "CHAINER_DIST_LAUNCHER"  # a secret, and the launcher's addresses and ports
-PIN = "CHAINER_DIST_PIN"  # 0: do not bind ranks to cores
-PROGRESS_FILE = "CHAINER_DIST_PROGRESS"  # where a script writes how far it has come
-RESTART = "CHAINER_DIST_RESTART"  # how often the job has been started again
-IGNORED = "CHAINER_DIST_IGNORED"  # numbers of signals that the launcher was started to ignore
-CAUSE_FILE = "CHAINER_DIST_CAUSE"  # where chainer_dist.global_except_hook says why a script ends
-# What chainer_dist.watch reads: importing it would import Chainer.
-TIMELINE = "CHAINER_DIST_TIMELINE"  # where the ranks write their timeline
-STALL_ABORT = "CHAINER_DIST_STALL_ABORT"  # seconds after which a stall ends the job
-CHECKED = "CHAINER_DIST_CHECKED"  # 1: compare collectives
-ADDRESS = "CHAINER_DIST_ADDRESS"  # at which other hosts reach this one
-
 
 def message(kind: bytes, content: bytes = b"") -> bytes:
     """Return a message as it is sent. Local."""

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from chainer_dist import _environment
 from chainer_dist.scaling import workloads
 
 if TYPE_CHECKING:
@@ -86,7 +87,7 @@ def make_step(
         if chainermn.__name__ != "chainermn":
             raise RuntimeError(
                 "ChainerMN cannot be measured while `import chainermn` means chainer_dist: unset "
-                "CHAINER_DIST_AS_CHAINERMN"
+                f"{_environment.AS_CHAINERMN}"
             )
         optimizer = chainermn.create_multi_node_optimizer(
             optimizer, chainermn.create_communicator("naive")

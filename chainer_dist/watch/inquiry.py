@@ -22,6 +22,7 @@ import traceback
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from chainer_dist import _environment
 from chainer_dist._connections import (
     LOOPBACK,
     Reception,
@@ -31,7 +32,6 @@ from chainer_dist._connections import (
     own_address,
     receive,
 )
-from chainer_dist.watch.settings import ADDRESS
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -324,7 +324,7 @@ def _address_towards(others: Sequence[str]) -> str:
     Raises:
         OSError: If there is none.
     """
-    given = os.environ.get(ADDRESS)
+    given = os.environ.get(_environment.ADDRESS)
     if given:
         return given
     own = own_hosts()
@@ -335,7 +335,9 @@ def _address_towards(others: Sequence[str]) -> str:
             address = own_address(other)
             if address and not is_loopback(address):
                 return address
-    raise OSError(f"no address of this host is known that others reach it at; set {ADDRESS}")
+    raise OSError(
+        f"no address of this host is known that others reach it at; set {_environment.ADDRESS}"
+    )
 
 
 def _namespace() -> str:

@@ -6,11 +6,7 @@ import math
 import os
 from typing import NamedTuple
 
-WARN = "CHAINER_DIST_STALL_WARN"
-ABORT = "CHAINER_DIST_STALL_ABORT"
-CHECKED = "CHAINER_DIST_CHECKED"
-TIMELINE = "CHAINER_DIST_TIMELINE"
-ADDRESS = "CHAINER_DIST_ADDRESS"  # of this host, for ranks on others; chainer-dist run sets it
+from chainer_dist import _environment
 
 _WARN_SECONDS = 60.0
 
@@ -43,10 +39,10 @@ def from_environment() -> Settings:
         ValueError: If a variable has no value that it can have, naming it.
     """
     return Settings(
-        warn=_seconds(WARN, _WARN_SECONDS),
-        abort=_seconds(ABORT, None),
-        checked=_switch(CHECKED),
-        timeline=os.environ.get(TIMELINE) or None,
+        warn=_seconds(_environment.STALL_WARN, _WARN_SECONDS),
+        abort=_seconds(_environment.STALL_ABORT, None),
+        checked=_switch(_environment.CHECKED),
+        timeline=os.environ.get(_environment.TIMELINE) or None,
     )
 
 

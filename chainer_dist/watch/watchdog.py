@@ -17,16 +17,17 @@ import weakref
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
+from chainer_dist import _environment
 from chainer_dist.collectives import operation
 from chainer_dist.global_except_hook import SECONDS_TO_SPEAK, _tell_cause
 from chainer_dist.watch import inquiry, report
-from chainer_dist.watch.settings import ABORT, Settings
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from chainer_dist.collectives.operation import Operation
     from chainer_dist.communicators import CommunicatorBase
+    from chainer_dist.watch.settings import Settings
 
 _LONGEST_PERIOD = 5.0  # seconds between two looks
 _LOOKS = 8  # in the time of the shortest limit
@@ -180,7 +181,7 @@ class Watchdog:
         text += "  as reported before\n" if self._reported.get(key) == reported else body
         self._reported[key] = head, body
         if ends:
-            stall = f"stalled for {abort:g} s ({ABORT}): {head}"
+            stall = f"stalled for {abort:g} s ({_environment.STALL_ABORT}): {head}"
             text += f"chainer_dist: ending the job, {stall}\n"
             _tell_cause(status=1, stall=stall)
         _say(text)
