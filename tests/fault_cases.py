@@ -178,11 +178,14 @@ def results(ended):
 
 @contextlib.contextmanager
 def nothing_left(folder):
-    """Make sure that there are no new segments of shared memory, and no temporary files."""
+    """Make sure that there are no new segments of shared memory, and no temporary files.
+
+    Segments that a process still maps belong to other jobs: this one has no process any more.
+    """
     before = shared_memory()
     yield
     deadline = time.monotonic() + SECONDS_TO_VANISH
-    while left := [*shared_memory() - before, *temporary_files(folder)]:
+    while left := [*shared_memory() - before - mapped(), *temporary_files(folder)]:
         assert time.monotonic() < deadline, left
         time.sleep(0.1)
 
@@ -194,6 +197,17 @@ def temporary_files(folder):
     """
     others = ("pymp-", "ompi.")
     return [path for path in (folder / "temporary").iterdir() if not path.name.startswith(others)]
+
+
+def mapped():
+    """Return names of the shared memory that processes of this machine map."""
+    found = set()
+    for maps in Path("/proc").glob("[0-9]*/maps"):
+        with contextlib.suppress(OSError):
+            found |= set(
+                re.findall(rf"{leftovers.SHARED_MEMORY}/(\S+)", maps.read_text(errors="replace"))
+            )
+    return found
 
 
 def shared_memory():

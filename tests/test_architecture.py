@@ -25,6 +25,7 @@ LAYERS = [
         "_files",
         "_connections",
         "_environment",
+        "_progress",
         "_compat",
         "_startup",
         "_typing",

@@ -5,16 +5,17 @@ from __future__ import annotations
 import re
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from chainer_dist.launcher.allocations import allocation
 from chainer_dist.launcher.errors import LaunchError
 from chainer_dist.launcher.hostfiles import (
     Host,
-    allocation,
     expand,
     n_slots,
     parse_hostfile,
@@ -273,3 +274,49 @@ def test_job_scripts(script):
     text = file.read_text()
     assert "chainer-dist run --max-restarts 3 scripts/train_digits.py" in text
     assert (ROOT / "scripts" / "train_digits.py").exists()
+
+
+def test_hosts_of_lsf():
+    """A list of hosts, each followed by its slots; several queues may name a host twice."""
+    environ = {"LSB_MCPU_HOSTS": "n1 2 n2 4 n1 1"}
+    assert allocation(environ) == ("LSF", [Host("n1", 3), Host("n2", 4)])
+    for wrong in ("", "n1", "n1 2 n2", "n1 x", "n1 0", "-x 2"):
+        with pytest.raises(LaunchError, match=r"^LSB_MCPU_HOSTS is"):
+            allocation({"LSB_MCPU_HOSTS": wrong})
+
+
+FLUX = '{"version": 1, "execution": {"R_lite": %s, "nodelist": ["n[01-02]", "big"]}}'
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="the command is a script")
+def test_hosts_of_flux(tmp_path):
+    """Its command is asked; hosts may differ, and one whose broker has no cores is left out."""
+    command = tmp_path / "flux"
+
+    def answer(text, status=0):
+        command.write_text(
+            f"#!/bin/sh\ntest \"$*\" = 'resource R' || exit 9\necho '{text}'\nexit {status}\n"
+        )
+        command.chmod(0o755)
+        return allocation({"FLUX_URI": "local:///x", "PATH": f"{tmp_path}:/bin:/usr/bin"})
+
+    lite = (
+        '[{"rank": "0-1", "children": {"core": "0-3,7"}}, {"rank": "2", "children": {"core": "0"}}]'
+    )
+    assert answer(FLUX % lite) == ("Flux", [Host("n01", 5), Host("n02", 5), Host("big", 1)])
+    lite = '[{"rank": "1", "children": {"core": "0-1"}}]'
+    assert answer(FLUX % lite) == ("Flux", [Host("n02", 2)])
+    for wrong in (
+        "",
+        "{}",
+        "[]",
+        FLUX % "[{}]",
+        FLUX % '[{"rank": "0-99999999", "children": {"core": "0"}}]',
+    ):
+        with pytest.raises(LaunchError, match="flux resource R prints what is no resource set"):
+            answer(wrong)
+    with pytest.raises(LaunchError, match="flux resource R: status 3"):
+        answer("{}", 3)
+    command.unlink()
+    with pytest.raises(LaunchError, match="no command flux on PATH"):
+        allocation({"FLUX_URI": "local:///x", "PATH": str(tmp_path)})

@@ -18,7 +18,7 @@ from pathlib import Path
 import pytest
 
 import mpi_job
-from chainer_dist.launcher import cli, leftovers
+from chainer_dist.launcher import cli, cores, leftovers, options, output
 from chainer_dist.launcher import job as job_module
 from chainer_dist.watch import settings
 from launcher import LAUNCHER, MARK, Launched, launch, run, write
@@ -98,6 +98,8 @@ sys.stdout.write("no end")
     for text, remainder in ((job.stdout, 0), (job.stderr, 1)):
         seen = {(rank, i) for rank in range(3) for i in range(remainder, 2000, 2)}
         for line in text.splitlines():
+            if line.startswith("chainer-dist: warning: 3 ranks share"):
+                continue  # a machine of two cores
             match = re.fullmatch(r"\[(\d)\] (?:(\d) (\d+) (x*) (\d)|no end)", line)
             assert match, line
             if match[2]:
@@ -512,16 +514,22 @@ LINES = [
     (["--hosts", "x.py"], ["-m", "mod"], ["-m", "mod"]),
     ([], ["-mmod"], ["-m", "mod"]),
     (["--no-prefix"], ["--", "-m", "mod"], ["-m", "mod"]),
+    (["-np", "2", "-N", "2", "-H", "a:2"], ["x.py"], ["x.py"]),
+    (["-N2", "-Ha:2", "--nproc-per-node=2", "--only-rank", "0"], ["x.py"], ["x.py"]),
+    (["--log-dir", "-", "--ssh-port", "22", "--verbose"], ["x.py"], ["x.py"]),
 ]
 
 
-@pytest.mark.parametrize("options", LINES, ids=[str(n) for n in range(len(LINES))])
+@pytest.mark.parametrize("line", LINES, ids=[str(n) for n in range(len(LINES))])
 @pytest.mark.parametrize("words", WORDS, ids=[str(n) for n in range(len(WORDS))])
-def test_options_of_the_script(options, words):
+def test_options_of_the_script(line, words):
     """What is behind its name is the script's, however it is called and whatever the launcher has itself."""
-    ours, script, wanted = options
-    _, run = cli._parser()
-    assert cli._divide(["run", *ours, *script, *words], run) == (["run", *ours], [*wanted, *words])
+    ours, script, wanted = line
+    _, run = options.make_parser({})
+    assert options.divide(["run", *ours, *script, *words], run) == (
+        ["run", *ours],
+        [*wanted, *words],
+    )
 
 
 def test_a_script_with_the_name_of_an_option(tmp_path):
@@ -549,10 +557,10 @@ WRONG_CALLS = [
     (["run", "--hostfile", "nosuch", __file__], "hostfile nosuch: No such file"),
     (["run", "--env", "NO_SUCH_NAME", __file__], "give NAME=VALUE"),
     (["run", "--hosts", ",", __file__], "hosts ',': '' is no host"),
-    (["run", "--hosts", "", __file__], "argument --hosts: there is nothing in it"),
+    (["run", "--hosts", "", __file__], "argument -H/--hosts/--host: there is nothing in it"),
     (["run", "--hosts", f"a:{HUGE}", __file__], "hosts 'a:9999"),
     (["run", "--hosts", f"a[1-{HUGE}]", __file__], "hosts 'a[1-9999"),
-    (["run", "-n", HUGE, __file__], "argument -n: '9999"),
+    (["run", "-n", HUGE, __file__], "argument -n/-np: '9999"),
     (["run", "-n", "99999999999", __file__], "99999999999 ranks are more than 1,000,000"),
     (["run", "-n", "٣", __file__], "'٣' is no number from 1 up"),
     (["run", "--hosts", "a\n\x1b[2Jb", __file__], r"'a\n\x1b[2Jb'"),
@@ -567,14 +575,34 @@ WRONG_CALLS = [
     (["run", "--env", "", __file__], "--env ''"),
     (["run", "--env", "\n", __file__], r"--env '\n'"),
     (["run", "--tim", "3", __file__], "unrecognized arguments: --tim"),
-    (["run", "--host", "a", __file__], "unrecognized arguments: --host"),
-    (["run", "python", "x.py"], "the launcher calls Python itself"),
-    (["run", sys.executable, "x.py"], "is a program, and no Python script"),
+    (["run", "--hots", "a", __file__], "unrecognized arguments: --hots; did you mean --hosts?"),
+    (["run", "--nproc_per_node", "2", __file__], "did you mean --nproc-per-node?"),
+    (["run", "--num_processes=2", __file__], "did you mean -n?"),
+    (["run", "-f", "hosts", __file__], "did you mean --hostfile?"),
+    (["run", "--bind-to", "core", __file__], "it is not needed: ranks are bound to cores"),
+    (["run", "--zzz", __file__], "unrecognized arguments: --zzz; see"),
+    (["run", "--hosts", ",", __file__], "hosts ',': "),
+    (["run", "--hosts", "a:1", "--hostfile", "b", __file__], "not allowed with argument"),
+    (
+        ["run", "--hosts", "a:2,b:2", "-N", "3", "-n", "7", __file__],
+        "7 ranks do not fit: -N 3 makes 6",
+    ),
+    (["run", "-N", "0", __file__], "argument -N/--nproc-per-node: '0' is no number from 1 up"),
+    (["run", "--only-rank", "1,x", __file__], "argument --only-rank: 'x' is no number from 0 up"),
+    (["run", "--ssh-port", "70000", __file__], "70000 is no port"),
+    (["run", "--ssh-identity", "/no/key", __file__], "there is no file '/no/key'"),
+    (["run", "--log-dir", "/dev/null/logs", __file__], "--log-dir /dev/null/logs: Not a directory"),
+    (["run", "--timeline", "/no/such/trace.json", __file__], "there is no folder /no/such"),
+    (["run", "python", "x.py", "-n", "3"], "did you mean chainer-dist run x.py -n 3?"),
+    (["run", sys.executable, "x.py"], "no Python script; did you mean chainer-dist run x.py?"),
     (["run", "nul\0"], "script 'nul"),
-    (["run", "-n"], "argument -n: expected one argument"),
+    (["run", "-n"], "argument -n/-np: expected one argument"),
     (["info", "--js"], "unrecognized arguments: --js"),
     (["info", "x.py"], "unrecognized arguments: x.py"),
-    (["start"], "invalid choice: 'start'"),
+    (["start"], "invalid choice: 'start'; choose from run, info, scale, predict"),
+    (["rnu", "x.py"], "invalid choice: 'rnu'; did you mean chainer-dist run?"),
+    (["train.py", "--epoch", "3"], "did you mean chainer-dist run train.py --epoch 3?"),
+    (["-n", "2", "x.py"], "did you mean chainer-dist run -n 2 x.py?"),
     ([], "are required: run | info"),
 ]
 
@@ -610,6 +638,46 @@ def test_more_ranks_than_max_slots(tmp_path, capsys):
         cli.main(["run", "--hostfile", str(file), "-n", "3", __file__])
     assert left.value.code == 2
     assert "more than the max_slots" in capsys.readouterr().err
+
+
+def test_more_ranks_than_cores(capfd):
+    """Are started, with a warning; not more slots than cores, as on hosts that are not here."""
+
+    def said():
+        output.finish(10)  # of an earlier job in this process
+        return capfd.readouterr().err
+
+    n_cores = len(cores.physical_cores())
+    assert cli.main(["run", "--dry-run", "-np", str(n_cores + 1), __file__]) == 0
+    assert f"warning: {n_cores + 1} ranks share the {n_cores} cores" in said()
+    assert cli.main(["run", "--dry-run", "-n", "3", "--hosts", "a:1,b:1", __file__]) == 0
+    assert "warning: 3 ranks share the 2 slots of the hosts" in said()
+    for enough in (["-n", str(n_cores)], ["-H", "a:8,b:8"]):
+        assert cli.main(["run", "--dry-run", *enough, __file__]) == 0
+        assert "warning" not in said()
+
+
+def test_ranks_a_host(capfd):
+    """Their number times that of the hosts, whatever slots these have; or as many as -n says."""
+    for more, n_ranks in (([], 6), (["-n", "5"], 5)):
+        words = ["run", "--dry-run", "-N", "3", *more, "--host", "a:8,b", __file__]
+        assert cli.main(words) == 0
+        command = shlex.split(capfd.readouterr().out)
+        assert command[command.index("-n") + 1] == str(n_ranks)
+        assert "a:3,b:3" in command
+    assert cli.main(["run", "--dry-run", "--nproc-per-node", "1", __file__]) == 0
+    assert " -n 1 " in capfd.readouterr().out
+
+
+def test_what_it_does_is_said_when_asked_for(tmp_path):
+    """The MPI, and the command; and what a misspelt variable may have meant is said in any case."""
+    script = write(tmp_path, "")
+    job = launch("run", "-n", 2, "--verbose", script, env={"CHAINER_DIST_STALL_ABROT": "9"})
+    assert job.status == 0
+    assert re.search(r"chainer-dist: (MPICH|Open MPI|Intel MPI) \d", job.stderr)
+    assert re.search(rf"chainer-dist: running \S+mpiexec.* {script}\n", job.stderr)
+    hint = "CHAINER_DIST_STALL_ABROT has no meaning; did you mean CHAINER_DIST_STALL_ABORT?"
+    assert job.stderr.count(hint) == 1
 
 
 def test_slots_are_the_number_of_ranks(tmp_path):

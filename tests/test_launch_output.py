@@ -48,6 +48,9 @@ def test_a_reader_that_stops_between_two_attempts(tmp_path):
     code = f"""
 attempt = int(os.environ["CHAINER_DIST_RESTART"])
 for n in range(2000): print({LINE!r})
+printed = {str(tmp_path / "printed")!r}
+if rank == 0: open(printed, "w").close()
+while not os.path.exists(printed): time.sleep(0.01)  # the failure of rank 1 ends rank 0
 if attempt == 0: sys.exit(rank * 3)
 if rank == 0: open({str(done)!r}, "w").write("done")
 """
@@ -89,7 +92,6 @@ def test_output_that_goes_nowhere(tmp_path, stream, how):
     """The job goes on; a full disk is reported."""
     code = f"""
 print("printed"); print("printed", file=sys.stderr)
-import os, time
 open({str(tmp_path)!r} + f"/{{rank}}", "w").close()
 while not os.path.exists({str(tmp_path)!r} + "/0"):  # the failure of rank 1 ends rank 0
     time.sleep(0.01)

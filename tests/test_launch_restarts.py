@@ -138,7 +138,10 @@ def two_hosts(tmp_path):
         pytest.skip("this user may not rename hosts")
     shell = tmp_path / "ssh"
     shell.write_text(f"""#!/bin/sh
-while [ "${{1#-}}" != "$1" ]; do shift; done
+while [ "${{1#-}}" != "$1" ]; do
+    case $1 in -p|-i) echo "$1 $2" >> {tmp_path}/options; shift;; esac
+    shift
+done
 host=$1; shift
 [ ! -e {tmp_path}/$host.gone ] || {{ echo "ssh: no route to $host" >&2; exit 255; }}
 exec {RENAME.format("$host", "$*")}
@@ -167,6 +170,18 @@ def test_several_hosts(tmp_path, two_hosts):
     assert job.status == 6, job
     assert sorted(job.stdout.splitlines()) == ["[0] nodea x y", "[1] nodea x y", "[2] nodeb x y"]
     assert job.reason == "chainer-dist: rank 2 on nodeb failed first: exit status 6"
+
+
+@jobs
+def test_port_and_key_of_ssh(tmp_path, two_hosts):
+    """Mpiexec hands them to ssh, beside what the environment has."""
+    key = tmp_path / "key"
+    key.touch()
+    options = ["--ssh-port", 2222, "--ssh-identity", key]
+    settings = {**two_hosts, "HYDRA_LAUNCHER_EXTRA_ARGS": "-q", "PRTE_MCA_plm_ssh_args": "-q"}
+    job = launch("run", *HOSTS, *options, write(tmp_path, "print(rank)"), env=settings)
+    assert job.status == 0, job
+    assert (tmp_path / "options").read_text().splitlines()[:2] == ["-p 2222", f"-i {key}"]
 
 
 @jobs

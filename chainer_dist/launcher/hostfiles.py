@@ -1,11 +1,12 @@
 """On which hosts a job runs, and how many ranks each takes.
 
 Hosts come from the command line, from a file in the format of MPICH or of Open MPI, or from the
-scheduler: Slurm and PBS tell the processes of a job which hosts are theirs.
+scheduler: see :mod:`~chainer_dist.launcher.allocations`.
 """
 
 from __future__ import annotations
 
+import math
 import re
 from argparse import ArgumentTypeError
 from pathlib import Path
@@ -15,12 +16,12 @@ from chainer_dist._arguments import positive
 from chainer_dist.launcher.errors import LaunchError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Mapping
+    from collections.abc import Iterable, Iterator
 
 __all__ = [
     "Host",
-    "allocation",
     "expand",
+    "most_slots",
     "n_slots",
     "parse_hostfile",
     "parse_hosts",
@@ -30,7 +31,6 @@ __all__ = [
 _NAME = re.compile(r"\w[\w.-]*", re.ASCII)
 _SETTING = re.compile(r"([\w-]+)\s*=\s*(\S+)")
 _RANGE = re.compile(r"(\d{1,18})(?:-(\d{1,18}))?", re.ASCII)
-_REPEATED = re.compile(r"(\d{1,18})(?:\(x(\d{1,18})\))?", re.ASCII)
 # A slip such as node[1-10000000000] should not fill the memory, nor a device that is named as a hostfile.
 MAX_HOSTS = 100_000
 MAX_RANKS = 1_000_000
@@ -54,6 +54,11 @@ class Host(NamedTuple):
 def n_slots(hosts: Iterable[Host]) -> int:
     """Return how many ranks the hosts take together. Local."""
     return sum(host.slots for host in hosts)
+
+
+def most_slots(hosts: Iterable[Host]) -> float:
+    """Return how many ranks the hosts take at most, infinity if one of them takes any number. Local."""
+    return sum(math.inf if host.max_slots is None else host.max_slots for host in hosts)
 
 
 def parse_hostfile(text: str, source: str) -> list[Host]:
@@ -120,32 +125,18 @@ def expand(nodelist: str) -> list[str]:
     return names
 
 
-def allocation(environ: Mapping[str, str]) -> tuple[str, list[Host]] | None:
-    """Return the hosts that a scheduler has given to this job. Local.
+def read_hostfile(file: str, variable: str = "") -> list[Host]:
+    """Read the hostfile of that name; see :func:`parse_hostfile`. Local.
 
     Args:
-        environ: The environment of the process.
-
-    Returns:
-        The name of the scheduler, "Slurm" or "PBS", and the hosts; None outside of a job.
-
-    Raises:
-        LaunchError: If what the scheduler says cannot be read.
-    """
-    if "SLURM_JOB_NODELIST" in environ:
-        return "Slurm", _from_slurm(environ)
-    if "PBS_NODEFILE" in environ:
-        file = environ["PBS_NODEFILE"]
-        return "PBS", parse_hostfile(_read(file, f"PBS_NODEFILE: {file}"), f"PBS_NODEFILE {file}")
-    return None
-
-
-def read_hostfile(file: str) -> list[Host]:
-    """Read the hostfile of that name; see :func:`parse_hostfile`. Local.
+        file: Its name.
+        variable: The environment variable that has the name, for errors.
 
     Raises:
         LaunchError: If it is not there or cannot be read.
     """
+    if variable:
+        return parse_hostfile(_read(file, f"{variable}: {file}"), f"{variable} {file}")
     return parse_hostfile(_read(file, f"hostfile {file}"), file)
 
 
@@ -246,27 +237,3 @@ def _expand_ranges(ranges: str) -> list[str]:
             raise LaunchError(f"[{ranges}] are more than {MAX_HOSTS:,} hosts")
         numbers += [str(n).zfill(len(first)) for n in range(int(first), int(last) + 1)]
     return numbers
-
-
-def _from_slurm(environ: Mapping[str, str]) -> list[Host]:
-    try:
-        names = expand(environ["SLURM_JOB_NODELIST"])
-    except LaunchError as error:
-        raise LaunchError(f"SLURM_JOB_NODELIST: {error}") from None
-    tasks = environ.get("SLURM_TASKS_PER_NODE", f"1(x{len(names)})")
-    counts: list[int] = []
-    for item in tasks.split(","):
-        match = _REPEATED.fullmatch(item.strip())
-        if (
-            not match
-            or not 1 <= int(match[1]) <= MAX_RANKS
-            or len(counts) + int(match[2] or 1) > MAX_HOSTS
-        ):
-            raise LaunchError(f"SLURM_TASKS_PER_NODE is {tasks!r}, expected a list such as 2(x3),1")
-        counts += [int(match[1])] * int(match[2] or 1)
-    if len(counts) != len(names):
-        raise LaunchError(
-            f"SLURM_TASKS_PER_NODE={tasks} is for {len(counts)} hosts, "
-            f"SLURM_JOB_NODELIST={environ['SLURM_JOB_NODELIST']} has {len(names)}"
-        )
-    return [Host(name, slots) for name, slots in zip(names, counts)]

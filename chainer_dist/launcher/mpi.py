@@ -23,7 +23,16 @@ if TYPE_CHECKING:
 
     from chainer_dist.launcher.hostfiles import Host
 
-__all__ = ["Mpi", "command", "environment", "find", "is_here", "name_of", "rank_of"]
+__all__ = [
+    "Mpi",
+    "command",
+    "environment",
+    "find",
+    "is_here",
+    "name_of",
+    "rank_of",
+    "ssh_environment",
+]
 
 MPICH, OPEN_MPI, INTEL = "MPICH", "Open MPI", "Intel MPI"
 
@@ -42,6 +51,12 @@ _NAMES = {
     MPICH: ("mpiexec", "mpiexec.mpich", "mpiexec.hydra"),
     INTEL: ("mpiexec", "mpiexec.hydra"),
     OPEN_MPI: ("mpiexec", "mpiexec.openmpi"),
+}
+# In which arguments for ssh are passed on; Open MPI 5 has another one than Open MPI 4.
+_SSH_VARIABLES = {
+    MPICH: ("HYDRA_LAUNCHER_EXTRA_ARGS",),
+    INTEL: ("I_MPI_HYDRA_BOOTSTRAP_EXEC_EXTRA_ARGS",),
+    OPEN_MPI: ("PRTE_MCA_plm_ssh_args", "OMPI_MCA_plm_rsh_args"),
 }
 # In the environment of a rank: its number, how many there are, and the same on its host.
 _RANK_VARIABLES = (
@@ -202,6 +217,22 @@ def environment(mpi: Mpi, environ: Mapping[str, str]) -> dict[str, str]:
             wanted["OMPI_ALLOW_RUN_AS_ROOT"] = "1"
             wanted["OMPI_ALLOW_RUN_AS_ROOT_CONFIRM"] = "1"
     return {name: value for name, value in wanted.items() if name not in environ}
+
+
+def ssh_environment(
+    mpi: Mpi, environ: Mapping[str, str], port: int | None, identity: str | None
+) -> dict[str, str]:
+    """Return what makes ``mpiexec`` call ssh with a port and a private key. Local.
+
+    Args:
+        mpi: What :func:`find` returns.
+        environ: The environment, whose own arguments for ssh are kept.
+        port: Port of ssh on the other hosts; None for ssh's own.
+        identity: Path of a private key, without white space; None for ssh's own.
+    """
+    words = [*(["-p", str(port)] if port else []), *(["-i", identity] if identity else [])]
+    names = _SSH_VARIABLES[mpi.family]
+    return {name: " ".join(filter(None, [environ.get(name), *words])) for name in names}
 
 
 def is_here(host: str) -> bool:

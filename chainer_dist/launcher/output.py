@@ -10,6 +10,7 @@ import sys
 import threading
 import time
 from collections import deque
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from chainer_dist.launcher import wire
@@ -17,11 +18,23 @@ from chainer_dist.launcher import wire
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-__all__ = ["LastWords", "Lines", "finish", "listen", "one_line", "say", "start", "write"]
+__all__ = [
+    "LastWords",
+    "Lines",
+    "finish",
+    "is_terminal",
+    "keep",
+    "listen",
+    "one_line",
+    "say",
+    "start",
+    "write",
+]
 
 MAX_LINE = 1 << 16  # bytes; a longer line is printed in parts
 MOST_WAITING = 1 << 20  # bytes to be written, and no more are asked for
 MAX_WORDS = 600  # characters of a line of the launcher's own
+_N_LAST_LINES = 50  # of a rank's standard error, about a traceback
 
 _LINE = re.compile(rb"[^\n]*\n")
 # These have no traceback of their own.
@@ -67,15 +80,18 @@ class LastWords:
     Attributes:
         exception: Last line of the last traceback, or "".
         aborts: Statuses with which MPICH says that the rank called MPI_Abort.
+        lines: The last lines themselves.
     """
 
     def __init__(self) -> None:
         self.exception = ""
         self.aborts: set[int] = set()
+        self.lines: deque[bytes] = deque(maxlen=_N_LAST_LINES)
         self._in_traceback = False
 
     def add(self, line: bytes) -> None:
         """Look at a line."""
+        self.lines.append(line)
         text = line.decode(errors="replace").rstrip()
         if text.startswith("Traceback (most recent call last):"):
             self._in_traceback = True
@@ -90,17 +106,17 @@ class LastWords:
 
 
 class _Writer:
-    """Writes to a file descriptor in a thread of its own: who reads there may stop for a while, or for ever.
+    """Writes in a thread of its own: who reads there may stop for a while, or for ever.
 
-    The descriptor may be shared with other programs, so that it stays one whose writes wait.
+    Args:
+        name: Of what is written, for errors.
     """
 
-    def __init__(self, descriptor: int, name: str) -> None:
+    def __init__(self, name: str) -> None:
         self.name = name
         self.has_no_reader = False
         self._has_lost = False  # whether something could not be written
-        self._descriptor = descriptor
-        self._waiting: deque[bytes] = deque()
+        self._waiting: deque[tuple[int | Path, bytes]] = deque()
         self._n_bytes = 0  # that are not written yet
         self._changed = threading.Condition()
         threading.Thread(target=self._run, daemon=True).start()
@@ -109,9 +125,10 @@ class _Writer:
     def is_full(self) -> bool:
         return self._n_bytes > MOST_WAITING
 
-    def write(self, output: bytes) -> None:
+    def write(self, target: int | Path, output: bytes) -> None:
+        """Have something written to a file descriptor, or appended to a file."""
         with self._changed:
-            self._waiting.append(output)
+            self._waiting.append((target, output))
             self._n_bytes += len(output)
             self._changed.notify_all()
 
@@ -126,37 +143,46 @@ class _Writer:
         while True:
             with self._changed:
                 self._changed.wait_for(lambda: self._waiting)
-                output = b"".join(self._waiting)
+                waiting = [*self._waiting]
                 self._waiting.clear()
-            try:
-                self._write(output)
-            finally:
-                with self._changed:
-                    self._n_bytes -= len(output)
-                    self._changed.notify_all()
+            targets: dict[int | Path, list[bytes]] = {}
+            for target, output in waiting:
+                targets.setdefault(target, []).append(output)
+            for target, outputs in targets.items():
+                output = b"".join(outputs)
+                try:
+                    self._write(target, output)
+                except OSError as error:  # a full disk may have room again later
+                    if not self._has_lost:
+                        self._has_lost = True
+                        say(
+                            f"{self.name} cannot be written ({error.strerror}); what the ranks print is lost"
+                        )
+                finally:
+                    with self._changed:
+                        self._n_bytes -= len(output)
+                        self._changed.notify_all()
             _tell_listener()
 
-    def _write(self, output: bytes) -> None:
+    def _write(self, target: int | Path, output: bytes) -> None:
+        if isinstance(target, Path):
+            with target.open("ab") as file:
+                file.write(output)
+            return
+        # The descriptor may be shared with other programs, so that it stays one whose writes wait.
         left = memoryview(output)
         while left and not self.has_no_reader:
-            select.select(
-                [], [self._descriptor], []
-            )  # another program may have made it non-blocking
+            select.select([], [target], [])  # another program may have made it non-blocking
             try:
-                left = left[os.write(self._descriptor, left[: wire.CHUNK]) :]
+                left = left[os.write(target, left[: wire.CHUNK]) :]
             except BlockingIOError:
                 pass
             except BrokenPipeError:
                 self.has_no_reader = True
-            except OSError as error:  # a full disk may have room again later
-                if not self._has_lost:
-                    self._has_lost = True
-                    say(
-                        f"{self.name} cannot be written ({error.strerror}); what the ranks print is lost"
-                    )
-                return
 
 
+_DESCRIPTORS = {wire.OUT: 1, wire.ERR: 2}
+_FILES = b""  # the key of the writer of files
 _writers: dict[bytes, _Writer] = {}
 _listener: Callable[[], object] | None = None
 
@@ -164,10 +190,10 @@ _listener: Callable[[], object] | None = None
 def start() -> None:
     """From now on let threads write, so that this one never waits for a reader. Local."""
     if not _writers:
-        out = _Writer(1, "standard output")
+        out = _Writer("standard output")
         # Where both are one, lines stay in order.
         _writers[wire.OUT] = out
-        _writers[wire.ERR] = out if os.path.sameopenfile(1, 2) else _Writer(2, "standard error")
+        _writers[wire.ERR] = out if os.path.sameopenfile(1, 2) else _Writer("standard error")
 
 
 def listen(listener: Callable[[], object] | None) -> None:
@@ -205,7 +231,22 @@ def write(kind: bytes, output: bytes) -> None:
 
     To be called after :func:`start`. It waits for nobody, and raises nothing where nothing can be written.
     """
-    _writers[kind].write(output)
+    _writers[kind].write(_DESCRIPTORS[kind], output)
+
+
+def keep(path: Path, output: bytes) -> None:
+    """Append to a file what a rank has printed. Local.
+
+    As :func:`write` it is to be called after :func:`start`, waits for nothing and raises nothing.
+    """
+    if _FILES not in _writers:
+        _writers[_FILES] = _Writer(f"the files in {path.parent}")
+    _writers[_FILES].write(path, output)
+
+
+def is_terminal(kind: bytes) -> bool:
+    """Return whether standard output, or error, of this process is a terminal. Local."""
+    return os.isatty(_DESCRIPTORS[kind])
 
 
 def open_closed_streams() -> None:

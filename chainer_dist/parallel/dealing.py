@@ -164,19 +164,6 @@ def check_on_error(on_error: str) -> None:
         raise ValueError(f"on_error is {on_error!r}, expected 'raise' or 'return'")
 
 
-def load_tqdm() -> Any:
-    """Return tqdm's progress bar. Local.
-
-    Raises:
-        ImportError: If tqdm is not installed.
-    """
-    try:
-        import tqdm
-    except ImportError as error:
-        raise ImportError("progress=True needs tqdm: pip install tqdm, or leave it out") from error
-    return tqdm.tqdm
-
-
 class Dealer:
     """Rank 0's side.
 

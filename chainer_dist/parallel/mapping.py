@@ -6,6 +6,7 @@ import itertools
 from collections.abc import Sized
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from chainer_dist import _progress
 from chainer_dist.errors import FailedItem
 from chainer_dist.iterators.distributed_iterator import _integer
 from chainer_dist.parallel import dealing
@@ -99,7 +100,7 @@ def pmap(
         if comm.rank == 0:
             iter(items)  # type: ignore[arg-type]  # raises what is wrong with it
             if progress:
-                dealing.load_tqdm()
+                _progress.load_tqdm()
         return [
             ("chunksize", str(size)),
             ("ordered", str(bool(ordered))),
@@ -122,7 +123,7 @@ def pmap(
             work,
             ordered=ordered,
             ahead=n_ahead,
-            bar=dealing.load_tqdm()(total=total, unit="item") if progress else None,
+            bar=_progress.bar(total=total, unit="item") if progress else None,
         )
 
     raises = on_error == "raise"

@@ -15,6 +15,7 @@ import chainer
 import numpy as np
 from chainer.dataset import convert
 
+from chainer_dist import _progress
 from chainer_dist._files import replacing
 from chainer_dist.collectives.agreement import (
     agree,
@@ -132,7 +133,7 @@ def predict(
         prediction.prepare()
         if comm.rank == 0:
             if progress:
-                dealing.load_tqdm()
+                _progress.load_tqdm()
             if folder is not None:
                 _make_empty(folder)
         return [
@@ -163,7 +164,7 @@ def predict(
             work,
             ordered=True,
             ahead=_AHEAD * comm.size,
-            bar=dealing.load_tqdm()(total=prediction.length, unit="sample") if progress else None,
+            bar=_progress.bar(total=prediction.length, unit="sample") if progress else None,
         )
 
     blocks, end = dealing.collect(comm, make_dealer, work, everywhere=everywhere and folder is None)

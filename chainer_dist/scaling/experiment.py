@@ -19,6 +19,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from chainer_dist import _progress
 from chainer_dist._files import open_appending, read_regular
 from chainer_dist.scaling import contenders, workloads
 from chainer_dist.scaling.worker import Task
@@ -178,8 +179,6 @@ def run(plan: Plan, folder: Path, *, quiet: bool = False) -> dict[Job, dict[str,
         ValueError: If the folder has results of another plan, or none of ours.
         RuntimeError: If a job fails, with what it said.
     """
-    from tqdm import tqdm
-
     folder.mkdir(parents=True, exist_ok=True)
     header, results = read(folder)
     described = json.loads(json.dumps(plan._asdict()))
@@ -196,7 +195,9 @@ def run(plan: Plan, folder: Path, *, quiet: bool = False) -> dict[Job, dict[str,
         else:
             _cut_off(file)
         todo = [job for job in planned if job not in results]
-        progress = tqdm(todo, initial=len(planned) - len(todo), total=len(planned), disable=quiet)
+        progress = _progress.bar(
+            iterable=todo, initial=len(planned) - len(todo), total=len(planned), disable=quiet
+        )
         for job in progress:
             progress.set_description(
                 f"{job.workload}, {job.contender}, {job.ranks} rank{'s' * (job.ranks > 1)}"
