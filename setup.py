@@ -94,6 +94,7 @@ setup(
     python_requires=">=3.9",
     install_requires=[
         "chainer==7.8.1",
+        "cloudpickle",
         "mpi4py>=4",
         "numpy>=1.23,<3",
         "threadpoolctl",

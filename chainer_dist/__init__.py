@@ -48,6 +48,8 @@ from chainer_dist.datasets import (
 )
 from chainer_dist.errors import FailedItem, FailedItemsError, RankMismatchError
 from chainer_dist.extensions import create_multi_node_checkpointer, create_multi_node_evaluator
+from chainer_dist.launcher.call import launch
+from chainer_dist.launcher.errors import LaunchError
 from chainer_dist.links import MultiNodeChainList
 from chainer_dist.optimizers import (
     Join,
@@ -64,6 +66,7 @@ __all__ = [
     "FailedItem",
     "FailedItemsError",
     "Join",
+    "LaunchError",
     "MultiNodeChainList",
     "RankMismatchError",
     "__version__",
@@ -86,6 +89,7 @@ __all__ = [
     "global_except_hook",
     "iterators",
     "kernels",
+    "launch",
     "links",
     "optimizers",
     "parallel",

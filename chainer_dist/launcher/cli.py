@@ -93,7 +93,7 @@ def _launch(
     found: Mpi, script: Sequence[str], added: dict[str, str], options: argparse.Namespace
 ) -> int:
     """Run ``python`` with these arguments on the ranks, or say how it would be run."""
-    from chainer_dist.launcher import mpi, restarts
+    from chainer_dist.launcher import mpi, processes, restarts
     from chainer_dist.launcher.addresses import addresses
     from chainer_dist.launcher.job import TIMED_OUT, Job
     from chainer_dist.launcher.printing import Format
@@ -117,6 +117,8 @@ def _launch(
             output.give_up_printing()
             raise LaunchError(f"the command cannot be printed: {error}") from None
         return 0
+    if _environment.CALL in os.environ:
+        processes.end_with_parent()
     ignored = [each for each in wire.FORWARDED if signal.getsignal(each) is signal.SIG_IGN]
     if ignored:  # by nohup, or by a shell that starts jobs in the background
         added[_environment.IGNORED] = ",".join(str(int(each)) for each in ignored)

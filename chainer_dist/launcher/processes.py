@@ -59,6 +59,12 @@ def ended_with_parent() -> Callable[[], None] | None:
     return ask
 
 
+def end_with_parent() -> None:
+    """Have the system send this process a SIGTERM when its parent ends. Local."""
+    if _IS_LINUX:
+        ctypes.CDLL(None).prctl(_SET_PDEATHSIG, int(signal.SIGTERM), 0, 0, 0)
+
+
 def descendants() -> list[int]:
     """Return the processes that descend from this one and have not ended. Local."""
     children: dict[int, list[int]] = {}
