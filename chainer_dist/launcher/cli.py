@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import difflib
+import functools
 import math
 import os
 import shlex
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     import argparse
     from collections.abc import Sequence
 
+    from chainer_dist.launcher.elastic import Discovery
     from chainer_dist.launcher.hostfiles import Host
     from chainer_dist.launcher.job import Outcome
     from chainer_dist.launcher.mpi import Mpi
@@ -66,7 +68,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _ACTIONS[options.action](options)
     except LaunchError as error:
         output.say(str(error))
-        return 1
+        output.finish(SECONDS_TO_BE_READ)
+        return error.status
     except KeyboardInterrupt:  # beside a job
         return 130
 
@@ -99,7 +102,8 @@ def _launch(
     from chainer_dist.launcher.printing import Format
     from chainer_dist.launcher.stdin import Input
 
-    n_ranks, hosts = _places(options)
+    discovery = _discovery(options)
+    n_ranks, hosts = (options.max_ranks or 1, []) if discovery else _places(options)
     if options.ssh_port or options.ssh_identity:
         # In this process's own environment: hosts are probed by mpiexec, too.
         os.environ.update(
@@ -129,7 +133,7 @@ def _launch(
         output.say(f"warning: {words}")
     stdin = Input()
     how = Format(
-        prefix=n_ranks > 1 and not options.no_prefix,
+        prefix=(n_ranks > 1 or discovery is not None) and not options.no_prefix,
         only=options.only_rank,
         folder=_log_folder(options),
         width=len(str(n_ranks - 1)),
@@ -150,16 +154,16 @@ def _launch(
             stdin=stdin,
             how=how,
             seconds=seconds,
+            change=functools.partial(discovery.change, n_ranks, hosts) if discovery else None,
         ).run()
 
     try:
         outcome = restarts.run(
             start,
-            n_ranks,
-            hosts,
+            discovery
+            or restarts.GivenHosts(n_ranks, hosts, functools.partial(restarts.reachable, found)),
             max_restarts=options.max_restarts,
             seconds=options.timeout,
-            probe=lambda hosts: restarts.reachable(found, hosts),
         )
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
@@ -300,6 +304,30 @@ def _hosts(options: argparse.Namespace) -> list[Host]:
         options.parser.error(str(error))
     _, hosts = allocations.allocation(os.environ) or ("", [])
     return hosts
+
+
+def _discovery(options: argparse.Namespace) -> Discovery | None:
+    """Return what finds the hosts of an elastic job; None for any other."""
+    if not options.host_discovery_script:
+        if options.action == "run" and (options.min_ranks or options.max_ranks):
+            options.parser.error("--min-ranks and --max-ranks want --host-discovery-script")
+        return None
+    from chainer_dist.launcher.elastic import Discovery
+
+    if options.n_ranks or options.per_host or options.hosts or options.hostfile:
+        options.parser.error(
+            "hosts come from --host-discovery-script; use --min-ranks and --max-ranks"
+        )
+    if options.dry_run:
+        options.parser.error(
+            "--dry-run: the hosts are known only when --host-discovery-script is run"
+        )
+    least, most = options.min_ranks or 1, options.max_ranks
+    if most and most < least:
+        options.parser.error(f"--max-ranks {most} are less than --min-ranks {least}")
+    if not os.access(options.host_discovery_script, os.X_OK):
+        options.parser.error(f"{options.host_discovery_script} is not executable: chmod +x")
+    return Discovery(options.host_discovery_script, least, most)
 
 
 def _log_folder(options: argparse.Namespace) -> Path | None:

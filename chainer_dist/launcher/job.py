@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
     from chainer_dist.launcher.printing import Format
+    from chainer_dist.launcher.ranks import Rank
     from chainer_dist.launcher.stdin import Input
 
 __all__ = ["TIMED_OUT", "Job", "Outcome"]
@@ -33,6 +34,7 @@ SECONDS_TO_HANG_UP = 10  # from SIGHUP, which libraries of MPI catch, to SIGTERM
 SECONDS_TO_LEAVE = 30  # from that to SIGKILL
 SECONDS_TO_FINISH = 300  # from a SIGTERM from outside to SIGKILL: a checkpoint may take long
 SECONDS_TO_DUMP = 1  # where a rank hangs, on SIGABRT
+SECONDS_BETWEEN_LOOKS = 1  # for other hosts
 SECONDS_TO_OBEY = 5  # from SIGTERM to SIGKILL, and from that to giving up
 N_LINES = 200  # that are kept of what mpiexec says
 
@@ -46,12 +48,14 @@ class Outcome(NamedTuple):
         reason: Which rank failed first and why, or what else ended the job; "" if nothing did.
         final: Whether starting again is pointless: it ended well, in time, or by the user's wish.
         progress: The largest number that ranks have written as their progress, or None.
+        was_moved: Whether the ranks were asked to end because other hosts are to be used.
     """
 
     status: int
     reason: str
     final: bool
     progress: int | None
+    was_moved: bool = False
 
 
 class Job:
@@ -67,6 +71,7 @@ class Job:
         stdin: What rank 0 reads.
         how: What is to be done with the output of the ranks.
         seconds: Time limit.
+        change: Called now and then in another thread; returns why other hosts are to be used, in words, or "".
     """
 
     def __init__(
@@ -79,6 +84,7 @@ class Job:
         stdin: Input,
         how: Format,
         seconds: float = math.inf,
+        change: Callable[[], str] | None = None,
     ) -> None:
         self._command = command
         self._environ = environ
@@ -87,6 +93,8 @@ class Job:
         self._stdin = stdin
         self._how = how
         self._seconds = seconds
+        self._change = change
+        self._was_moved = False
         self._verdict: tuple[int, str] | None = None  # the launcher's own reason to end the job
         self._signal: signal.Signals | None = None  # that the ranks were asked to end with
         self._status: int | None = None  # of mpiexec
@@ -113,6 +121,7 @@ class Job:
         where = self._monitors.listen(self._reach)
         mpiexec = await self._start({**self._environ, _environment.LAUNCHER: where})
         listening = self._loop.create_task(self._listen_to(mpiexec))
+        looking = self._loop.create_task(self._look_for_change())
         try:
             await self._supervise()
             await self._end_ranks()
@@ -123,6 +132,7 @@ class Job:
             output.listen(None)
             signal.pthread_sigmask(signal.SIG_BLOCK, wire.FORWARDED)
             listening.cancel()
+            looking.cancel()
             await self._monitors.close()
         return self._outcome()
 
@@ -196,7 +206,7 @@ class Job:
             return True
         if self._monitors.are_all_there and not self._monitors.alive():
             return True
-        patience = SECONDS_TO_SAVE if self._signal else 0
+        patience = SECONDS_TO_SAVE if self._signal or self._was_moved else 0
         return any(self._loop.time() >= rank.ended_at + patience for rank in self._monitors.failed)
 
     async def _end_ranks(self) -> None:
@@ -252,6 +262,20 @@ class Job:
         if not self._monitors.ranks:
             self._judge(128 + number, f"{number.name} came before any rank had started")
 
+    async def _look_for_change(self) -> None:
+        """Ask the ranks to save and to end once other hosts are to be used."""
+        while self._change is not None and not self._was_moved:
+            await asyncio.sleep(SECONDS_BETWEEN_LOOKS)
+            change = await self._loop.run_in_executor(None, self._change)
+            if change and self._monitors.are_all_there and not (self._signal or self._is_over()):
+                output.say(f"{change}: the ranks are asked to save and to end")
+                self._was_moved = True
+                self._monitors.parting = signal.SIGTERM
+                self._monitors.send_all(wire.SIGNAL, signal.SIGTERM)
+                self._loop.call_later(
+                    SECONDS_TO_FINISH, self._give_up, signal.SIGTERM, SECONDS_TO_FINISH
+                )
+
     def _give_up(self, number: signal.Signals, patience: float) -> None:
         """Have the ranks killed that a signal has not ended."""
         there = ", ".join(map(str, sorted(rank.number for rank in self._monitors.alive())))
@@ -266,42 +290,51 @@ class Job:
             self._judge(128 + signal.SIGPIPE, "nobody reads the output any more")
 
     def _outcome(self) -> Outcome:
-        ranks = self._monitors.ranks.values()
-        failed = self._monitors.failed
-        bad = [rank for rank in ranks if rank.status != 0]
+        monitors = self._monitors
+        bad = [rank for rank in monitors.ranks.values() if rank.status != 0]
         final = False
         if self._verdict:
             status, reason = self._verdict
             final = status != 1
-        elif failed:
-            if failed[0].exit_status() is None:
+        elif monitors.failed:
+            first = monitors.failed[0]
+            if first.exit_status() is None:
                 self._show_mpiexec()  # the monitor's own last words came this way
-            failed[0].printer.show_last_words()
-            status, reason = failed[0].exit_status() or 1, failed[0].why()
-        elif self._status or bad or not self._monitors.are_all_there:
+            if not self._was_moved:
+                first.printer.show_last_words()
+            status, reason = first.exit_status() or 1, first.why()
+        elif self._status or bad or not monitors.are_all_there:
             self._show_mpiexec()
-            status = self._status or (bad[0].exit_status() if bad else 0) or 1
-            reason = f"mpiexec ended the job with status {status}"
-            if status < 0:
-                status = 128 - status
-                reason = f"mpiexec was killed by {name_of_signal(status - 128)}"
-            # Of who calls MPI_Abort, mpiexec has the status and, in MPICH, the rank itself says that it was.
-            aborted = [rank for rank in bad if status in rank.printer.words.aborts]
-            left = [str(rank.number) for rank in ranks if rank.status == 0]
-            if aborted:
-                rank = aborted[0]
-                reason = f"rank {rank.number} on {rank.host} failed first: exit status {status}"
-            elif not ranks:
-                reason += " before any rank had started"
-            elif left:
-                reason += f" after rank {', '.join(left)} had left with status 0"
+            status, reason = self._end_of_mpiexec(bad)
         else:
             self._show_mpiexec()
             status, reason, final = 0, "", True
         if self._signal and not self._verdict:
             reason = f"ended after {self._signal.name}" + (f"; {reason}" if reason else "")
             final = True
-        return Outcome(status, reason, final, self._monitors.progress)
+        if self._was_moved and not final:  # a script that saves nothing ends by the signal
+            return Outcome(status, "", final, monitors.progress, was_moved=True)
+        return Outcome(status, reason, final, monitors.progress)
+
+    def _end_of_mpiexec(self, bad: Sequence[Rank]) -> tuple[int, str]:
+        """Return the status and the reason of a job that mpiexec has ended."""
+        ranks = self._monitors.ranks.values()
+        status = self._status or (bad[0].exit_status() if bad else 0) or 1
+        reason = f"mpiexec ended the job with status {status}"
+        if status < 0:
+            status = 128 - status
+            reason = f"mpiexec was killed by {name_of_signal(status - 128)}"
+        # Of who calls MPI_Abort, mpiexec has the status and, in MPICH, the rank itself says that it was.
+        aborted = [rank for rank in bad if status in rank.printer.words.aborts]
+        left = [str(rank.number) for rank in ranks if rank.status == 0]
+        if aborted:
+            rank = aborted[0]
+            return status, f"rank {rank.number} on {rank.host} failed first: exit status {status}"
+        if not ranks:
+            reason += " before any rank had started"
+        elif left:
+            reason += f" after rank {', '.join(left)} had left with status 0"
+        return status, reason
 
 
 def _allow_open_files(n: int) -> None:

@@ -145,6 +145,7 @@ def make_parser(others: dict[str, str]) -> tuple[Parser, Parser]:
         dry_run=False,
         verbose=False,
         log_dir=None,
+        host_discovery_script=None,
         only_rank=None,
     )
     for action in (run, info):
@@ -272,6 +273,25 @@ def _add_ends(parser: argparse._ActionsContainer) -> None:
         metavar="N",
         help="after a failure start again, on the hosts that can still be reached, up to N times; "
         "the script goes on from its newest checkpoint (default: 0)",
+    )
+    parser.add_argument(
+        "--host-discovery-script",
+        type=_file,
+        metavar="PATH",
+        help="a program that prints a line host:slots for each host there is now, run again and again: when hosts "
+        "come or go, the job saves, and goes on with more ranks or fewer",
+    )
+    parser.add_argument(
+        "--min-ranks",
+        type=positive,
+        metavar="N",
+        help="with such a script, wait until there is room for so many (default: 1)",
+    )
+    parser.add_argument(
+        "--max-ranks",
+        type=positive,
+        metavar="N",
+        help="with such a script, never have more (default: the slots of all hosts)",
     )
     parser.add_argument(
         "--timeout",
