@@ -23,6 +23,7 @@ KERNELS = "CHAINER_DIST_KERNELS"  # which kernels compute forward and backward
 ONEDNN = "CHAINER_DIST_ONEDNN"  # path of the library of oneDNN
 PIN = "CHAINER_DIST_PIN"  # 0: do not bind ranks to cores
 STALL_ABORT = "CHAINER_DIST_STALL_ABORT"  # seconds after which a stall ends the job
+STALL_STACKS = "CHAINER_DIST_STALL_STACKS"  # 1: reports of a stall have the stacks of the ranks
 STALL_WARN = "CHAINER_DIST_STALL_WARN"  # seconds after which a stall is reported
 TIMELINE = "CHAINER_DIST_TIMELINE"  # file in which the ranks write their timeline
 

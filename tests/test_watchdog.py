@@ -95,6 +95,15 @@ def test_a_stall_that_does_not_end(kind, ranks):
         assert "in bcast_obj" in stacks_of(job.output, last)[0]
 
 
+@pytest.mark.mpi_skip
+def test_stacks_that_are_asked_for():
+    """A rank that is late is shown with its stacks."""
+    code = "if comm.rank == last:\n culprit()\ncomm.allreduce(np.zeros((3, 4), np.float32))"
+    job = run(code, 2, "time.sleep(1.5)", CHAINER_DIST_STALL_STACKS="1")
+    assert job.status == 0, job.output
+    assert "in culprit" in stacks_of(job.output, 1)[0]
+
+
 SEQUENCE = """
 from chainer_dist import functions as F
 step = 0
@@ -180,7 +189,9 @@ def test_stalls_that_end(ranks):
         r"over after [\d.]+ s: rank 0 in allgather_obj\(obj=0\), operation 3 ",
     ]:
         assert re.search(said, job.output), f"{said}\n{job.output}"
-    assert any("in sleeping" in each for each in stacks_of(job.output, last))
+    assert "Stacks of" not in job.output  # nothing but late
+    reports = re.findall(r"chainer_dist: stalled for .*\n((?:  .*\n)*)", job.output)
+    assert max(report.count("\n") for report in reports) <= ranks
     if ranks != 3:  # otherwise the last rank's part has no other
         partner = ranks - 2
         said = (
@@ -633,6 +644,8 @@ def test_settings(monkeypatch):
         monkeypatch.setenv(f"CHAINER_DIST_{name}", value)
     settings = from_environment()
     assert settings == Settings(None, 90.5, checked=True, timeline="a.json")
+    monkeypatch.setenv("CHAINER_DIST_STALL_STACKS", "1")
+    assert from_environment().stacks
     assert settings.limits == (90.5,)
     for value in ("nan", "inf", "-1", "1 minute"):
         monkeypatch.setenv("CHAINER_DIST_STALL_ABORT", value)

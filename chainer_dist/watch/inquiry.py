@@ -190,7 +190,7 @@ def ask(
     """
     state = process_state(address) if near else "?"
     if state in _UNABLE:
-        return _silence(address, state)
+        return _silence(address, state, full=full)
     where = (LOOPBACK, address.port) if near else (address.open_address, address.open_port)
     if not where[1]:
         return Silence("cannot be asked from other nodes", tells=False)
@@ -201,7 +201,8 @@ def ask(
                 return _exchange(where, address.secret, request, seconds)
         return _exchange(where, address.secret, request, seconds)
     except (OSError, ValueError, RecursionError) as error:
-        return _explain(error) or _silence(address, process_state(address) if near else "?")
+        state = process_state(address) if near else "?"
+        return _explain(error) or _silence(address, state, full=full)
 
 
 def _exchange(
@@ -247,7 +248,7 @@ def _integer(digits: str) -> int:
     return int(digits)
 
 
-def _silence(address: Address, state: str) -> Silence:
+def _silence(address: Address, state: str, *, full: bool) -> Silence:
     if state == "?":
         return Silence(
             "does not answer: it is stopped, or in native code that holds Python's lock, or its "
@@ -260,7 +261,7 @@ def _silence(address: Address, state: str) -> Silence:
     text = "does not answer: it is in native code that holds Python's lock"
     if state == "D":
         text = "does not answer: it is in the kernel, waiting for a disk or a network file system"
-    if address.signal:
+    if full and address.signal:
         with contextlib.suppress(OSError):
             os.kill(address.pid, address.signal)
             text += "; its stacks follow on its standard error"

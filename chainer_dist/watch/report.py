@@ -102,7 +102,7 @@ def compose(wait: Operation, answers: Sequence[Any]) -> tuple[str, str]:
 
     Args:
         wait: What this rank waits in.
-        answers: Of all ranks of its communicator.
+        answers: Of all ranks of its communicator; stacks are shown of those that have them.
     """
     comm: Any = wait.comm
     log = comm._log
@@ -129,7 +129,7 @@ def compose(wait: Operation, answers: Sequence[Any]) -> tuple[str, str]:
     order = [*missing, *(rank for rank, line in enumerate(lines) if line.has_come)]
     stacks: dict[str, list[int]] = {}
     for rank in order:
-        if not isinstance(answers[rank], Silence):
+        if not isinstance(answers[rank], Silence) and "stacks" in answers[rank]:
             stacks.setdefault(answers[rank]["stacks"].rstrip("\n"), []).append(rank)
     text += _most([f"Stacks of {_ranks(ranks)}:\n{stack}" for stack, ranks in stacks.items()])
     return head, "\n".join(text) + "\n"

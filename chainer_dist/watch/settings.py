@@ -19,12 +19,14 @@ class Settings(NamedTuple):
         abort: Seconds after which a stall ends the job, or None for never.
         checked: Whether collectives are compared before they run.
         timeline: The file that a timeline is written to, or None for none.
+        stacks: Whether every report of a stall has stacks; otherwise only the one that ends the job.
     """
 
     warn: float | None
     abort: float | None
     checked: bool
     timeline: str | None
+    stacks: bool = False
 
     @property
     def limits(self) -> tuple[float, ...]:
@@ -43,6 +45,7 @@ def from_environment() -> Settings:
         abort=_seconds(_environment.STALL_ABORT, None),
         checked=_switch(_environment.CHECKED),
         timeline=os.environ.get(_environment.TIMELINE) or None,
+        stacks=_switch(_environment.STALL_STACKS),
     )
 
 

@@ -167,10 +167,12 @@ class Watchdog:
             lower = self._ask(comm, rank, full=False)
             if isinstance(lower, dict) and lower["waits"] and lower["acts"][int(ends)]:
                 return
+        # What is only late, as rank 0 that evaluates alone, is told in few lines.
+        full = ends or self._settings.stacks
         with ThreadPoolExecutor(_ASKERS, f"{report.OWN_THREADS}, asking") as askers:
             answers = list(
                 askers.map(
-                    lambda rank: self._ask(comm, rank, full=True), range(len(comm._log.peers))
+                    lambda rank: self._ask(comm, rank, full=full), range(len(comm._log.peers))
                 )
             )
         still = report.find_wait(operation.stacks().get(key[0], []))
