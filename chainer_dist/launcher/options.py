@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from chainer_dist._arguments import count, positive, seconds, text
 from chainer_dist._version import __version__
 from chainer_dist.launcher import output
+from chainer_dist.launcher.other_launchers import MEANT, NEEDLESS
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -22,45 +23,6 @@ USAGE_ERROR = 2
 _ADDRESS = re.compile(r"\w[\w.-]*|[0-9A-Fa-f:.]+(%[\w.-]+)?", re.ASCII)
 _PORT_MAX = 65535
 
-# What other launchers call it: mpiexec, horovodrun, torchrun, accelerate, deepspeed.
-_MEANT = {
-    "-env": "--env NAME=VALUE",
-    "-f": "--hostfile",
-    "-genv": "--env NAME=VALUE",
-    "-hosts": "--hosts",
-    "-i": "--ssh-identity",
-    "-machinefile": "--hostfile",
-    "-p": "--ssh-port",
-    "-x": "--env",
-    "--machinefile": "--hostfile",
-    "--max-np": "--max-ranks",
-    "--min-np": "--min-ranks",
-    "--nnodes": "--hosts, and -N for the ranks of each",
-    "--num-processes": "-n",
-    "--num-proc": "-n",
-    "--start-timeout": "--timeout",
-    "--tee": "--log-dir",
-    "--timeline-filename": "--timeline",
-    "--verbose-output": "--verbose",
-}
-# What is done without being asked.
-_NEEDLESS = {
-    "-l": "lines have the number of their rank",
-    "--allow-run-as-root": "root may start jobs",
-    "--bind-to": "ranks are bound to cores; --no-pin leaves them free",
-    "--gloo": "MPI is used",
-    "--map-by": "ranks are placed by the slots of the hosts",
-    "--master-addr": "ranks find one another by MPI",
-    "--master-port": "ranks find one another by MPI",
-    "--mpi": "MPI is used",
-    "--oversubscribe": "ranks may share cores",
-    "--rdzv-backend": "ranks find one another by MPI",
-    "--rdzv-endpoint": "ranks find one another by MPI",
-    "--rdzv-id": "ranks find one another by MPI",
-    "--standalone": "without hosts a job stays on this machine",
-    "--tag-output": "lines have the number of their rank",
-}
-
 
 class Parser(argparse.ArgumentParser):
     """Takes no abbreviations, and says in one line what is wrong and what may have been meant."""
@@ -69,6 +31,13 @@ class Parser(argparse.ArgumentParser):
         super().__init__(
             allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter, **options
         )
+
+    def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """Parse arguments, and refuse those that are not known with what may have been meant."""
+        found, unknown = self.parse_known_args(args, namespace)
+        if unknown:
+            self.refuse_unknown(unknown)
+        return found
 
     def error(self, message: str) -> NoReturn:
         """Leave with status 2."""
@@ -81,10 +50,10 @@ class Parser(argparse.ArgumentParser):
         same = name.replace("_", "-")
         known = [each for each in self._option_string_actions if each.startswith("--")]
         close = difflib.get_close_matches(same, known, n=1)
-        meant = same if same in known else _MEANT.get(same) or (close[0] if close else "")
+        meant = same if same in known else MEANT.get(same) or (close[0] if close else "")
         hint = ""
-        if same in _NEEDLESS:
-            hint = f"; it is not needed: {_NEEDLESS[same]}"
+        if same in NEEDLESS:
+            hint = f"; it is not needed: {NEEDLESS[same]}"
         elif meant and name.startswith("-"):
             hint = f"; did you mean {meant}?"
         self.error(f"unrecognized arguments: {' '.join(unknown)}{hint}")

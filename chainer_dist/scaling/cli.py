@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-import argparse
 import shlex
 import sys
+import textwrap
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from chainer_dist import kernels
 from chainer_dist._arguments import percentage, positive, seconds
+from chainer_dist.launcher.options import Parser
 from chainer_dist.scaling import experiment, page, predicted, results
 from chainer_dist.scaling.contenders import CONTENDERS
 from chainer_dist.scaling.workloads import WORKLOADS
 
 if TYPE_CHECKING:
+    import argparse
     from collections.abc import Sequence
 
 __all__ = ["main"]
@@ -129,42 +131,86 @@ def _measure(
     return 0
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        allow_abbrev=False,
-        prog="chainer-dist scale",
-        description="Measure how training scales over ranks, beside ChainerMN, raw MPI, torch DDP and "
-        "independent copies. Writes scaling.json, scaling.csv and index.html.",
-        epilog="Workloads: "
-        + "; ".join(f"{name}: {each.text}" for name, each in WORKLOADS.items())
-        + "; or file.py:function, a function of the number of examples and the rank that returns a model "
-        "and the arguments it is called with for its loss. The function may have attributes: batch, the number of "
-        "examples by default; torch, a function without arguments that returns the same model as a torch module, "
-        "called with tensors for its loss; images, true if it takes arrays (N, C, H, W), which torch may keep "
-        "channels last.",
+def _parser() -> Parser:
+    workloads = "\n".join(
+        textwrap.fill(f"{name}: {each.text}", initial_indent="  ", subsequent_indent="    ")
+        for name, each in WORKLOADS.items()
     )
-    parser.add_argument("--ranks", type=positive, nargs="+", metavar="N", default=[1, 2])
-    parser.add_argument("--workloads", nargs="+", default=["mlp", "cnn"], metavar="W")
-    parser.add_argument("--contenders", nargs="+", choices=CONTENDERS, default=[*CONTENDERS])
+    own = textwrap.fill(
+        "file.py:function, a function of the number of examples and the rank that returns a model and the "
+        "arguments it is called with for its loss. The function may have attributes: batch, the number of examples "
+        "by default; torch, a function without arguments that returns the same model as a torch module, called with "
+        "tensors for its loss; images, true if it takes arrays (N, C, H, W), which torch may keep channels last",
+        initial_indent="  ",
+        subsequent_indent="    ",
+    )
+    parser = Parser(
+        prog="chainer-dist scale",
+        description="Measure how training scales over ranks, beside ChainerMN, raw MPI, torch DDP and\n"
+        "independent copies. Writes scaling.json, scaling.csv and index.html.",
+        epilog=f"workloads:\n{workloads}\n{own}\n\n"
+        "examples:\n"
+        "  chainer-dist scale --ranks 1 2 --workloads lstm\n"
+        "  chainer-dist scale --ranks 1 8 --hosts node1:4,node2:4 --workloads my_model.py:make",
+    )
+    parser.add_argument(
+        "--ranks",
+        type=positive,
+        nargs="+",
+        metavar="N",
+        default=[1, 2],
+        help="numbers of ranks; 1 is always among them (default: 1 2)",
+    )
+    parser.add_argument(
+        "--workloads",
+        nargs="+",
+        default=["mlp", "cnn"],
+        metavar="W",
+        help="what is trained; see below (default: mlp cnn)",
+    )
+    parser.add_argument(
+        "--contenders",
+        nargs="+",
+        choices=CONTENDERS,
+        default=[*CONTENDERS],
+        metavar="C",
+        help=f"of {', '.join(CONTENDERS)} (default: all)",
+    )
     parser.add_argument(
         "--scaling",
         nargs="+",
         choices=(experiment.WEAK, experiment.STRONG),
         default=[experiment.WEAK, experiment.STRONG],
+        metavar="S",
+        help="weak: the same batch on each rank; strong: one batch divided by the ranks (default: both)",
     )
-    parser.add_argument("--batch", type=positive, help="examples a rank, and of one rank in strong")
+    parser.add_argument(
+        "--batch",
+        type=positive,
+        metavar="N",
+        help="examples on each rank, and in strong scaling on one rank (default: the workload's)",
+    )
     parser.add_argument(
         "--kernels",
         choices=kernels.CHOICES,
+        metavar="K",
         default=kernels.asked_for(),
-        help="what computes forward and backward of chainer_dist and of independent copies; ChainerMN and allreduce have "
+        help=f"of {', '.join(kernels.CHOICES)}: what computes forward and backward of chainer_dist and of independent copies; ChainerMN and allreduce have "
         "Chainer's own code, as their users do (default: as the environment asks for, now %(default)s)",
     )
-    parser.add_argument("--rounds", type=positive, default=3, help="jobs of each (default: 3)")
     parser.add_argument(
-        "--seconds", type=seconds, default=3.0, help="time steps for so long (default: 3)"
+        "--rounds", type=positive, metavar="N", default=3, help="jobs of each kind (default: 3)"
     )
-    parser.add_argument("--steps", type=positive, default=50, help="at most (default: 50)")
+    parser.add_argument(
+        "--seconds",
+        type=seconds,
+        metavar="S",
+        default=3.0,
+        help="for how long each job times its steps (default: 3)",
+    )
+    parser.add_argument(
+        "--steps", type=positive, metavar="N", default=50, help="steps at most (default: 50)"
+    )
     parser.add_argument(
         "--accuracy",
         type=percentage,
@@ -182,14 +228,24 @@ def _parser() -> argparse.ArgumentParser:
         metavar="N",
         default=[],
         help="for orientation also so many ranks, even if they are more than cores: of chainer_dist and "
-        "independent copies, once",
+        "independent copies, once (default: none)",
     )
-    parser.add_argument("--out", type=Path, default=Path("scaling"), help="(default: ./scaling)")
+    parser.add_argument(
+        "--out",
+        type=Path,
+        metavar="DIR",
+        default=Path("scaling"),
+        help="folder of the results (default: ./scaling)",
+    )
     parser.add_argument(
         "--restart", action="store_true", help="forget what the folder has, and begin anew"
     )
     parser.add_argument(
-        "--timeout", type=seconds, default=300.0, help="seconds for a job (default: 300)"
+        "--timeout",
+        type=seconds,
+        metavar="S",
+        default=300.0,
+        help="seconds that a job may take (default: 300)",
     )
     where = parser.add_mutually_exclusive_group()
     where.add_argument("--hosts", metavar="A:2,B:2", help="as for chainer-dist run")

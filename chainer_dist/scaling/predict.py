@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import concurrent.futures
 import itertools
 import json
@@ -15,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from chainer_dist._arguments import at_least_one, count, percentage, positive
+from chainer_dist.launcher.options import Parser
 from chainer_dist.scaling import answers, experiment, results, simulate
 from chainer_dist.scaling.answers import Prediction
 from chainer_dist.scaling.schedule import Schedule
@@ -22,6 +22,7 @@ from chainer_dist.scaling.simulate import DESIGNS, NETWORKS, Cluster
 from chainer_dist.scaling.workloads import load
 
 if TYPE_CHECKING:
+    import argparse
     from collections.abc import Iterator, Sequence
 
 __all__ = ["FILE", "REPORT", "Scenario", "main", "predict"]
@@ -249,21 +250,42 @@ def _places(
         yield from ((scenario, nodes) for nodes in args.nodes or [1, 2, 4, 16, 64, 128])
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        allow_abbrev=False,
+def _parser() -> Parser:
+    parser = Parser(
         prog="chainer-dist predict",
-        description="Record a training step on this machine and replay it, with SimGrid's SMPI, on clusters "
+        description="Record a training step on this machine and replay it, with SimGrid's SMPI, on clusters\n"
         "of many nodes (weak scaling: the same batch on every rank).",
-    )
-    parser.add_argument("--workloads", nargs="+", default=["mlp"], metavar="W")
-    parser.add_argument("--batch", type=positive, help="examples a rank")
-    parser.add_argument("--ranks-per-node", type=positive, metavar="R", help="(default: 1)")
-    parser.add_argument(
-        "--nodes", type=positive, nargs="+", metavar="N", help="(default: 1 2 4 16 64 128)"
+        epilog="example:\n  chainer-dist predict --workloads resnet50 --nodes 16 128 --networks '10 Gbit/s Ethernet'",
     )
     parser.add_argument(
-        "--networks", nargs="+", choices=NETWORKS, help="(default: Ethernet of 1 and 10 Gbit/s)"
+        "--workloads",
+        nargs="+",
+        default=["mlp"],
+        metavar="W",
+        help="as for chainer-dist scale (default: mlp)",
+    )
+    parser.add_argument(
+        "--batch",
+        type=positive,
+        metavar="N",
+        help="examples on each rank (default: the workload's)",
+    )
+    parser.add_argument(
+        "--ranks-per-node", type=positive, metavar="R", help="ranks on each node (default: 1)"
+    )
+    parser.add_argument(
+        "--nodes",
+        type=positive,
+        nargs="+",
+        metavar="N",
+        help="numbers of nodes (default: 1 2 4 16 64 128)",
+    )
+    parser.add_argument(
+        "--networks",
+        nargs="+",
+        choices=NETWORKS,
+        metavar="NAME",
+        help=f"of {', '.join(NETWORKS)} (default: Ethernet of 1 and 10 Gbit/s)",
     )
     parser.add_argument(
         "--straggler",
