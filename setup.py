@@ -106,12 +106,21 @@ setup(
         "onednn": [
             "onednn-cpu-gomp==2023.2.0; sys_platform == 'linux' and platform_machine == 'x86_64'"
         ],
+        "optuna": ["optuna"],
         "plot": ["matplotlib"],
         "progress": ["tqdm"],
         "examples": ["matplotlib", "pillow", "scikit-learn", "tqdm"],
         "scaling": ["matplotlib", "scikit-learn", "scipy", "tqdm"],
         # setuptools 70.1 builds wheels by itself; 82 removed pkg_resources, which chainer.testing imports.
-        "test": ["hypothesis", "pillow", "pytest", "pytest-mpi", "scipy", "setuptools>=70.1,<82"],
+        "test": [
+            "hypothesis",
+            "optuna",
+            "pillow",
+            "pytest",
+            "pytest-mpi",
+            "scipy",
+            "setuptools>=70.1,<82",
+        ],
         "lint": ["ruff"],
         "type": ["mypy"],
         "docs": ["furo", "sphinx>=7"],

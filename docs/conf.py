@@ -54,7 +54,7 @@ import chainer_dist
 nitpicky = True
 # What others document: there is no copy of their indices to link to without a network.
 nitpick_ignore_regex = [
-    ("py:.*", r"(chainer|numpy|mpi4py)\..*"),
+    ("py:.*", r"(chainer|numpy|mpi4py|optuna)\..*"),
     ("py:(exc|class|obj)", "|".join(name for name in vars(builtins) if name[0].isupper())),
 ]
 

@@ -47,7 +47,7 @@ LAYERS = [
     ["serialization"],
     ["extensions"],
     ["updaters", "checkpoints", "parallel"],
-    ["chainermn"],
+    ["chainermn", "integrations"],
     ["launcher", "scaling", "__main__"],
 ]
 # ChainerMN has these two as methods of the communicator; they call the exchange when called.
