@@ -123,6 +123,16 @@ def test_matmul(stack, data, name):
     assert_like_chainer(lambda a, b: F.matmul(a, b, transa, transb), arrays, name=name)
 
 
+@pytest.mark.parametrize("size", [3, 1100])
+def test_matmul_of_vectors(size):
+    """Of a matrix and a vector, or of two vectors, however large."""
+    rng = np.random.RandomState(0)
+    matrix = rng.standard_normal((size, size)).astype(np.float32)
+    vector = rng.standard_normal(size).astype(np.float32)
+    for factors in ((matrix, vector), (vector, matrix), (vector, vector)):
+        assert_like_chainer(F.matmul, factors, double=False, tolerance=1e-4)
+
+
 @st.composite
 def rows(draw):
     """Return a matrix, and two arrays of a value for each of its columns."""

@@ -110,7 +110,7 @@ def _matmul(chainers: Any, self: Any, inputs: tuple[Array, Array]) -> Any:
     if (
         self.dtype not in (None, np.float32)
         or not layouts.is_suitable(a, b)
-        or a.ndim < 2  # noqa: PLR2004 - a matrix
+        or min(a.ndim, b.ndim) < 2  # noqa: PLR2004 - matrices
         or a.shape[:-2] != b.shape[:-2]
     ):
         return chainers(self, inputs)
