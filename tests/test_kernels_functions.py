@@ -90,7 +90,7 @@ def test_gradients_that_are_not_finite_stay(name):
 @st.composite
 def linears(draw):
     """Return the arrays of a linear layer, with a bias or without."""
-    n, inputs, outputs = (draw(st.sampled_from([1, 2, 5, 33, 64, 130])) for _ in range(3))
+    n, inputs, outputs = (draw(st.sampled_from([1, 2, 5, 33, 64, 130, 300])) for _ in range(3))
     arrays = [draw_array(draw, (n, inputs)), draw_array(draw, (outputs, inputs))]
     if draw(st.booleans()):
         arrays.append(draw_array(draw, (outputs,)))

@@ -9,7 +9,7 @@ import numpy as np
 from chainer.functions.connection.linear import LinearFunction, LinearGradData, LinearGradWeight
 from chainer.functions.math.matmul import MatMul
 
-from chainer_dist.kernels import layouts, onednn
+from chainer_dist.kernels import layouts, onednn, replacements
 from chainer_dist.kernels.onednn import BIAS, DST, SRC, WEIGHTS, Layout, Operation, kept
 from chainer_dist.kernels.replacements import replaces
 
@@ -21,6 +21,8 @@ _ALLOWED = "auto"
 
 # Up to so many multiplications OpenBLAS does not copy the matrices first, and the call costs more than it saves.
 _FEW = 10**6
+# The same of few rows by a transposed matrix.
+_FEW_TRANSPOSED = 1 << 18
 # Several threads of OpenBLAS would keep those of oneDNN from the cores for a while after a product.
 _FEW_FOR_THREADS = 1 << 16
 
@@ -60,6 +62,23 @@ def multiply(a: Array, b: Array, bias: Array | None = None) -> Array:
     return y
 
 
+def multiply_into(a: Array, b: Array, y: Array, *, adds: bool = False) -> None:
+    """Write the product of two float32 matrices into ``y`` by what is faster, with oneDNN or without it. Local.
+
+    Args:
+        a: (m, k), of any layout.
+        b: (k, n) likewise.
+        y: (m, n), C-contiguous.
+        adds: Whether the product is added to what is in ``y``.
+    """
+    if replacements.uses_onednn() and _are_many(a, b):
+        onednn.multiply_matrices(_matrices(a), _matrices(b), y, adds=adds)
+    elif adds:
+        y += a @ b
+    else:
+        np.matmul(a, b, out=y)
+
+
 def _matrices(array: Array) -> Array:
     """Return the array itself if oneDNN can multiply it as it lies, or a copy. Local."""
     lies_well = onednn.matrix_order(array)[0] and min(array.strides) > 0
@@ -67,10 +86,17 @@ def _matrices(array: Array) -> Array:
 
 
 def _is_worth_it(a: Array, b: Array, *biases: Array) -> bool:
-    multiplications = a.size * b.shape[-1]
-    if multiplications < (_FEW_FOR_THREADS if onednn.n_threads() > 1 else _FEW):
-        return False
-    return layouts.is_suitable(a, b, *biases)
+    return _are_many(a, b) and layouts.is_suitable(a, b, *biases)
+
+
+def _are_many(a: Array, b: Array) -> bool:
+    """Return whether there are so many multiplications that oneDNN is faster than OpenBLAS. Local."""
+    few = _FEW
+    if onednn.n_threads() > 1:
+        few = _FEW_FOR_THREADS
+    elif 1 < a.shape[-2] <= _FEW_ROWS and b.strides[-2] < b.strides[-1]:
+        few = _FEW_TRANSPOSED
+    return bool(a.size * b.shape[-1] >= few)
 
 
 @replaces(LinearFunction, "forward")

@@ -371,7 +371,7 @@ class Operation:
 
 
 def multiply_matrices(
-    a: np.ndarray[Any, Any], b: np.ndarray[Any, Any], y: np.ndarray[Any, Any]
+    a: np.ndarray[Any, Any], b: np.ndarray[Any, Any], y: np.ndarray[Any, Any], *, adds: bool = False
 ) -> None:
     """Write the product of two float32 matrices into a third, C-contiguous one. Local.
 
@@ -379,12 +379,12 @@ def multiply_matrices(
         a: (m, k); either its rows or its columns are contiguous, as :func:`matrix_order` says.
         b: (k, n) likewise.
         y: (m, n).
+        adds: Whether the product is added to what is in ``y``.
     """
     (kind_a, step_a), (kind_b, step_b) = matrix_order(a), matrix_order(b)
     (m, k), n = a.shape, b.shape[1]
-    status = library().functions.dnnl_sgemm(
-        kind_a, kind_b, m, n, k, 1.0, address(a), step_a, address(b), step_b, 0.0, address(y), n
-    )
+    places = address(a), step_a, address(b), step_b, float(adds), address(y), n
+    status = library().functions.dnnl_sgemm(kind_a, kind_b, m, n, k, 1.0, *places)
     _check(status, "a product of matrices")
 
 
