@@ -37,7 +37,8 @@ warnings.simplefilter("ignore")  # of Chainer, which is older than the NumPy it 
 
 MODELS = Path(__file__).with_name("kernel_models.py")
 WORKS = ["mlp:64", "cnn:64", "resnet50:4", "resnet50:16", "vgg16:4", "mobilenet:16", "unet:4"]
-WORKS += ["lstm:8", "lstm:64", "gru:8", "bilstm:32", "transformer:32", "transformer_large:8"]
+WORKS += ["lstm:8", "lstm:64", "lstm_steps:8", "gru:8", "bilstm:32"]
+WORKS += ["transformer:32", "transformer_large:8"]
 # Its columns, and whether images are channels last.
 TORCH = {"torch": False, "channels last": True}
 WARM_UP = 1

@@ -155,6 +155,27 @@ class Tagger(chainer.Chain):
         return F.softmax_cross_entropy(self.decode(F.concat(states, axis=0)), np.concatenate(tags))
 
 
+class StatefulLanguageModel(chainer.Chain):
+    """A layer of LSTM that is called word by word, and keeps its own state."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        units = workloads.LanguageModel.UNITS
+        with self.init_scope():
+            self.embed = L.EmbedID(workloads.WORDS, units)
+            self.lstm = L.LSTM(units, units)
+            self.decode = L.Linear(units, workloads.WORDS)
+
+    def forward(self, words: Any) -> Any:
+        """Return the loss over all words but the first of each sequence."""
+        self.lstm.reset_state()
+        vectors = self.embed(words[:, :-1])
+        states = [self.lstm(vectors[:, time]) for time in range(vectors.shape[1])]
+        return F.softmax_cross_entropy(
+            self.decode(F.concat(states, axis=0)), words[:, 1:].T.ravel()
+        )
+
+
 class LargeTransformer(workloads.Transformer):
     """The workload transformer, with six layers, 512 wide, and sequences of 128."""
 
@@ -201,6 +222,9 @@ mobilenet = _workload(MobileNet, workloads.draw_images(3, 128, 128, classes=1000
 unet = _workload(UNet, _pixels, 4, images=True)
 gru = _workload(
     GRULanguageModel, workloads.draw_words(workloads.WORDS, workloads.TIMES + 1, None), 8
+)
+lstm_steps = _workload(
+    StatefulLanguageModel, workloads.draw_words(workloads.WORDS, workloads.TIMES + 1, None), 8
 )
 bilstm = _workload(Tagger, _sequences, 32)
 transformer_large = _workload(LargeTransformer, workloads.draw_words(1000, 128, 10), 8)

@@ -133,6 +133,37 @@ class Tagger(nn.Module):
         )
 
 
+class StatefulLanguageModel(nn.Module):
+    """The workload lstm_steps."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        units = workloads.LanguageModel.UNITS
+        self.embed = nn.Embedding(workloads.WORDS, units)
+        self.lstm = nn.Module()
+        self.lstm.upward = nn.Linear(units, 4 * units)
+        self.lstm.lateral = nn.Linear(units, 4 * units, bias=False)
+        self.decode = nn.Linear(units, workloads.WORDS)
+
+    @staticmethod
+    def _gates(parameter: Any) -> Any:
+        """Return what Chainer has in the order of units, then gates a, i, f and o, in torch's: gates i, f, a and o."""
+        a, i, f, o = parameter.unflatten(0, (-1, 4)).unbind(1)
+        return torch.cat([i, f, a, o])
+
+    def forward(self, words: Any) -> Any:
+        """Return the loss over all words but the first of each sequence."""
+        vectors = self.embed(words[:, :-1])
+        upward, lateral = self.lstm.upward, self.lstm.lateral
+        w, v, b = map(self._gates, (upward.weight, lateral.weight, upward.bias))
+        h = c = torch.zeros_like(vectors[:, 0])
+        states = []
+        for x in vectors.unbind(1):
+            h, c = torch.lstm_cell(x, (h, c), w, v, b, torch.zeros_like(b))
+            states.append(h)
+        return F.cross_entropy(self.decode(torch.cat(states)), words[:, 1:].T.flatten())
+
+
 class LargeTransformer(torch_models.Transformer):
     """The workload transformer_large."""
 

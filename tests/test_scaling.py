@@ -121,7 +121,10 @@ MORE_MODELS = mpi_job.ROOT / "scripts" / "kernel_models.py"
         *workloads.WORKLOADS,
         *(
             f"{MORE_MODELS}:{function}"
-            for function in ("vgg16", "mobilenet", "unet", "gru", "bilstm", "transformer_large")
+            for function in (
+                *("vgg16", "mobilenet", "unet"),
+                *("gru", "lstm_steps", "bilstm", "transformer_large"),
+            )
         ),
     ],
 )

@@ -42,6 +42,8 @@ _FAMILIES = (
     "n_step_rnn",
     "pooling",
     "softmax",
+    "stateful_gru",
+    "stateful_lstm",
     "sum",
 )
 

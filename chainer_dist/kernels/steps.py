@@ -1,0 +1,210 @@
+"""Steps of a recurrent network that a script calls one by one: each step one function, gradients of weights for many.
+
+The parameters come to the steps of a sequence by way of one function, which hands them on. Backward comes to it when it
+has been through all of the steps, so that the gradient of a matrix is a product of the values of many times.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
+
+import chainer
+import chainer.functions as F
+import chainer.links as L
+import numpy as np
+
+from chainer_dist.kernels.linear import multiply_into
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from chainer_dist.kernels.layouts import Array
+
+
+class Factors(NamedTuple):
+    """What the gradient of a parameter is made of, by number among the values that steps keep.
+
+    Attributes:
+        gradient: Gradient of what was computed with the parameter, (batch, rows of the parameter).
+        value: What a matrix was multiplied by, (batch, columns); None for a bias.
+    """
+
+    gradient: int
+    value: int | None = None
+
+
+# From so many rows on a product of them takes no longer for each than one of more rows; then they need not be kept.
+_ROWS = 1024
+
+
+class _Sums:
+    """Gradients of parameters, to which steps add.
+
+    Args:
+        factors: Of the gradient of each parameter.
+        indexes: Which of the parameters need a gradient.
+    """
+
+    def __init__(self, factors: Sequence[Factors], indexes: Sequence[int]) -> None:
+        self._factors = {i: factors[i] for i in indexes}
+        self._gradients: dict[int, Array] = {}
+        self._kept: list[Sequence[Array]] = []
+        self._rows = 0
+
+    def add(self, values: Sequence[Array]) -> None:
+        """Add what a step has computed, which is not to be changed any more."""
+        self._kept.append(values)
+        self._rows += len(values[0])
+        if self._rows >= _ROWS:
+            self._multiply()
+
+    def gradients(self) -> dict[int, Array]:
+        """Return the gradients by number."""
+        if self._kept:
+            self._multiply()
+        return self._gradients
+
+    def _multiply(self) -> None:
+        values = [np.concatenate(each) for each in zip(*self._kept)]
+        self._kept, self._rows = [], 0
+        for i, factors in self._factors.items():
+            of_y = values[factors.gradient].T
+            value = np.ones((of_y.shape[1], 1), np.float32)
+            if factors.value is not None:
+                value = values[factors.value]
+            known = self._gradients.get(i)
+            gradient = np.empty((len(of_y), value.shape[1]), np.float32) if known is None else known
+            multiply_into(of_y, value, gradient, adds=known is not None)
+            self._gradients[i] = gradient
+
+
+class _Kept(chainer.Variable):  # type: ignore[misc]  # Chainer has no types
+    """In the place of a parameter's gradient until all steps have added to it.
+
+    Args:
+        shape: Shape of the parameter.
+        sums: Where the gradient is.
+    """
+
+    def __init__(self, shape: tuple[int, ...], sums: _Sums) -> None:
+        super().__init__(np.broadcast_to(np.float32(0), shape))
+        self.sums = sums
+
+
+class Parameters(chainer.FunctionNode):  # type: ignore[misc]
+    """Hands parameters on to the steps of a sequence."""
+
+    def forward(self, inputs: tuple[Array, ...]) -> tuple[Array, ...]:
+        """Return the parameters themselves. Called by Chainer."""
+        return inputs
+
+    def backward(self, indexes: tuple[int, ...], grad_outputs: tuple[Any, ...]) -> tuple[Any, ...]:
+        """Return the gradients that steps have added to, or those that are given as a graph. Called by Chainer."""
+        kept = next((each for each in grad_outputs if isinstance(each, _Kept)), None)
+        if kept is None:
+            return tuple(grad_outputs[i] for i in indexes)
+        gradients = kept.sums.gradients()
+        shapes = [node.shape for node in self.inputs]
+        return tuple(chainer.as_variable(gradients[i].reshape(shapes[i])) for i in indexes)
+
+    def unchain(self) -> None:
+        """Stay, since later steps may need it: cutting a graph leaves parameters with the rest of it."""
+
+
+class Step(chainer.FunctionNode):  # type: ignore[misc]
+    """One step. Its inputs are what changes from step to step, then the parameters; its outputs begin with the state.
+
+    Args:
+        parameters: Of Chainer's links, as variables.
+        before: State of the step before, whose parameters are used again if they are the same.
+    """
+
+    factors: ClassVar[Sequence[Factors]]  # of each parameter
+    _step: ClassVar[Callable[..., Any]]  # the same of Chainer's functions, from and to Variables
+
+    def __init__(self, parameters: Sequence[Any], before: Any) -> None:
+        super().__init__()
+        known = before.creator_node
+        if not chainer.config.enable_backprop:
+            self._parameters = parameters
+        elif type(known) is type(self) and known._has(parameters):
+            self._parameters = known._parameters
+        else:
+            self._parameters = Parameters().apply(parameters)
+
+    def _has(self, parameters: Sequence[Any]) -> bool:
+        creator = self._parameters[0].creator_node
+        return creator is not None and all(
+            mine.array is given.array and node is given.node
+            for mine, node, given in zip(self._parameters, creator.inputs, parameters)
+        )
+
+    def run(self, *values: Any) -> Any:
+        """Return the outputs for Variables of what changes."""
+        return self.apply((*values, *self._parameters))
+
+    def differentiate(
+        self, inputs: Sequence[Array], gys: Sequence[Any], indexes: Sequence[int]
+    ) -> tuple[dict[int, Array], Sequence[Array]]:
+        """Return the gradients of what changes, new arrays by number, and what is kept for those of the parameters.
+
+        Args:
+            inputs: Those of forward.
+            gys: Gradients of the outputs; None stands for zeros where there are several.
+            indexes: Of which inputs gradients are needed.
+        """
+        raise NotImplementedError
+
+    def backward_accumulate(
+        self,
+        indexes: tuple[int, ...],
+        grad_outputs: tuple[Any, ...],
+        grad_inputs: tuple[Any, ...],
+    ) -> tuple[Any, ...]:
+        """Add gradients of what changes to others, and keep what those of parameters need. Called by Chainer."""
+        if chainer.config.enable_backprop:
+            accumulated: tuple[Any, ...] = super().backward_accumulate(
+                indexes, grad_outputs, grad_inputs
+            )
+            return accumulated
+        inputs = [each.array for each in self.get_retained_inputs()]
+        gys = [None if each is None else each.array for each in grad_outputs]
+        gradients, values = self.differentiate(inputs, gys, indexes)
+        changing = len(inputs) - len(self.factors)
+        of_parameters = [(i - changing, g) for i, g in zip(indexes, grad_inputs) if i >= changing]
+        kept = next((g for _, g in of_parameters if g is not None), None)
+        sums = _Sums(self.factors, [i for i, _ in of_parameters]) if kept is None else kept.sums
+        sums.add(values)
+
+        def add(i: int, before: Any) -> Any:
+            if i >= changing:
+                return _Kept(inputs[i].shape, sums) if before is None else before
+            gradient = gradients[i]
+            if before is not None:
+                gradient += before.array
+            return chainer.as_variable(gradient)
+
+        return tuple(map(add, indexes, grad_inputs))
+
+    def backward(self, indexes: tuple[int, ...], grad_outputs: tuple[Any, ...]) -> tuple[Any, ...]:
+        """Compute gradients by Chainer's own functions, as a graph. Called by Chainer."""
+        retained = self.get_retained_inputs()
+        # Gradients of gradients go to the parameters themselves: only steps know how to keep what they need.
+        nodes = self._parameters[0].creator_node.inputs
+        changing = retained[: len(retained) - len(nodes)]
+        # Inputs that depend on each other, or are one, have a gradient each: hence the copies in the graph.
+        inputs = [F.identity(each) for each in (*changing, *(n.get_variable() for n in nodes))]
+        known = [(y, g) for y, g in zip(type(self)._step(*inputs), grad_outputs) if g is not None]
+        ys, gs = zip(*known)
+        return tuple(
+            chainer.grad(ys, [inputs[i] for i in indexes], gs, enable_double_backprop=True)
+        )
+
+
+def are_plain(*links: Any) -> bool:
+    """Return whether links are linear layers that nothing listens to, and no static graph is recorded. Local."""
+    return (
+        all(type(link) is L.Linear and not link._n_local_link_hooks for link in links)
+        and not chainer._get_link_hooks()
+        and chainer.config.schedule_func is None
+    )
