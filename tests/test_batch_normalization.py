@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import pickle
 import warnings
+from unittest import mock
 
 import chainer
 import chainer.functions as F
@@ -17,7 +18,9 @@ from hypothesis import strategies as st
 
 from chainer_dist import RankMismatchError
 from chainer_dist.functions.batch_normalization import get_communication_backend
+from chainer_dist.kernels import channels
 from chainer_dist.links import MultiNodeBatchNormalization
+from kernel_cases import arrange
 
 # Shape of a sample, and axes: channels are what is left.
 LAYOUTS = {
@@ -86,6 +89,7 @@ def test_as_chainer_on_the_concatenated_batch(comm, data):
     layout = data.draw(st.sampled_from([*LAYOUTS]))
     mean = data.draw(st.sampled_from([0.0, 1e3]))
     options = {"use_gamma": data.draw(st.booleans()), "use_beta": data.draw(st.booleans())}
+    arrangement = data.draw(st.sampled_from(["dense", "channels last"]))
     shape, axis = LAYOUTS[layout]
     size = channels_of(layout)
     link = MultiNodeBatchNormalization(size, comm, eps=1e-3, decay=0.7, axis=axis, **options)
@@ -96,7 +100,10 @@ def test_as_chainer_on_the_concatenated_batch(comm, data):
         ws = batches(sizes, shape, step + 10)
         whole = np.concatenate(xs).astype(np.float64)
         want_y, want_gx, want_grads = backward(plain, whole, np.concatenate(ws).astype(np.float64))
-        y, gx, grads = backward(link, xs[comm.rank], ws[comm.rank])
+        x = arrange(xs[comm.rank], arrangement)
+        # Few values go to NumPy, and so do other layouts.
+        with mock.patch.object(channels, "_FEW", data.draw(st.sampled_from([0, channels._FEW]))):
+            y, gx, grads = backward(link, x, ws[comm.rank])
         assert y.dtype == gx.dtype == np.float32
         np.testing.assert_allclose(y, own_part(comm, sizes, want_y), rtol=1e-4, atol=2e-5)
         np.testing.assert_allclose(gx, own_part(comm, sizes, want_gx), rtol=1e-3, atol=1e-4)
@@ -159,6 +166,28 @@ def test_data_far_from_zero_keep_their_variance(comm, mean):
     for got, want in results:
         np.testing.assert_allclose(got, own_part(comm, sizes, want), rtol=1e-4, atol=1e-5)
     np.testing.assert_allclose(link.avg_var, plain.avg_var, rtol=1e-6)
+
+
+def test_large_images(comm):
+    """Channels that are computed block by block are right, and so are those of a rank that stands by."""
+    sizes, active = [5, 3, 2, 4][: comm.size], max(comm.size - 1, 1)
+    xs, ws = batches(sizes, (5, 80, 130), mean=3), batches(sizes, (5, 80, 130), 1)
+    link, plain = randomize(
+        MultiNodeBatchNormalization(5, comm), L.BatchNormalization(5, dtype=np.float64)
+    )
+    wholes = (np.concatenate(each[:active]).astype(np.float64) for each in (xs, ws))
+    want_y, want_gx, want = backward(plain, *wholes)
+    with chainer.using_config("chainer_dist_standing_by", comm.rank >= active):
+        y, gx, grads = backward(link, arrange(xs[comm.rank], "channels last"), ws[comm.rank])
+    np.testing.assert_allclose(link.avg_mean, plain.avg_mean, rtol=1e-6)
+    np.testing.assert_allclose(link.avg_var, plain.avg_var, rtol=2e-6)
+    assert same_bits(comm, link.avg_mean, link.avg_var)
+    if comm.rank < active:
+        np.testing.assert_allclose(y, own_part(comm, sizes, want_y), rtol=1e-4, atol=1e-5)
+        np.testing.assert_allclose(gx, own_part(comm, sizes, want_gx), rtol=1e-4, atol=1e-4)
+    for name, grad in grads.items():
+        total = comm.allreduce(grad if comm.rank < active else np.zeros_like(grad))
+        np.testing.assert_allclose(total, want[name], rtol=1e-4, atol=0.1)
 
 
 def test_long_batches(comm):

@@ -20,6 +20,7 @@ from chainer.functions.normalization.batch_normalization import _compute_axis
 
 from chainer_dist.collectives.agreement import digest, raise_mismatch, raise_together
 from chainer_dist.collectives.operation import collective
+from chainer_dist.kernels import channels
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -34,8 +35,6 @@ _FAILED = "failed"  # takes the place of a description on a rank that has an err
 # Moments in the first message of an exchange. Its length is the same whatever the ranks came for,
 # so that they can find out that they came for different things.
 _FIRST_MESSAGE = 256
-
-_SUMMED_BLOCK = 8192  # values of one channel that are summed in float32 before float64 takes over
 
 _DIGEST_MASK = (1 << 32) - 1  # sums of them over the ranks are exact in float64
 
@@ -125,41 +124,31 @@ class MultiNodeBatchNormalization(chainer.FunctionNode):  # type: ignore[misc]  
                 f"axis of batch normalization is {axis}, expected ascending axes of x, which is "
                 f"{x.shape}"
             )
-        channels = tuple(x.shape[i] for i in range(x.ndim) if i not in axis)
-        if channels != gamma.shape or channels != beta.shape:
+        shape = tuple(x.shape[i] for i in range(x.ndim) if i not in axis)
+        if shape != gamma.shape or shape != beta.shape:
             raise ValueError(
                 f"x of batch normalization is {x.shape}, which with axis {axis} has channels "
-                f"{channels}; gamma is {gamma.shape}, beta is {beta.shape}"
+                f"{shape}; gamma is {gamma.shape}, beta is {beta.shape}"
             )
 
     def forward(self, inputs: tuple[Array, Array, Array]) -> tuple[Array]:
         """Return the normalized ``x``, in its shape and dtype. Collective."""
         self.retain_inputs((0, 1))
         x, gamma, beta = inputs
-        self.axis = _compute_axis(x.ndim, gamma.ndim, self.axis)
-        self._channels = [i for i in range(x.ndim) if i not in self.axis]
+        axis = self.axis = _compute_axis(x.ndim, gamma.ndim, self.axis)
         self._expand = tuple(None if i in self.axis else slice(None) for i in range(x.ndim))
         self._description = f"{gamma.shape} {gamma.dtype} (x {x.dtype}, eps {self.eps})"
         # Statistics and arithmetic are in float32 at least, whatever x and gamma are.
         self._dtype = np.result_type(x.dtype, gamma.dtype, np.float32)
         self._own_count = 0 if self.standing_by else math.prod(x.shape[i] for i in self.axis)
 
-        center = np.zeros(gamma.shape, self._dtype)  # any value near the mean
         moments = np.zeros((gamma.size, 3))
-        n = self._own_count
-        if n:
-            converted = x.astype(self._dtype, copy=False)
-            center[...] = self._sum(converted) / n
-            deviation = converted - center[self._expand]
-            # The centre was rounded; how far the mean is from it takes fewer digits to say.
-            rest = self._sum(deviation) / n
-            squares = self._sum(deviation, deviation) - n * rest * rest
-            moments = _moments(n, center + rest, np.maximum(squares, 0))
+        self._channels = functools.partial(channels.of, axis=axis, dtype=self._dtype)
+        own = self._channels(x)
+        if self._own_count:
+            moments = _moments(self._own_count, *own.moments())
         counts, means, squares = self._merge(moments, "forward").T
         self.count = int(counts.max(initial=0))
-        if not n:
-            center[...] = means.reshape(gamma.shape)
-            deviation = x - center[self._expand]
         if self.count == 0 and gamma.size:
             raise ValueError(
                 "no rank has a sample for batch normalization: all batches are empty, or all ranks "
@@ -176,10 +165,7 @@ class MultiNodeBatchNormalization(chainer.FunctionNode):  # type: ignore[misc]  
         self.var = squares.reshape(gamma.shape) / max(self.count, 1)
         self._inv_std = 1 / np.sqrt(self.var + self.eps)
 
-        scale = gamma * self._inv_std
-        y = deviation
-        y *= self._per_channel(scale)
-        y += self._per_channel(beta + (center - self.mean) * scale)
+        y = own.normalize(self.mean, gamma * self._inv_std, beta.astype(np.float64))
         return (y.astype(x.dtype, copy=False),)
 
     def backward(self, indexes: tuple[int, ...], grad_outputs: tuple[Any]) -> tuple[Any, ...]:
@@ -193,12 +179,10 @@ class MultiNodeBatchNormalization(chainer.FunctionNode):  # type: ignore[misc]  
         return tuple(chainer.as_variable(gradient) for gradient in gradients)
 
     def _gradients(self, x: Array, gamma: Array, gy: Array) -> tuple[Array, Array, Array]:
-        center = self.mean.astype(self._dtype)
-        offset = (center - self.mean) * self._inv_std
-        deviation = x - center[self._expand]
-        gy = gy.astype(self._dtype, copy=False)
-        gbeta = self._sum(gy)
-        ggamma = self._sum(gy, deviation) * self._inv_std + gbeta * offset
+        own = self._channels(x)
+        scale = gamma * self._inv_std
+        gx, gbeta, ggamma = own.products(gy, self.mean, scale)
+        ggamma = ggamma * self._inv_std
 
         n = self._own_count
         moments = np.zeros((2 * gamma.size, 3))
@@ -207,13 +191,11 @@ class MultiNodeBatchNormalization(chainer.FunctionNode):  # type: ignore[misc]  
         means = self._merge(moments, "backward")[:, 1]
 
         # gx = gamma / std * (gy - mean of gy - x_hat * mean of (gy * x_hat))
-        scale = gamma * self._inv_std
-        gx = gy * self._per_channel(scale)
         if n:
             mean_gy, mean_gy_x_hat = means.reshape(2, *gamma.shape)
-            deviation *= self._per_channel(-scale * mean_gy_x_hat * self._inv_std)
-            deviation += self._per_channel(-scale * (mean_gy + mean_gy_x_hat * offset))
-            gx += deviation
+            own.add_normalized(
+                gx, self.mean, -scale * mean_gy_x_hat * self._inv_std, -scale * mean_gy
+            )
         return (
             gx.astype(x.dtype, copy=False),
             np.asarray(ggamma, gamma.dtype),
@@ -249,26 +231,6 @@ class MultiNodeBatchNormalization(chainer.FunctionNode):  # type: ignore[misc]  
             F.cast(F.sum(gy_x_hat, axis=self.axis), gamma_dtype),
             F.cast(F.sum(gy, axis=self.axis), gamma_dtype),
         )
-
-    def _sum(self, *arrays: Array) -> Array:
-        """Sum the product of arrays over the axes: blocks in their dtype, of blocks in float64."""
-        dims = list(range(arrays[0].ndim))
-        operands = [operand for array in arrays for operand in (array, dims)]
-        length = arrays[0].shape[0]
-        step = max(1, length * _SUMMED_BLOCK // max(self._own_count, 1))
-        if 0 not in self._channels and step < length:
-            total = np.zeros([arrays[0].shape[i] for i in self._channels])
-            for start in range(0, length, step):
-                operands[::2] = [array[start : start + step] for array in arrays]
-                total += np.einsum(*operands, self._channels)
-            return total
-        sums: Array = np.einsum(*operands, self._channels)
-        return sums.astype(np.float64)
-
-    def _per_channel(self, values: Array) -> Array:
-        """Return float64 values of channels in the dtype of computation, to be used with x."""
-        expanded: Array = values.astype(self._dtype)[self._expand]
-        return expanded
 
     def _merge(self, moments: Array, direction: str) -> Array:
         return _merge_over_ranks(

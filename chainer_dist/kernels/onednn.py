@@ -45,7 +45,9 @@ WORKSPACE = 64
 DIFF_SRC, DIFF_DST, DIFF_WEIGHTS = 129, 145, 161
 DIFF_SCALE, DIFF_SHIFT = 255, 256
 
-SCALE_AND_SHIFT = 2 | 4  # flags of normalizations
+# Flags of normalizations.
+USE_GIVEN_STATISTICS = 1
+SCALE_AND_SHIFT = 2 | 4
 
 # Which are transposed; m, n, k; a factor, a and its step, b and its step; a factor, y and its step.
 _SIZE, _PLACE = ctypes.c_int64, ctypes.c_void_p

@@ -70,6 +70,11 @@ def uses_onednn() -> bool:
     return _with_onednn
 
 
+def may_use_onednn() -> bool:
+    """Return whether what is no kernel may take oneDNN in this thread. Local."""
+    return _with_onednn and not _is_refused()
+
+
 def put(*, with_onednn: bool) -> None:
     """Put the kernels into Chainer, those that need oneDNN only where asked for. Local."""
     global _with_onednn  # noqa: PLW0603 - one choice for the process
@@ -81,5 +86,7 @@ def put(*, with_onednn: bool) -> None:
 
 def take_out() -> None:
     """Give Chainer its own code back. Local."""
+    global _with_onednn  # noqa: PLW0603 - one choice for the process
+    _with_onednn = False
     for each in _replacements:
         setattr(each.owner, each.attribute, each.original)

@@ -1,0 +1,254 @@
+"""Statistics of the channels of an array, and arithmetic with a number for each channel, by oneDNN or in NumPy.
+
+It is what batch normalization by statistics of more than one array consists of.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from chainer_dist.kernels import layouts, onednn, replacements
+from chainer_dist.kernels.onednn import (
+    BACKWARD,
+    DIFF_DST,
+    DIFF_SCALE,
+    DIFF_SHIFT,
+    DIFF_SRC,
+    DST,
+    INFERENCE,
+    MEAN,
+    SCALE,
+    SCALE_AND_SHIFT,
+    SHIFT,
+    SRC,
+    TRAINING,
+    USE_GIVEN_STATISTICS,
+    VARIANCE,
+    Description,
+    Layout,
+    Operation,
+    kept,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+    from chainer_dist.kernels.layouts import Array
+
+# Values of one channel that are summed in float32 before float64 takes over.
+_SUMMED = 8192
+
+# Values that are computed with at a time, so that they stay in the cache.
+_BLOCK = 1 << 18
+
+# Below so many values the calls cost more than the passes over memory that they save.
+_FEW = 1 << 17
+
+_EPS = 1e-5  # any number that keeps the quotient finite
+
+
+def of(x: Array, axis: Sequence[int], dtype: Any) -> Channels:
+    """Return what computes with the channels of an array, by what is faster. Local.
+
+    Args:
+        x: Any array of floats.
+        axis: Ascending axes that are not those of channels.
+        dtype: That of computing, float32 or more.
+    """
+    if (
+        replacements.may_use_onednn()
+        and dtype == np.float32
+        and x.ndim > 1
+        and x.size >= _FEW
+        and tuple(axis) == (0, *range(2, x.ndim))
+        and layouts.is_suitable(x)
+        and layouts.is_channels_last(x)
+    ):
+        return _ChannelsByOneDNN(x, axis, dtype)
+    return Channels(x, axis, dtype)
+
+
+class Channels:
+    """The channels of an array, in NumPy. Means, sums, scales and shifts are of their shape, in float64.
+
+    Args:
+        x: Any array of floats, which is not changed.
+        axis: Ascending axes that are not those of channels.
+        dtype: That of computing, float32 or more.
+    """
+
+    def __init__(self, x: Array, axis: Sequence[int], dtype: Any) -> None:
+        self._x = x
+        self._dtype = dtype
+        self._dims = [i for i in range(x.ndim) if i not in axis]
+        self._expand = tuple(None if i in axis else slice(None) for i in range(x.ndim))
+        self._count = math.prod(x.shape[i] for i in axis)
+        self._kept: tuple[Array, Array] | None = None  # a deviation that is of use once more
+
+    def moments(self) -> tuple[Array, Array]:
+        """Return means and sums of squared deviations from them. There must be values."""
+        mean = self._sum(self._x.astype(self._dtype, copy=False)) / self._count
+        center, deviation = self._kept = self._deviation(mean)
+        # The centre was rounded; how far the mean is from it takes fewer digits to say.
+        rest = self._sum(deviation) / self._count
+        squares = self._sum(deviation, deviation) - self._count * rest * rest
+        return center + rest, np.maximum(squares, 0)
+
+    def normalize(self, mean: Array, scale: Array, shift: Array) -> Array:
+        """Return (x - mean) * scale + shift, new, in the dtype of computing."""
+        center, y = self._kept or self._deviation(mean)
+        self._kept = None
+        y *= self._per_channel(scale)
+        y += self._per_channel(shift + (center - mean) * scale)
+        return y
+
+    def products(self, gy: Array, mean: Array, scale: Array) -> tuple[Array, Array, Array]:
+        """Return gy * scale, new, and the sums of gy and of gy * (x - mean)."""
+        gy = gy.astype(self._dtype, copy=False)
+        center, deviation = self._kept = self._deviation(mean)
+        sums = self._sum(gy)
+        products = self._sum(gy, deviation) + sums * (center - mean)
+        return gy * self._per_channel(scale), sums, products
+
+    def add_normalized(self, to: Array, mean: Array, scale: Array, shift: Array) -> None:
+        """Add (x - mean) * scale + shift to what :meth:`products` returned, in place."""
+        to += self.normalize(mean, scale, shift)
+
+    def _deviation(self, mean: Array) -> tuple[Array, Array]:
+        """Return the rounded mean, and how far x is from it, new."""
+        center = mean.astype(self._dtype)
+        return center, self._x - center[self._expand]
+
+    def _sum(self, *arrays: Array) -> Array:
+        """Sum the product of arrays over the axes: blocks in their dtype, of blocks in float64."""
+        dims = list(range(arrays[0].ndim))
+        operands = [operand for array in arrays for operand in (array, dims)]
+        length = arrays[0].shape[0]
+        step = max(1, length * _SUMMED // max(self._count, 1))
+        if 0 not in self._dims and step < length:
+            total = np.zeros([arrays[0].shape[i] for i in self._dims])
+            for start in range(0, length, step):
+                operands[::2] = [array[start : start + step] for array in arrays]
+                total += np.einsum(*operands, self._dims)
+            return total
+        sums: Array = np.einsum(*operands, self._dims)
+        return sums.astype(np.float64)
+
+    def _per_channel(self, values: Array) -> Array:
+        """Return float64 values of channels in the dtype of computing, to be used with x."""
+        expanded: Array = values.astype(self._dtype)[self._expand]
+        return expanded
+
+
+def _layouts(rows: int, channels: int) -> tuple[Layout, Layout]:
+    """Return those of values that oneDNN takes for one image, and of the numbers of channels. Local."""
+    return Layout.channels_last((1, channels, rows, 1)), Layout.flat(channels)
+
+
+@kept
+def _measure(rows: int, channels: int) -> Operation:
+    x, each = _layouts(rows, channels)
+    outputs = [(DST, x), (MEAN, each), (VARIANCE, each)]
+    return Operation("batch_normalization_forward", [TRAINING, x, x, _EPS, 0], [(SRC, x)], outputs)
+
+
+@kept
+def _normalize(rows: int, channels: int) -> Operation:
+    x, each = _layouts(rows, channels)
+    inputs = [(SRC, x), (MEAN, each), (VARIANCE, each), (SCALE, each), (SHIFT, each)]
+    parameters = [INFERENCE, x, x, 0.0, SCALE_AND_SHIFT | USE_GIVEN_STATISTICS]
+    return Operation("batch_normalization_forward", parameters, inputs, [(DST, x)])
+
+
+@kept
+def _multiply(rows: int, channels: int) -> Operation:
+    x, each = _layouts(rows, channels)
+    flags = SCALE_AND_SHIFT | USE_GIVEN_STATISTICS
+    hint = Description("batch_normalization_forward", [TRAINING, x, x, 0.0, flags])
+    inputs = [(SRC, x), (MEAN, each), (VARIANCE, each), (DIFF_DST, x), (SCALE, each)]
+    outputs = [(DIFF_SRC, x), (DIFF_SCALE, each), (DIFF_SHIFT, each)]
+    parameters = [BACKWARD, x, x, x, 0.0, flags, hint]
+    return Operation("batch_normalization_backward", parameters, inputs, outputs)
+
+
+class _ChannelsByOneDNN(Channels):
+    """The same by oneDNN's batch normalization, of some rows at a time; without eps and with a variance of 1.
+
+    Args:
+        x: Float32, with channels last in memory.
+        axis: All but the second.
+        dtype: float32.
+    """
+
+    def __init__(self, x: Array, axis: Sequence[int], dtype: Any) -> None:
+        super().__init__(x, axis, dtype)
+        self._rows = layouts.rows(x)
+        self._ones = np.ones(x.shape[1], np.float32)
+
+    def _blocks(self) -> Iterator[slice]:
+        step = max(1, min(_SUMMED, _BLOCK // self._rows.shape[1]))
+        return (slice(low, low + step) for low in range(0, len(self._rows), step))
+
+    def moments(self) -> tuple[Array, Array]:
+        """Return means and sums of squared deviations from them. There must be values."""
+        blocks = [self._rows[block] for block in self._blocks()]
+        n, channels = blocks[0].shape
+        counts = np.array([len(block) for block in blocks])[:, None]
+        means, variances, sums = np.empty((3, len(blocks), channels), np.float32)
+        normalized, ones = np.empty_like(blocks[0]), np.ones((1, n), np.float32)
+        for block, mean, variance, total in zip(blocks, means, variances, sums):
+            n = len(block)
+            _measure(n, channels)(block, normalized[:n], mean, variance)
+            onednn.multiply_matrices(ones[:, :n], normalized[:n], total[None])
+        # As the mean was rounded, so do normalized values have one.
+        rest = sums * np.sqrt(variances + np.float64(_EPS)) / counts
+        squares = counts * np.maximum(variances - rest * rest, 0)
+        exact = means + rest
+        mean = (counts * exact).sum(0) / self._count
+        deviation = exact - mean
+        return mean, (squares + counts * deviation * deviation).sum(0)
+
+    def normalize(self, mean: Array, scale: Array, shift: Array) -> Array:
+        """Return (x - mean) * scale + shift, new."""
+        y = np.empty_like(self._x)
+        self._normalize_into(self._rows, layouts.rows(y), self._numbers(mean, scale, shift))
+        return y
+
+    def products(self, gy: Array, mean: Array, scale: Array) -> tuple[Array, Array, Array]:
+        """Return gy * scale, new, and the sums of gy and of gy * (x - mean)."""
+        if not layouts.is_suitable(gy):
+            gy = np.array(gy, np.float32)  # aligned
+        gx = np.empty_like(self._x)
+        given, made = layouts.rows(layouts.channels_last(gy)), layouts.rows(gx)
+        center, factor = mean.astype(np.float32), scale.astype(np.float32)
+        products, sums = np.empty((2, len(center)), np.float32)
+        of_x, of_gy = np.zeros((2, len(center)))
+        for block in self._blocks():
+            rows = self._rows[block]
+            numbers = (center, self._ones, given[block], factor)
+            _multiply(*rows.shape)(rows, *numbers, made[block], products, sums)
+            of_x += products
+            of_gy += sums
+        return gx, of_gy, of_x + of_gy * (center - mean)
+
+    def add_normalized(self, to: Array, mean: Array, scale: Array, shift: Array) -> None:
+        """Add (x - mean) * scale + shift to what :meth:`products` returned, in place."""
+        rows, numbers = layouts.rows(to), self._numbers(mean, scale, shift)
+        added = None
+        for block in self._blocks():
+            x = self._rows[block]
+            added = np.empty_like(x) if added is None else added[: len(x)]
+            self._normalize_into(x, added, numbers)
+            rows[block] += added
+
+    def _numbers(self, mean: Array, scale: Array, shift: Array) -> tuple[Array, ...]:
+        center = mean.astype(np.float32)
+        shift = shift + (center - mean) * scale
+        return center, self._ones, scale.astype(np.float32), shift.astype(np.float32)
+
+    @staticmethod
+    def _normalize_into(x: Array, y: Array, numbers: tuple[Array, ...]) -> None:
+        _normalize(*x.shape)(x, *numbers, y)
