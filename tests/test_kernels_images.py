@@ -217,3 +217,42 @@ def test_other_dtypes_are_chainers(function, dtype):
             outcomes.append(function(x).array)
     np.testing.assert_array_equal(*outcomes)
     assert outcomes[1].dtype == outcomes[0].dtype
+
+
+@st.composite
+def unpoolings(draw, ndims=(1, 3)):
+    """Return an array to unpool, and window sizes, strides, padding and the size of the output if it is given."""
+    ndim = draw(st.integers(*ndims))
+    size = tuple(draw(st.integers(1, 3)) for _ in range(ndim))
+    stride = tuple(draw(st.sampled_from([k, *range(1, 5)])) for k in size)
+    pad = tuple(draw(st.integers(0, k - 1)) for k in size)
+    cover_all = draw(st.booleans())
+    large = [2 * k + s * draw(st.integers(0, 3)) for k, s in zip(size, stride)]
+    windows = zip(large, size, stride, pad)
+    sizes = [get_conv_outsize(n, k, s, p, cover_all) for n, k, s, p in windows]
+    x = draw_array(draw, (draw(st.integers(1, 3)), draw(st.integers(1, 5)), *sizes))
+    options = {"stride": stride, "pad": pad, "cover_all": cover_all}
+    if draw(st.booleans()):
+        options["outsize"] = tuple(large)
+    return x, size, options
+
+
+@pytest.mark.parametrize("name", ["numpy", "onednn"])
+@given(unpoolings())
+def test_unpooling(name, case):
+    """Values are spread over windows that touch, overlap or leave gaps, as Chainer does."""
+    x, size, options = case
+    assert_like_chainer(lambda x: F.unpooling_nd(x, size, **options), [x], name=name)
+    if len(size) == 2:
+        assert_like_chainer(lambda x: F.unpooling_2d(x, size, **options), [x], name=name)
+
+
+@pytest.mark.parametrize("name", ["numpy", "onednn"])
+@given(unpoolings(ndims=(2, 2)), st.data())
+def test_upsampling(name, case, data):
+    """Values go to the indexes of maxima, also where these share a place or lie outside."""
+    x, size, options = case
+    rng = np.random.RandomState(data.draw(st.integers(0, 99)))
+    indexes = rng.randint(0, np.prod(size), x.shape).astype(data.draw(st.sampled_from("bil")))
+    indexes = arrange(indexes, data.draw(st.sampled_from(["dense", "channels last"])))
+    assert_like_chainer(lambda x: F.upsampling_2d(x, indexes, size, **options), [x], name=name)

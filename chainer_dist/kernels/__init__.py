@@ -45,6 +45,7 @@ _FAMILIES = (
     "stateful_gru",
     "stateful_lstm",
     "sum",
+    "unpooling",
 )
 
 
