@@ -184,6 +184,7 @@ FUNCTIONS = {
     "transposed convolution": lambda x: F.deconvolution_2d(x, np.ones((3, 4, 2, 2), np.float32)),
     "max pooling": lambda x: F.max_pooling_2d(x, 2),
     "average pooling": lambda x: F.average_pooling_2d(x, 2),
+    "local response normalization": F.local_response_normalization,
     "batch normalization": lambda x: F.batch_normalization(
         x, np.ones(3, np.float32), np.zeros(3, np.float32)
     ),
@@ -256,3 +257,30 @@ def test_upsampling(name, case, data):
     indexes = rng.randint(0, np.prod(size), x.shape).astype(data.draw(st.sampled_from("bil")))
     indexes = arrange(indexes, data.draw(st.sampled_from(["dense", "channels last"])))
     assert_like_chainer(lambda x: F.upsampling_2d(x, indexes, size, **options), [x], name=name)
+
+
+@st.composite
+def neighbours(draw):
+    """Return images, and options of local response normalization."""
+    channels = draw(st.sampled_from([1, 2, 3, 5, 15, 16, 17, 20, 31, 33, 64, 100]))
+    shape = (draw(st.integers(1, 3)), channels, *(draw(st.integers(1, 4)) for _ in range(2)))
+    x = draw_array(draw, shape, scale=draw(st.sampled_from([1.0, 50.0])))
+    options = {
+        "n": draw(st.sampled_from([5, 5, 4, 3, 1])),
+        "k": draw(st.sampled_from([2, 1.0])),
+        "alpha": draw(st.sampled_from([1e-4, 0.1])),
+        "beta": draw(st.sampled_from([0.75, 0.75, 0.5])),
+    }
+    return x, options
+
+
+@given(neighbours())
+def test_local_response_normalization(case):
+    """It is Chainer's to rounding; Chainer cannot differentiate it twice."""
+    x, options = case
+    options["n"] = min(options["n"], 2 * x.shape[1] - 1)  # Chainer fails for fewer channels
+
+    def function(x):
+        return F.local_response_normalization(x, **options)
+
+    assert_like_chainer(function, [x], double=False)

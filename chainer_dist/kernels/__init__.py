@@ -39,6 +39,7 @@ _FAMILIES = (
     "get_item",
     "layer_normalization",
     "linear",
+    "local_response_normalization",
     "n_step_rnn",
     "pooling",
     "softmax",
