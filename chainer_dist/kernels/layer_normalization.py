@@ -1,4 +1,4 @@
-"""Layer normalization by oneDNN, and its gradient as one operation instead of a graph of twenty."""
+"""Layer normalization by oneDNN; its gradient as one operation instead of a graph of twenty, in NumPy too."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import chainer
 import numpy as np
 from chainer.functions.normalization.layer_normalization import LayerNormalization
 
-from chainer_dist.kernels import layouts
+from chainer_dist.kernels import layouts, replacements
 from chainer_dist.kernels.onednn import (
     BACKWARD,
     DIFF_DST,
@@ -74,21 +74,44 @@ def _normalize(chainers: Any, self: Any, inputs: tuple[Array, Array, Array]) -> 
     return (y,)
 
 
-@replaces(LayerNormalization, "backward")
+@replaces(LayerNormalization, "backward", needs_onednn=False)
 def _normalize_gradient(
     chainers: Any, self: Any, indexes: tuple[int, ...], grad_outputs: tuple[Any]
 ) -> Any:
     x, gamma = (each.array for each in self.get_retained_inputs())
     gy = grad_outputs[0].array
     # A gradient that is differentiated again has to be a graph.
-    if (
-        chainer.config.enable_backprop
-        or getattr(self, "_statistics", None) is None
-        or not layouts.is_suitable(x, gamma, gy)
-    ):
+    if chainer.config.enable_backprop or not layouts.is_suitable(x, gamma, gy):
         return chainers(self, indexes, grad_outputs)
-    x, gamma, gy = map(np.ascontiguousarray, (x, gamma, gy))
-    gx, ggamma, gbeta = np.empty_like(x), np.empty_like(gamma), np.empty_like(gamma)
-    operation = _backward(*x.shape, float(self.eps))
-    operation(x, *self._statistics, gy, gamma, gamma, gx, ggamma, gbeta)
-    return tuple(map(chainer.as_variable, (gx, ggamma, gbeta)))
+    statistics = getattr(self, "_statistics", None)
+    if statistics is None or not replacements.uses_onednn():
+        gradients = _gradients(x, gamma, gy, self.eps)
+    else:
+        x, gamma, gy = map(np.ascontiguousarray, (x, gamma, gy))
+        gradients = np.empty_like(x), np.empty_like(gamma), np.empty_like(gamma)
+        _backward(*x.shape, float(self.eps))(x, *statistics, gy, gamma, gamma, *gradients)
+    return tuple(map(chainer.as_variable, gradients))
+
+
+def _gradients(x: Array, gamma: Array, gy: Array, eps: float) -> tuple[Array, Array, Array]:
+    """Return the gradients with respect to x, gamma and beta, new, in NumPy. Local."""
+    x_hat = x - x.mean(axis=1, keepdims=True)
+    inv_std = np.reciprocal(np.sqrt(_mean_of_products(x_hat, x_hat) + np.float32(eps)))
+    x_hat *= inv_std
+    ones = np.ones(len(gy), np.float32)
+    gbeta = ones @ gy
+    gx = gy * x_hat
+    ggamma = ones @ gx
+    np.multiply(gy, gamma, out=gx)
+    mean = gx.mean(axis=1, keepdims=True)
+    x_hat *= _mean_of_products(gx, x_hat)
+    gx -= mean
+    gx -= x_hat
+    gx *= inv_std
+    return gx, ggamma, gbeta
+
+
+def _mean_of_products(a: Array, b: Array) -> Array:
+    means: Array = np.einsum("ij,ij->i", a, b)[:, None]
+    means /= np.float32(a.shape[1])
+    return means
