@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from unittest import mock
+
+import chainer
 import chainer.functions as F
 import numpy as np
 import pytest
@@ -10,6 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from chainer_dist import kernels
+from chainer_dist.kernels import group_normalization
 from kernel_cases import arrange, assert_like_chainer, draw_array
 
 # Nothing here knows of ranks.
@@ -184,6 +188,9 @@ FUNCTIONS = {
     "transposed convolution": lambda x: F.deconvolution_2d(x, np.ones((3, 4, 2, 2), np.float32)),
     "max pooling": lambda x: F.max_pooling_2d(x, 2),
     "average pooling": lambda x: F.average_pooling_2d(x, 2),
+    "group normalization": lambda x: F.group_normalization(
+        x, 3, np.ones(3, np.float32), np.zeros(3, np.float32)
+    ),
     "local response normalization": F.local_response_normalization,
     "batch normalization": lambda x: F.batch_normalization(
         x, np.ones(3, np.float32), np.zeros(3, np.float32)
@@ -193,8 +200,9 @@ FUNCTIONS = {
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
 @pytest.mark.parametrize("function", FUNCTIONS.values(), ids=FUNCTIONS)
-def test_what_is_not_finite_stays(function, value):
+def test_what_is_not_finite_stays(function, value, monkeypatch):
     """NaN and infinity come out where Chainer lets them."""
+    monkeypatch.setattr(group_normalization, "_FEW", 0)
     x = np.random.RandomState(0).standard_normal((2, 3, 6, 6)).astype(np.float32)
     x[1, 2, 3, 3] = value
     x = arrange(x, "channels last")
@@ -284,3 +292,41 @@ def test_local_response_normalization(case):
         return F.local_response_normalization(x, **options)
 
     assert_like_chainer(function, [x], double=False)
+
+
+@pytest.mark.parametrize("double", [False, True])
+@given(batches(least=1), st.data())
+def test_group_normalization(double, arrays, data):
+    """Groups of channels are normalized as Chainer does, however few values there are."""
+    x, gamma, beta = arrays
+    if data.draw(st.booleans()):
+        x = arrange(x, "channels last")
+    channels = x.shape[1]
+    groups = data.draw(st.sampled_from([n for n in range(1, channels + 1) if channels % n == 0]))
+
+    def function(x, gamma, beta):
+        return F.group_normalization(x, groups, gamma, beta, eps=1e-2)
+
+    with mock.patch.object(group_normalization, "_FEW", 0):
+        assert_like_chainer(function, [x, gamma, beta], double=double, tolerance=1e-4)
+
+
+@pytest.mark.parametrize(("forward", "backward"), [("chainer", "onednn"), ("onednn", "chainer")])
+def test_group_normalization_differentiated_with_another_choice(forward, backward):
+    """What the one keeps for the gradient the other can take."""
+    rng = np.random.RandomState(0)
+    x = arrange(rng.standard_normal((3, 8, 50, 50)).astype(np.float32), "channels last")
+    gamma, beta = rng.standard_normal((2, 8)).astype(np.float32)
+
+    def gradients(forward, backward):
+        inputs = [chainer.Variable(each) for each in (x, gamma, beta)]
+        with kernels.use(forward):
+            y = F.group_normalization(inputs[0], 4, *inputs[1:])
+        y.grad = x
+        with kernels.use(backward):
+            y.backward()
+        return [each.grad for each in inputs]
+
+    found = zip(gradients(forward, backward), gradients("chainer", "chainer"))
+    for got, want in found:
+        np.testing.assert_allclose(got, want, 1e-3, 1e-3)

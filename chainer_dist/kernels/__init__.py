@@ -37,6 +37,7 @@ _FAMILIES = (
     "dropout",
     "embed_id",
     "get_item",
+    "group_normalization",
     "layer_normalization",
     "linear",
     "local_response_normalization",

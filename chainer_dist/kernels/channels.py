@@ -149,14 +149,16 @@ def _layouts(rows: int, channels: int) -> tuple[Layout, Layout]:
 
 
 @kept
-def _measure(rows: int, channels: int) -> Operation:
+def measure(rows: int, channels: int) -> Operation:
+    """Return what takes x (rows, channels), and writes normalized values, means and biased variances. Local."""
     x, each = _layouts(rows, channels)
     outputs = [(DST, x), (MEAN, each), (VARIANCE, each)]
     return Operation("batch_normalization_forward", [TRAINING, x, x, _EPS, 0], [(SRC, x)], outputs)
 
 
 @kept
-def _normalize(rows: int, channels: int) -> Operation:
+def normalize(rows: int, channels: int) -> Operation:
+    """Return what takes x, means, variances, scales and shifts, and writes the result. Local."""
     x, each = _layouts(rows, channels)
     inputs = [(SRC, x), (MEAN, each), (VARIANCE, each), (SCALE, each), (SHIFT, each)]
     parameters = [INFERENCE, x, x, 0.0, SCALE_AND_SHIFT | USE_GIVEN_STATISTICS]
@@ -164,7 +166,11 @@ def _normalize(rows: int, channels: int) -> Operation:
 
 
 @kept
-def _multiply(rows: int, channels: int) -> Operation:
+def multiply(rows: int, channels: int) -> Operation:
+    """Return what takes x, means, variances, gradients and scales of channels, and writes three things. Local.
+
+    These are gradients times scales, and of each channel the sums of gradients times normalized x, and of gradients.
+    """
     x, each = _layouts(rows, channels)
     flags = SCALE_AND_SHIFT | USE_GIVEN_STATISTICS
     hint = Description("batch_normalization_forward", [TRAINING, x, x, 0.0, flags])
@@ -201,7 +207,7 @@ class _ChannelsByOneDNN(Channels):
         normalized, ones = np.empty_like(blocks[0]), np.ones((1, n), np.float32)
         for block, mean, variance, total in zip(blocks, means, variances, sums):
             n = len(block)
-            _measure(n, channels)(block, normalized[:n], mean, variance)
+            measure(n, channels)(block, normalized[:n], mean, variance)
             onednn.multiply_matrices(ones[:, :n], normalized[:n], total[None])
         # As the mean was rounded, so do normalized values have one.
         rest = sums * np.sqrt(variances + np.float64(_EPS)) / counts
@@ -229,7 +235,7 @@ class _ChannelsByOneDNN(Channels):
         for block in self._blocks():
             rows = self._rows[block]
             numbers = (center, self._ones, given[block], factor)
-            _multiply(*rows.shape)(rows, *numbers, made[block], products, sums)
+            multiply(*rows.shape)(rows, *numbers, made[block], products, sums)
             of_x += products
             of_gy += sums
         return gx, of_gy, of_x + of_gy * (center - mean)
@@ -251,4 +257,4 @@ class _ChannelsByOneDNN(Channels):
 
     @staticmethod
     def _normalize_into(x: Array, y: Array, numbers: tuple[Array, ...]) -> None:
-        _normalize(*x.shape)(x, *numbers, y)
+        normalize(*x.shape)(x, *numbers, y)
