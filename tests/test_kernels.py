@@ -18,7 +18,7 @@ import pytest
 from chainer.functions.connection.convolution_2d import Convolution2DFunction
 
 from chainer_dist import kernels
-from chainer_dist.kernels import convolution, onednn, replacements
+from chainer_dist.kernels import convolution, onednn, replacements, shared_library
 
 # Nothing here knows of ranks.
 pytestmark = [pytest.mark.mpi_skip, pytest.mark.usefixtures("one_thread")]
@@ -120,16 +120,16 @@ except chainer_dist.kernels.OneDNNError as error:
 
 def test_another_version_is_refused(monkeypatch):
     """Of 2.x the functions have other arguments."""
-    version = onednn._Version(2, 7, 5)
-    library = types.SimpleNamespace(
+    version = shared_library._Version(2, 7, 5)
+    functions = types.SimpleNamespace(
         dnnl_version=lambda: ctypes.pointer(version),
         dnnl_primitive_desc_query_md=types.SimpleNamespace(),
         dnnl_memory_desc_get_size=types.SimpleNamespace(),
     )
-    library.dnnl_version = type("F", (), {"__call__": lambda _: ctypes.pointer(version)})()
-    monkeypatch.setattr(ctypes, "CDLL", lambda _: library)
-    with pytest.raises(onednn.OneDNNError, match=r"oneDNN 2\.7\.5, and 3\.x is needed"):
-        onednn._load("libdnnl.so.2")
+    functions.dnnl_version = type("F", (), {"__call__": lambda _: ctypes.pointer(version)})()
+    monkeypatch.setattr(ctypes, "CDLL", lambda _: functions)
+    with pytest.raises(shared_library.OneDNNError, match=r"oneDNN 2\.7\.5, and 3\.x is needed"):
+        shared_library._load("libdnnl.so.2")
 
 
 @pytest.mark.parametrize("instructions", ["SSE41", "AVX2", "DEFAULT"])

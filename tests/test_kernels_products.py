@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from chainer_dist.kernels import linear
+from chainer_dist.kernels import matrices
 from kernel_cases import ARRANGEMENTS, arrange
 
 # Nothing here knows of ranks.
@@ -30,7 +30,7 @@ def test_products(stack, m, k, n, data):
     bias = rng.standard_normal(n).astype("f") if data.draw(st.booleans()) else None
     a, b = factors
     expected = a.astype(np.float64) @ b.astype(np.float64) + (0 if bias is None else bias)
-    found = linear.multiply(a, b, bias)
+    found = matrices.multiply(a, b, bias)
     np.testing.assert_allclose(found, expected, 1e-4, 1e-4)
     assert found.flags.c_contiguous
 
@@ -39,6 +39,6 @@ def test_overlapping_rows():
     """A window that slides over a row is no matrix to BLAS."""
     windows = np.lib.stride_tricks.sliding_window_view(np.arange(40, dtype=np.float32), 8)
     w = np.ones((8, 3), np.float32)
-    np.testing.assert_array_equal(linear.multiply(windows, w), windows.astype(np.float64) @ w)
+    np.testing.assert_array_equal(matrices.multiply(windows, w), windows.astype(np.float64) @ w)
     one = np.broadcast_to(np.arange(8, dtype=np.float32), (5, 8))
-    np.testing.assert_array_equal(linear.multiply(one, w), one.astype(np.float64) @ w)
+    np.testing.assert_array_equal(matrices.multiply(one, w), one.astype(np.float64) @ w)

@@ -19,8 +19,8 @@ import importlib
 import os
 from typing import NamedTuple
 
-from chainer_dist.kernels import onednn, replacements
-from chainer_dist.kernels.onednn import OneDNNError
+from chainer_dist.kernels import replacements
+from chainer_dist.kernels.shared_library import OneDNNError, library
 
 __all__ = ["OneDNNError", "Status", "status", "use"]
 
@@ -114,7 +114,7 @@ def _choose(name: str, known: Status | None = None) -> None:
     }.get(name, "")
     if name in ("onednn", "auto"):
         try:
-            opened = onednn.library()
+            opened = library()
             name = "onednn"
             reason = f"oneDNN {opened.version} ({opened.instructions}), {opened.path}"
         except OneDNNError as error:

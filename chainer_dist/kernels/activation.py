@@ -35,9 +35,6 @@ _RELU, _LOGISTIC = 0x20, 0x29
 # The gradient from the output instead of the input.
 _TANH_BY_OUTPUT, _LOGISTIC_BY_OUTPUT, _RELU_BY_OUTPUT = 0x101, 0x104, 0x100
 
-# Below so many values the call costs more than the passes that it saves.
-_FEW = 4096
-
 
 @kept
 def _forward(algorithm: int, size: int, alpha: float) -> Operation:
@@ -58,7 +55,7 @@ def _backward(algorithm: int, size: int, alpha: float) -> Operation:
 
 def _is_worth_it(*arrays: Array) -> bool:
     return (
-        arrays[0].size >= _FEW
+        arrays[0].size >= layouts.FEW
         and layouts.is_suitable(*arrays)
         and layouts.in_memory_order(arrays[0]) is not None
     )

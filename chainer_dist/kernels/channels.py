@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from chainer_dist.kernels import layouts, onednn, replacements
+from chainer_dist.kernels import layouts, replacements
+from chainer_dist.kernels.matrices import multiply_matrices
 from chainer_dist.kernels.onednn import (
     BACKWARD,
     DIFF_DST,
@@ -208,7 +209,7 @@ class _ChannelsByOneDNN(Channels):
         for block, mean, variance, total in zip(blocks, means, variances, sums):
             n = len(block)
             measure(n, channels)(block, normalized[:n], mean, variance)
-            onednn.multiply_matrices(ones[:, :n], normalized[:n], total[None])
+            multiply_matrices(ones[:, :n], normalized[:n], total[None])
         # As the mean was rounded, so do normalized values have one.
         rest = sums * np.sqrt(variances + np.float64(_EPS)) / counts
         squares = counts * np.maximum(variances - rest * rest, 0)

@@ -16,7 +16,7 @@ from chainer.functions.connection.deconvolution_nd import DeconvolutionND
 from chainer.utils.conv import get_conv_outsize
 
 from chainer_dist.kernels import layouts
-from chainer_dist.kernels.linear import multiply
+from chainer_dist.kernels.matrices import multiply
 from chainer_dist.kernels.onednn import (
     BIAS,
     DIFF_DST,

@@ -20,6 +20,9 @@ if TYPE_CHECKING:
 
 _FLOAT32 = np.dtype(np.float32)
 
+# Below so many values a call of oneDNN for an elementwise function costs more than the passes that it saves.
+FEW = 4096
+
 # From so many values on oneDNN reorders them faster than NumPy.
 _MANY = 1 << 14
 

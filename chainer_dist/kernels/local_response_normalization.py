@@ -15,7 +15,7 @@ from chainer.functions.normalization.local_response_normalization import (
     LocalResponseNormalizationGrad,
 )
 
-from chainer_dist.kernels import layouts, onednn
+from chainer_dist.kernels import layouts
 from chainer_dist.kernels.onednn import (
     DIFF_DST,
     DIFF_SRC,
@@ -29,6 +29,7 @@ from chainer_dist.kernels.onednn import (
     kept,
 )
 from chainer_dist.kernels.replacements import replaces
+from chainer_dist.kernels.shared_library import library
 
 if TYPE_CHECKING:
     from chainer_dist.kernels.layouts import Array
@@ -92,7 +93,7 @@ def _is_possible(function: Any, *arrays: Array) -> bool:
         and function.beta == _BETA
         and arrays[0].ndim == 4  # noqa: PLR2004 - images
         and layouts.is_suitable(*arrays)
-        and onednn.library().instructions.startswith("avx512")
+        and library().instructions.startswith("avx512")
     )
 
 

@@ -35,9 +35,6 @@ if TYPE_CHECKING:
 
 _SOFTMAX, _LOG_SOFTMAX = 0x30000, 0x30001
 
-# Below so many values the call costs more than the passes that it saves.
-_FEW = 4096
-
 # Values of a block, some 256 kB.
 _BLOCK = 1 << 16
 
@@ -84,7 +81,7 @@ def _backward(algorithm: int, y: Layout, axis: int) -> Operation:
 
 
 def _is_worth_it(array: Array) -> bool:
-    return array.size >= _FEW and layouts.is_suitable(array)
+    return array.size >= layouts.FEW and layouts.is_suitable(array)
 
 
 def _in_order(array: Array) -> Array:
@@ -152,7 +149,7 @@ def _log_softmax_backward(chainers: Any, self: Any, inputs: tuple[Array, Array])
 def _cross_entropy(chainers: Any, self: Any, inputs: tuple[Array, Array]) -> Any:
     x, t = inputs
     if (
-        x.size < _FEW
+        x.size < layouts.FEW
         or self.class_weight is not None
         or x.ndim != 2  # noqa: PLR2004 - a matrix
         or t.ndim != 1
@@ -180,7 +177,7 @@ def _cross_entropy(chainers: Any, self: Any, inputs: tuple[Array, Array]) -> Any
 def _cross_entropy_gradient(chainers: Any, self: Any, inputs: tuple[Array, Array, Array]) -> Any:
     x, t, gloss = inputs
     if (
-        x.size < _FEW
+        x.size < layouts.FEW
         or self.soft_target
         or self.class_weight is not None
         or self.y is None

@@ -10,7 +10,7 @@ import chainer.links as L
 import numpy as np
 
 from chainer_dist.kernels import layouts
-from chainer_dist.kernels.linear import multiply_into
+from chainer_dist.kernels.matrices import multiply_into
 from chainer_dist.kernels.recurrent import HALF, ONE, finish_sigmoid
 from chainer_dist.kernels.replacements import replaces
 from chainer_dist.kernels.steps import Factors, Step, are_plain

@@ -13,7 +13,7 @@ import chainer.functions as F
 import chainer.links as L
 import numpy as np
 
-from chainer_dist.kernels.linear import multiply_into
+from chainer_dist.kernels.matrices import multiply_into
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence

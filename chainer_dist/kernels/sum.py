@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from chainer.functions.math.sum import Sum
 
-from chainer_dist.kernels import layouts, onednn, replacements
+from chainer_dist.kernels import layouts, replacements
+from chainer_dist.kernels.matrices import multiply_matrices
 from chainer_dist.kernels.replacements import replaces
 
 if TYPE_CHECKING:
@@ -36,5 +37,5 @@ def _sum(chainers: Any, self: Any, inputs: tuple[Array]) -> Any:
         return ((ones @ rows)[0],)
     # BLAS has threads of its own, which would keep those of oneDNN from the cores for a while.
     sums = np.empty((1, x.shape[1]), np.float32)
-    onednn.multiply_matrices(ones, rows, sums)
+    multiply_matrices(ones, rows, sums)
     return (sums[0],)

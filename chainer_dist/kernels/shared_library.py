@@ -1,0 +1,156 @@
+"""The library oneDNN: where it is found, its C functions, and handles of what it makes.
+
+The interface is that of oneDNN 3 (``dnnl.h``); every 3.x has it.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import os
+import sys
+import sysconfig
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+# Names a file instead of the library that is found.
+VARIABLE = "CHAINER_DIST_ONEDNN"
+
+_MAJOR = 3  # the version whose interface this is
+
+# Which are transposed; m, n, k; a factor, a and its step, b and its step; a factor, y and its step.
+_SIZE, _PLACE = ctypes.c_int64, ctypes.c_void_p
+_SGEMM: list[Any] = [ctypes.c_char, ctypes.c_char, _SIZE, _SIZE, _SIZE]
+_SGEMM += [ctypes.c_float, _PLACE, _SIZE, _PLACE, _SIZE, ctypes.c_float, _PLACE, _SIZE]
+
+Handle = ctypes.c_void_p
+
+
+class OneDNNError(RuntimeError):
+    """oneDNN refused to do something, or there is no oneDNN that can be used."""
+
+
+class _Version(ctypes.Structure):
+    _fields_ = (("major", ctypes.c_int), ("minor", ctypes.c_int), ("patch", ctypes.c_int))
+
+
+class Library(NamedTuple):
+    """A loaded library.
+
+    Attributes:
+        functions: Its C functions.
+        path: Where it was found; a bare name was found by the loader.
+        version: Such as ``3.2.0``.
+        instructions: The instruction set that it uses, such as ``avx512_core_bf16``.
+        engine: The processor, as oneDNN has it.
+        stream: What operations are executed in.
+    """
+
+    functions: Any
+    path: str
+    version: str
+    instructions: str
+    engine: Any
+    stream: Any
+
+
+def candidates() -> Iterator[str]:
+    """Yield where the library may be, the best first. Local.
+
+    The environment variable alone if it is set; else the ``lib`` directory of this Python environment, where the package
+    ``onednn-cpu-gomp`` of PyPI puts it, and the loader's path, for those of distributions, conda and modules.
+    """
+    if chosen := os.environ.get(VARIABLE):
+        yield chosen
+        return
+    for directory in dict.fromkeys((sys.prefix, sysconfig.get_config_var("base") or sys.prefix)):
+        path = Path(directory, "lib", "libdnnl.so.3")
+        if path.is_file():
+            yield str(path)
+    yield "libdnnl.so.3"
+
+
+@functools.lru_cache(maxsize=1)
+def library() -> Library:
+    """Return the library, loaded at the first call. Local.
+
+    Raises:
+        OneDNNError: If there is none that can be used; the message says why for each place.
+    """
+    if sys.platform != "linux":
+        raise OneDNNError(f"oneDNN is looked for on Linux only, this is {sys.platform}")
+    reasons = []
+    for path in candidates():
+        try:
+            return _load(path)
+        except (OSError, OneDNNError) as error:  # noqa: PERF203 - a few places
+            reasons.append(f"{path}: {error}" if path not in str(error) else str(error))
+    raise OneDNNError("; ".join(reasons))
+
+
+def _load(path: str) -> Library:
+    functions = ctypes.CDLL(path)
+    try:
+        functions.dnnl_version.restype = ctypes.POINTER(_Version)
+        version = functions.dnnl_version().contents
+        text = f"{version.major}.{version.minor}.{version.patch}"
+        if version.major != _MAJOR:
+            raise OneDNNError(f"{path} is oneDNN {text}, and {_MAJOR}.x is needed")
+        functions.dnnl_primitive_desc_query_md.restype = Handle
+        functions.dnnl_memory_desc_get_size.restype = ctypes.c_size_t
+        functions.dnnl_cpu_isa2str.restype = ctypes.c_char_p
+        functions.dnnl_sgemm.argtypes = _SGEMM
+        functions.omp_get_max_threads.restype = ctypes.c_int
+        instructions = functions.dnnl_cpu_isa2str(functions.dnnl_get_effective_cpu_isa())
+    except AttributeError as error:
+        raise OneDNNError(f"{path} lacks a function: {error}") from None
+    engine, stream = Handle(), Handle()
+    check(functions.dnnl_engine_create(ctypes.byref(engine), 1, ctypes.c_size_t(0)), "an engine")
+    check(functions.dnnl_stream_create(ctypes.byref(stream), engine, 1), "a stream")
+    # Operations are kept here, bounded; oneDNN's own cache would keep those that are dropped.
+    check(functions.dnnl_set_primitive_cache_capacity(0), "a cache of no size")
+    return Library(
+        functions,
+        path,
+        text,
+        (instructions or b"?").decode().replace("cpu_isa_", ""),
+        engine,
+        stream,
+    )
+
+
+def check(status: int, what: str) -> None:
+    """Raise OneDNNError if the status that a C function returned is not success. Local."""
+    if status:
+        raise OneDNNError(f"oneDNN answered {status} when asked for {what}")
+
+
+class Owned:
+    """A handle of oneDNN that is destroyed with this object. Local.
+
+    Args:
+        create: C function that makes what the handle stands for.
+        destroy: C function that takes the handle back.
+        arguments: Arguments of the former, after the handle.
+
+    Raises:
+        OneDNNError: If oneDNN refuses.
+    """
+
+    def __init__(self, create: str, destroy: str, *arguments: Any) -> None:
+        functions = library().functions
+        self.handle = Handle()
+        self._destroy: Callable[[Any], Any] = getattr(functions, destroy)
+        check(getattr(functions, create)(ctypes.byref(self.handle), *arguments), create)
+
+    def __del__(self) -> None:
+        if getattr(self, "handle", None):
+            self._destroy(self.handle)
+
+
+def n_threads() -> int:
+    """Return how many threads an operation may take. Local."""
+    return int(library().functions.omp_get_max_threads())
