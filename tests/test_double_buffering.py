@@ -16,7 +16,7 @@ from mpi4py import MPI
 
 from chainer_dist import compression, create_communicator, create_multi_node_optimizer
 from chainer_dist.collectives import operation
-from chainer_dist.optimizers import double_buffering
+from chainer_dist.updates import delayed
 
 BATCH = 12
 STEPS = 5
@@ -105,7 +105,7 @@ def test_the_exchange_is_in_the_background(comm):
     optimizer = create_multi_node_optimizer(optimizers.SGD(), comm, double_buffering=True)
     optimizer.setup(model)
     optimizer.update(model, *own(batch(0), comm))  # starts the thread
-    background = double_buffering.background(comm)
+    background = delayed.background(comm)
     averaging = background.comm.mean_arrays
 
     gate = threading.Event()
@@ -117,11 +117,11 @@ def test_the_exchange_is_in_the_background(comm):
     background.comm.mean_arrays = late
     try:
         optimizer.update(model, *own(batch(1), comm))
-        assert not optimizer._pending.done.done()
+        assert not optimizer._state.plan.update._pending.done.done()
     finally:
         gate.set()
     optimizer.wait()
-    assert optimizer._pending.done.done()
+    assert optimizer._state.plan.update._pending.done.done()
     assert optimizer.t == 1
 
 
@@ -156,7 +156,7 @@ def test_copies_exchange_on_their_own(comm):
         twin.update(twin.target, *own(batch(step), comm))
     assert_same(comm, model, train_stale(optimizers.SGD))
     assert (twin.t, optimizer.t) == (STEPS - 2, STEPS - 1)
-    assert pickle.loads(pickle.dumps(optimizer))._pending is None
+    assert pickle.loads(pickle.dumps(optimizer))._state.plan.chosen is None
 
 
 def dynamic(optimizer, step):

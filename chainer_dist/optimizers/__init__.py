@@ -11,7 +11,8 @@ from chainer_dist.optimizers.double_buffering import DoubleBufferingOptimizer
 from chainer_dist.optimizers.foreign import is_foreign, wrap_foreign
 from chainer_dist.optimizers.join import Join
 from chainer_dist.optimizers.local_sgd import create_local_sgd_optimizer
-from chainer_dist.optimizers.multi_node_optimizer import JOB, MultiNodeOptimizer, Options
+from chainer_dist.optimizers.multi_node_optimizer import MultiNodeOptimizer
+from chainer_dist.updates.options import JOB, Options
 
 if TYPE_CHECKING:
     import chainer

@@ -11,19 +11,31 @@ from __future__ import annotations
 import functools
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from chainer_dist.collectives.agreement import digest
+from chainer_dist.collectives.agreement import agree, digest, raise_mismatch
+from chainer_dist.collectives.operation import WAITING, Kind, Operation
 from chainer_dist.optimizers.descriptions import describe, is_of_chainer, is_plain, name_of
 from chainer_dist.parameters import same
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     import chainer
 
+    from chainer_dist.communicators import CommunicatorBase
+    from chainer_dist.compression import Compression
+    from chainer_dist.optimizers.replicas import Replicas
     from chainer_dist.parameters import ParameterSet
+    from chainer_dist.updates.comparison import Lines
+    from chainer_dist.updates.options import Options
 
-__all__ = ["Report", "Settings", "Verdict", "describe_states"]
+__all__ = ["AFTER", "BEFORE", "Report", "Settings", "Verdict", "compare", "describe_options"]
 
-Lines = list[tuple[str, str]]  # what is compared: subject and description
 _Value = tuple[Any, ...]  # whose it is, its name, the value, and what may change within the value
+
+# The first that all ranks do in an update, and after backward: there they wait for the slowest.
+_COMPARISONS = Kind("comparison of parameters", WAITING), Kind("comparison of gradients", WAITING)
+
+BEFORE, AFTER = range(2)  # at which of an update's comparisons a rank is
 
 _MOST_KNOWN = 1000  # objects whose descriptions are kept
 
@@ -209,12 +221,86 @@ def _are_equal(ones: list[_Value], others: list[_Value]) -> bool:
         return False
 
 
-def describe_states(parameters: ParameterSet) -> Lines:
-    """Describe the state of all update rules, which must be of the same kind on every rank. Local."""
-    found = []
-    for name, param in parameters.all.items():
-        rule = param.update_rule
-        if rule is not None:
-            kept = "not there" if rule.state is None else ", ".join(rule.state) or "empty"
-            found.append((f"the state of {name}", f"{kept} (after {rule.t} updates)"))
-    return found
+def compare(
+    comm: CommunicatorBase,
+    model: chainer.Link,
+    parameters: ParameterSet,
+    report: Report,
+    *,
+    replicas: Replicas,
+    describe_settings: Callable[[], Lines],
+) -> Verdict:
+    """Compare the ranks' reports, and whether their parameters are still equal. Collective.
+
+    Args:
+        comm: The communicator whose ranks compare.
+        model: The model whose parameters are compared.
+        parameters: The parameters of the model.
+        report: This rank's report, but for what concerns the parameters.
+        replicas: This rank's knowledge of them, which grows where all ranks have changed theirs alike.
+        describe_settings: Function that returns what ``report.settings`` is a digest of, in words.
+
+    Raises:
+        RankMismatchError: On every rank, if ranks differ in what they cannot make equal.
+    """
+    state, values = replicas.compare(parameters)
+    report = report._replace(structure=parameters.digest, state=state, values=values)
+    with Operation(_COMPARISONS[report.stage], comm):
+        same = Report(*agree(comm, *report))
+    if not same.stage:
+        subject = (
+            "the update (were parameters changed, or a snapshot loaded, on some ranks only, amid "
+            "batches that are accumulated?)"
+        )
+        raise_mismatch(comm, [(subject, f"at the {_COMPARISONS[report.stage].name}")])
+    if not same.t:
+        subject = "optimizer.t (was a snapshot loaded on some ranks only?)"
+        raise_mismatch(comm, [(subject, str(report.t))])
+    if not same.settings:
+        raise_mismatch(comm, describe_settings())
+    if not same.calls:
+        subject = (
+            "the number of batches accumulated before this one (did only some ranks call update "
+            "in no_sync, add links or load a snapshot?)"
+        )
+        raise_mismatch(comm, [(subject, str(report.calls))])
+    changed, differ = replicas.judge(
+        comm,
+        model,
+        state,
+        same_state=bool(same.state),
+        same_structure=bool(same.structure),
+        same_values=bool(same.values),
+    )
+    return Verdict(same, changed=changed, differ=differ)
+
+
+def describe_options(kind: type, options: Options, *, zero_fill: bool) -> Lines:
+    """Describe all that ranks must be given alike to communicate at the same time. Local.
+
+    Args:
+        kind: The class of the multi-node optimizer.
+        options: The user's choice.
+        zero_fill: Whether a gradient that is None counts as zero.
+    """
+    # Of the others ranks find out in each update whether they are the same.
+    values = options._replace(compression=None, accumulate_steps=0, schedule=None)._asdict()
+    values["zero_fill"] = zero_fill
+    values["compression"] = _describe_compression(options.compression)
+    lines = [
+        (f"the option {name} of the multi-node optimizer", str(value))
+        for name, value in values.items()
+    ]
+    return [*lines, ("the multi-node optimizer", kind.__name__)]
+
+
+def _describe_compression(compression: Compression | None) -> str:
+    """Return the class and the numbers of a compression, without what it keeps of gradients."""
+    if compression is None:
+        return "None"
+    numbers = {
+        name: value
+        for name, value in vars(compression).items()
+        if not name.startswith("_") and name != "sent"
+    }
+    return f"{name_of(type(compression))} {describe(numbers)}"

@@ -8,6 +8,7 @@ import chainer
 
 from chainer_dist.collectives.agreement import agree
 from chainer_dist.optimizers.proxy import OptimizerProxy
+from chainer_dist.optimizers.step import Phase
 from chainer_dist.parameters import ParameterSet
 
 if TYPE_CHECKING:
@@ -64,19 +65,19 @@ class ForeignMultiNodeOptimizer(OptimizerProxy):
     gradient, and layers that get their shape late draw the same values on every rank.
     """
 
-    _OWN = OptimizerProxy._OWN | {"_started"}
+    _phase: Phase
 
     def __init__(
         self, actual_optimizer: Any, communicator: CommunicatorBase, zero_fill: bool
     ) -> None:
         super().__init__(actual_optimizer, communicator, zero_fill)
-        self._started = False  # whether the first update has begun
+        self._phase = Phase.NEW
 
     def setup(self, link: Any) -> Self:
         """Set the target, and make its parameters equal to rank 0's. Collective."""
         self.actual_optimizer.setup(link)
         self._make_equal(has_gradients=False)
-        self._started = False
+        self._phase = Phase.NEW
         return self
 
     def update(self, lossfun: Callable[..., Any] | None = None, *args: Any, **kwds: Any) -> None:
@@ -96,9 +97,9 @@ class ForeignMultiNodeOptimizer(OptimizerProxy):
                 has computed gradients from parameters that differ from rank 0's.
         """
         has_gradients = lossfun is None
-        if not self._started:
+        if self._phase is Phase.NEW:
             self._make_equal(has_gradients=has_gradients)
-            self._started = True
+            self._phase = Phase.BEGUN
         elif lossfun is not None:
             self._compare(has_gradients=False)
         target = self.target

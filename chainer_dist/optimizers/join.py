@@ -8,7 +8,7 @@ do not count, until all have finished.
 from __future__ import annotations
 
 import contextlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import chainer
 import numpy as np
@@ -16,9 +16,10 @@ import numpy as np
 from chainer_dist.collectives.agreement import raise_mismatch
 from chainer_dist.collectives.operation import WAITING, Kind, Operation
 from chainer_dist.links.batch_normalization import MultiNodeBatchNormalization
+from chainer_dist.optimizers.call import Call
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Iterator
     from types import TracebackType
 
     from typing_extensions import Self
@@ -28,10 +29,10 @@ if TYPE_CHECKING:
 
 __all__ = ["Join"]
 
-# What a rank says when ranks meet, besides the number of the optimizer that it updates.
+# What a rank is about to do, besides updating an optimizer, which is that one's number.
 _STANDS_BY, _CANNOT_REPEAT, _STEP_IS_OVER = -1, -2, -3
 
-_MEETING = Kind("meeting of joined ranks", WAITING)
+_INTENTS = Kind("meeting of joined ranks", WAITING)
 
 
 class Join:
@@ -73,7 +74,7 @@ class Join:
         if not optimizers:
             raise ValueError("Join takes at least one multi-node optimizer")
         for optimizer in optimizers:
-            if not hasattr(optimizer, "take_part"):
+            if not hasattr(optimizer, "run_step"):
                 raise ValueError(
                     f"Join takes optimizers made by create_multi_node_optimizer, got {optimizer!r}"
                 )
@@ -84,7 +85,7 @@ class Join:
             if optimizer.communicator is not optimizers[0].communicator:
                 raise ValueError("the optimizers of a Join must have one and the same communicator")
         self._optimizers = optimizers
-        self._calls: dict[int, Any] = {}  # what each optimizer last computed, if it is repeated
+        self._calls: dict[int, Call] = {}  # what each optimizer last computed, if it is repeated
 
     def __enter__(self) -> Self:
         self.attach()
@@ -119,26 +120,18 @@ class Join:
         for optimizer in self._optimizers:
             optimizer.join = None
 
-    def update(
-        self,
-        optimizer: MultiNodeOptimizer,
-        lossfun: Callable[..., Any] | None,
-        args: tuple[Any, ...],
-        kwds: dict[str, Any],
-        *,
-        postponed: bool = False,
-    ) -> None:
+    def update(self, optimizer: MultiNodeOptimizer, call: Call) -> None:
         """Update by this rank's gradients and those of other ranks that have any. Collective."""
         number = next(i for i, each in enumerate(self._optimizers) if each is optimizer)
-        if lossfun is not None and _repeats(optimizer):
-            self._calls[number] = lossfun, args, kwds
-        _, ranks, _ = self._meet(number, postponed=postponed)
+        if call.lossfun is not None and _repeats(optimizer):
+            self._calls[number] = call
+        _, ranks, _ = self._exchange_intents(number, postponed=call.postponed)
         with chainer.using_config("chainer_dist_joined", value=False):
-            optimizer.take_part(lossfun, args, kwds, ranks, postponed=postponed)
+            optimizer.run_step(call._replace(ranks=ranks))
 
     def end_step(self) -> None:
         """Tell ranks that stand by that this step is over. Collective."""
-        self._meet(_STEP_IS_OVER)
+        self._exchange_intents(_STEP_IS_OVER)
 
     def stand_by(self) -> None:
         """Take part in updates until the step is over, or no rank makes any more. Collective."""
@@ -147,40 +140,40 @@ class Join:
                 number in self._calls or not _repeats(optimizer)
                 for number, optimizer in enumerate(self._optimizers)
             )
-            word = _STANDS_BY if able else _CANNOT_REPEAT
-            number, ranks, postponed = self._meet(word)
+            intent = _STANDS_BY if able else _CANNOT_REPEAT
+            number, ranks, postponed = self._exchange_intents(intent)
             if not ranks or number == _STEP_IS_OVER:
                 return
-            lossfun, args, kwds = self._calls.get(number, (None, (), {}))
+            call = self._calls.get(number, Call(ranks))
             with _standing_by():
-                self._optimizers[number].take_part(
-                    lossfun, args, kwds, ranks, stands_by=True, postponed=postponed
+                self._optimizers[number].run_step(
+                    call._replace(ranks=ranks, stands_by=True, postponed=postponed)
                 )
 
     @property
     def _comm(self) -> CommunicatorBase:
         return self._optimizers[0]._connected()
 
-    def _meet(self, word: int, *, postponed: bool = False) -> tuple[int, int, bool]:
+    def _exchange_intents(self, intent: int, *, postponed: bool = False) -> tuple[int, int, bool]:
         """Find out what the other ranks are about to do. Collective.
 
         Returns:
             The number of the optimizer that is updated, or that the step is over; how many
             ranks do that, 0 if all stand by; and whether they postpone the update.
         """
-        if word >= 0:
-            word = 2 * word + postponed
-        words = np.empty(self._comm.size, dtype=np.int64)
-        with Operation(_MEETING, self._comm):
-            self._comm.mpi_comm.Allgather(np.array([word], dtype=np.int64), words)
-        active = [int(each) for each in words if each not in (_STANDS_BY, _CANNOT_REPEAT)]
+        if intent >= 0:
+            intent = 2 * intent + postponed
+        intents = np.empty(self._comm.size, dtype=np.int64)
+        with Operation(_INTENTS, self._comm):
+            self._comm.mpi_comm.Allgather(np.array([intent], dtype=np.int64), intents)
+        active = [int(each) for each in intents if each not in (_STANDS_BY, _CANNOT_REPEAT)]
         if len(set(active)) > 1:
-            raise_mismatch(self._comm, [("the update", self._describe(word, active[0]))])
+            raise_mismatch(self._comm, [("the update", self._describe(intent, active[0]))])
         if not active:
             return _STANDS_BY, 0, False
         number, postpones = divmod(active[0], 2) if active[0] >= 0 else (active[0], 0)
-        if number >= 0 and _CANNOT_REPEAT in words and _repeats(self._optimizers[number]):
-            rank = int(np.flatnonzero(words == _CANNOT_REPEAT)[0])
+        if number >= 0 and _CANNOT_REPEAT in intents and _repeats(self._optimizers[number]):
+            rank = int(np.flatnonzero(intents == _CANNOT_REPEAT)[0])
             raise RuntimeError(
                 f"rank {rank} stands by without a batch that it could repeat, as a model with "
                 "MultiNodeBatchNormalization needs: give every rank at least one batch, and "
@@ -188,11 +181,11 @@ class Join:
             )
         return number, len(active), bool(postpones)
 
-    def _describe(self, word: int, default: int) -> str:
-        word = default if word in (_STANDS_BY, _CANNOT_REPEAT) else word
-        if word == _STEP_IS_OVER:
+    def _describe(self, intent: int, default: int) -> str:
+        intent = default if intent in (_STANDS_BY, _CANNOT_REPEAT) else intent
+        if intent == _STEP_IS_OVER:
             return "none, the step is over"
-        number, postponed = divmod(word, 2)
+        number, postponed = divmod(intent, 2)
         return f"that of optimizer {number}{', in no_sync' if postponed else ''}"
 
 

@@ -3,40 +3,25 @@
 from __future__ import annotations
 
 import operator
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, cast
 
-import numpy as np
-
-from chainer_dist.collectives.agreement import agree, digest, raise_mismatch
-from chainer_dist.collectives.operation import EXCHANGE, Kind, Operation
-from chainer_dist.optimizers.consensus import describe_states
-from chainer_dist.optimizers.multi_node_optimizer import MultiNodeOptimizer, Options
-from chainer_dist.parameters import ParameterSet
+from chainer_dist.optimizers.multi_node_optimizer import MultiNodeOptimizer
+from chainer_dist.updates.local import Local
+from chainer_dist.updates.options import Options, Schedule
 
 if TYPE_CHECKING:
     import chainer
 
-    from chainer_dist._typing import Array
     from chainer_dist.communicators import CommunicatorBase
 
 __all__ = ["LocalSGDOptimizer", "create_local_sgd_optimizer"]
-
-_AVERAGE = Kind("mean of parameters", EXCHANGE)
 
 
 class LocalSGDOptimizer(MultiNodeOptimizer):
     """A multi-node optimizer that averages parameters now and then, and gradients only at first.
 
     See :func:`chainer_dist.create_local_sgd_optimizer`.
-
-    Attributes:
-        period: How many updates there are from one averaging to the next.
-        warmup_updates: How many updates average gradients first.
-        average_state: Whether the state of the update rules is averaged, too.
     """
-
-    alike = False
-    _OWN = MultiNodeOptimizer._OWN | {"period", "warmup_updates", "average_state"}
 
     def __init__(
         self,
@@ -46,13 +31,40 @@ class LocalSGDOptimizer(MultiNodeOptimizer):
         warmup_updates: int,
         average_state: bool,
     ) -> None:
-        self.period = period
-        self.warmup_updates = warmup_updates
-        self.average_state = average_state
-        options = Options(
-            sharded_update=False, mean_grad=False, share_parameters=False, overlap=False
-        )
+        schedule = Schedule(period, warmup_updates, average_state)
+        options = Options(sharded_update=False, overlap=False, kind=Local.name, schedule=schedule)
         super().__init__(actual_optimizer, communicator, zero_fill=True, options=options)
+
+    @property
+    def _schedule(self) -> Schedule:
+        return cast("Schedule", self._options.schedule)
+
+    @property
+    def period(self) -> int:
+        """Number of updates from one averaging to the next; can be set, on every rank."""
+        return self._schedule.period
+
+    @period.setter
+    def period(self, period: int) -> None:
+        self._schedule.period = period
+
+    @property
+    def warmup_updates(self) -> int:
+        """Number of first updates that average gradients; can be set, on every rank."""
+        return self._schedule.warmup_updates
+
+    @warmup_updates.setter
+    def warmup_updates(self, warmup_updates: int) -> None:
+        self._schedule.warmup_updates = warmup_updates
+
+    @property
+    def average_state(self) -> bool:
+        """Whether the state of the update rules is averaged, too; can be set, on every rank."""
+        return self._schedule.average_state
+
+    @average_state.setter
+    def average_state(self, average_state: bool) -> None:
+        self._schedule.average_state = average_state
 
     def average(self) -> None:
         """Make the parameters of all ranks their mean now. Collective.
@@ -63,84 +75,9 @@ class LocalSGDOptimizer(MultiNodeOptimizer):
         Raises:
             RankMismatchError: On every rank, naming the rank and the parameter, if ranks differ.
         """
-        self._agree()
-        self._average()
-
-    def _exchanges(self) -> bool:
-        return self._warms_up() or (self.t + 1 - self.warmup_updates) % self.period == 0
-
-    def _warms_up(self) -> bool:
-        warms_up: bool = self.t < self.warmup_updates
-        return warms_up
-
-    def _step(self, parameters: ParameterSet, *, same_grads: bool) -> None:
-        if self._warms_up():
-            super()._step(parameters, same_grads=same_grads)
-            return
-        is_last = self._exchanges()
-        self.actual_optimizer.update(None)
-        if is_last:
-            self._average()
-
-    def _average(self) -> None:
-        """Average the parameters of ranks whose parameters are of equal structure. Collective."""
-        comm = self._connected()
-        parameters = ParameterSet(self.target)
-        described = self._describe_averaged(parameters)
-        if not all(agree(comm, digest(described))):
-            raise_mismatch(comm, described)
-        arrays: list[Array] = []
-        for param in parameters.params:
-            if not param.array.flags.writeable:
-                param.array = param.array.copy()
-            rule = param.update_rule
-            wide = None if rule is None else rule._fp32_param
-            arrays.append(param.array if wide is None else wide.array)
-            if self.average_state and rule is not None:
-                arrays += [each for each in (rule.state or {}).values() if _is_float(each)]
-        with Operation(_AVERAGE, comm):
-            comm.mean_arrays(arrays)
-        for param in parameters.params:
-            wide = None if param.update_rule is None else param.update_rule._fp32_param
-            if wide is not None:
-                np.copyto(param.array, wide.array, casting="same_kind")
-
-    def _describe_averaged(self, parameters: ParameterSet) -> list[tuple[str, str]]:
-        wide = [
-            (f"the float32 copy of {name}", "not there" if rule._fp32_param is None else "there")
-            for name, param in parameters.all.items()
-            if (rule := param.update_rule) is not None
-        ]
-        return wide + describe_states(parameters) if self.average_state else wide
-
-    def _own_settings(self) -> list[tuple[str, str]]:
-        return [
-            *super()._own_settings(),
-            ("period", str(self.period)),
-            ("warmup_updates", str(self.warmup_updates)),
-            ("average_state", str(self.average_state)),
-        ]
-
-    def _make_equal(self, *, has_gradients: bool, kept: frozenset[str] = frozenset()) -> None:
-        """Make parameters equal that were not updated or loaded yet; others are each rank's own."""
-        parameters = ParameterSet(self.target)
-        own = [
-            (name, param, param.array.copy(), param.update_rule and param.update_rule._fp32_param)
-            for name, param in zip(parameters.names, parameters.params)
-            if self._replicas.is_loaded or (self.t and self._replicas.knows(name, parameters))
-        ]
-        names = kept.union(name for name, *_ in own)
-        try:
-            super()._make_equal(has_gradients=has_gradients, kept=names)
-        finally:
-            for _, param, array, wide in own:
-                np.copyto(param.array, array)
-                if param.update_rule is not None:
-                    param.update_rule._fp32_param = wide
-
-
-def _is_float(value: Any) -> bool:
-    return isinstance(value, np.ndarray) and value.dtype.kind == "f"
+        step = self._step()
+        step.agree(stands_by=False)
+        cast("Local", step.plan.update).average()
 
 
 def create_local_sgd_optimizer(

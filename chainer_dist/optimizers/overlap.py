@@ -18,16 +18,14 @@ exchange was of no use, and do it as ever.
 
 from __future__ import annotations
 
-import itertools
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from chainer_dist.collectives import reduction
 from chainer_dist.collectives.agreement import agree, digest
 from chainer_dist.collectives.operation import EXCHANGE, Kind, Operation
 from chainer_dist.optimizers.final_gradients import FinalGradients
-from chainer_dist.updates.sharded import Part, places
+from chainer_dist.updates.sharding.layout import positions
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -40,6 +38,7 @@ if TYPE_CHECKING:
     from chainer_dist.communicators.shared_memory.exchange import Run
     from chainer_dist.communicators.shared_memory.layout import Block
     from chainer_dist.parameters import ParameterSet
+    from chainer_dist.updates.base import EarlyExchanges, Exchange
 
 __all__ = ["Overlap"]
 
@@ -55,10 +54,9 @@ class Overlap:
         code: How gradients are sent between nodes; None as they are.
 
     Attributes:
-        comm: Over whose ranks gradients are averaged.
+        comm: As given.
         is_stale: Whether a new :meth:`plan` is to be made; the same on every rank.
-        means: By parameter name, the means that the last exchange came to; None if the plan is one
-            of a sharded update, which has them.
+        was_used: Whether the last gradients were averaged during backward; the same on every rank.
     """
 
     def __init__(self, comm: SharedMemoryCommunicator, code: Code | None = None) -> None:
@@ -66,13 +64,14 @@ class Overlap:
         self._code = code
         self._order: list[int] = []  # of the last backward, as far as gradients were reported
         self._reached: tuple[int, ...] = ()
-        self._plan: _Plan | None = None
+        self._early: EarlyExchanges | None = None
+        self._planned: tuple[int, ...] = ()  # what the loss came from when that was planned
         self._watch: FinalGradients | None = None
-        self._exchange: _Exchange | None = None  # the last one, if that is of use
+        self._exchange: _EarlyExchange | None = None  # the last one, if that is of use
         self.is_stale = False
-        self.means: dict[str, Array] | None = None
+        self.was_used = False
 
-    def meet(
+    def prepare(
         self, loss: chainer.Variable | None, parameters: ParameterSet, *, is_usual: bool
     ) -> None:
         """Find out whether gradients are exchanged during this backward. Collective.
@@ -88,27 +87,29 @@ class Overlap:
         self._watch = watch = None
         if loss is not None and FinalGradients.can_watch(loss):
             self._watch = watch = FinalGradients(loss, parameters.params)
-        plan = self._plan
+        early = self._early
         is_able = is_other = False
         absent: frozenset[int] = frozenset()  # what this rank's loss does not come from
-        if is_usual and not self.is_stale and plan is not None and watch is not None:
+        if is_usual and not self.is_stale and early is not None and watch is not None:
             # What the loss does not come from has no gradient, and is left out of the exchange.
-            is_other = plan.reached is not None and plan.reached != watch.reached
+            is_other = not early.is_for_all and self._planned != watch.reached
             is_able = not is_other
             absent = frozenset(range(len(parameters.params))).difference(watch.reached)
         same_able, same_other, same_absent = agree(
             self.comm, int(is_able), int(is_other), digest(sorted(absent)) if absent else 0
         )
         self.is_stale = self.is_stale or is_other or not same_other
-        if plan is not None and is_able and same_able:
+        if early is not None and is_able and same_able:
             nowhere = absent if same_absent else frozenset()
-            self._exchange = _Exchange(self.comm, plan.parts, parameters, self._code, nowhere)
+            self._exchange = _EarlyExchange(
+                self.comm, early.exchanges, parameters, self._code, nowhere
+            )
 
     def backward(self, loss: chainer.Variable, loss_scale: float | None) -> None:
-        """Run backward, and the exchange that :meth:`meet` has arranged. Collective in that case.
+        """Run backward, and the exchange that :meth:`prepare` has arranged. Collective in that case.
 
         Args:
-            loss: That of :meth:`meet`.
+            loss: That of :meth:`prepare`.
             loss_scale: See ``chainer.Variable.backward``.
         """
         watch, exchange = self._watch, self._exchange
@@ -132,13 +133,17 @@ class Overlap:
         """Tell whether this rank's gradients are those that were exchanged, if any were. Local."""
         return self._exchange is None or self._exchange.is_clean()
 
-    def settle(self, *, is_clean: bool) -> bool:
-        """Take the result of :meth:`is_clean` on all ranks; return whether there are means. Local."""
-        if self._exchange is None:
-            return False
-        self._exchange = None
-        self.is_stale = self.is_stale or not is_clean
-        return is_clean
+    def accept(self, *, is_clean: bool, is_changed: bool) -> None:
+        """Take note of what ranks have found out together of the exchange, if there was one. Local.
+
+        Args:
+            is_clean: Whether :meth:`is_clean` is true on all ranks.
+            is_changed: Whether parameters of any rank were changed, so that means are of no use.
+        """
+        was_exchanged, self._exchange = self._exchange is not None, None
+        self.was_used = was_exchanged and is_clean and not is_changed
+        if was_exchanged:
+            self.is_stale = self.is_stale or not is_clean
 
     def agree_on_order(self, parameters: ParameterSet) -> list[int]:
         """Return all parameters' numbers in the order in which gradients become final. Collective.
@@ -149,56 +154,23 @@ class Overlap:
             order, self._reached = self.comm.bcast_obj((self._order, self._reached))
         return list(dict.fromkeys([*order, *range(len(parameters.params))]))
 
-    def plan_means(self, parameters: ParameterSet) -> None:
-        """Plan for an update of everything on every rank. Collective.
-
-        Gradients that rank 0 does not have now are left out.
-        """
-        order = self.agree_on_order(parameters)
-        has_grad = self.comm.bcast_obj(parameters.has_grad)
-        ring = self.comm.ring
-        groups: dict[np.dtype[Any], list[int]] = {}
-        for index in order:
-            array = parameters.arrays[index]
-            if array.size and has_grad[index]:
-                groups.setdefault(array.dtype, []).append(index)
-        parts = []
-        self.means = {}
-        for dtype, indices in groups.items():
-            sizes = [parameters.arrays[index].size for index in indices]
-            means = np.split(np.empty(sum(sizes), dtype), list(itertools.accumulate(sizes))[:-1])
-            wire = reduction.wire_dtype(dtype)
-            blocks = ring.cut(sizes, wire, seldom=True)
-            self.means.update(zip([parameters.names[index] for index in indices], means))
-            parts.append(Part(indices, blocks, wire, ring.mean_to(blocks, means), means))
-        self._plan = _Plan(parts, self._reached)
-        self.is_stale = False
-
-    def plan_parts(self, parts: list[Part]) -> None:
-        """Plan for a sharded update, which has all gradients in its parts. Local."""
-        self.means = None
-        self._plan = _Plan(parts, None)
-        self.is_stale = False
+    def plan(self, early: EarlyExchanges | None) -> None:
+        """Exchange this during backward from now on; nothing if it is None. Local."""
+        self._early, self._planned = early, self._reached
+        self.is_stale = self.was_used = False
 
     def drop(self) -> None:
-        """Forget the plan. Local."""
-        self._plan = self.means = None
+        """Forget what was planned. Local."""
+        self._early = None
 
 
-class _Plan:
-    """What is exchanged: ``reached`` are the parameters that it is for, None if it is for all."""
-
-    def __init__(self, parts: list[Part], reached: tuple[int, ...] | None) -> None:
-        self.parts, self.reached = parts, reached
-
-
-class _Exchange:
+class _EarlyExchange:
     """One exchange of gradients, which come one after the other. Begun and finished by all ranks."""
 
     def __init__(
         self,
         comm: SharedMemoryCommunicator,
-        parts: list[Part],
+        exchanges: list[Exchange],
         parameters: ParameterSet,
         code: Code | None,
         absent: frozenset[int],
@@ -207,8 +179,10 @@ class _Exchange:
         self._code = code
         self._params, self._arrays = parameters.params, parameters.arrays
         self._taken: dict[int, Array] = {}
-        self._queues = [_Queue(part, self._arrays, absent | part.unwanted) for part in parts]
-        self._queue_of = {index: queue for queue in self._queues for index in queue.part.indices}
+        self._queues = [_Queue(each, self._arrays, absent | each.unwanted) for each in exchanges]
+        self._queue_of = {
+            index: queue for queue in self._queues for index in queue.exchange.indices
+        }
         self._rest = iter(self._queues)
         self._run: Run | None = None
         self._begin_next()
@@ -217,13 +191,13 @@ class _Exchange:
         queue = next(self._rest, None)
         self._run = None
         if queue is not None:
-            part = queue.part
+            exchange = queue.exchange
             self._run = self._comm.ring.begin(
-                part.blocks,
-                part.dtype,
+                exchange.blocks,
+                exchange.dtype,
                 queue.sources,
-                part.deliver,
-                part.targets,
+                exchange.deliver,
+                exchange.targets,
                 code=self._code,
                 absent=queue.absent,
                 is_ready=queue.is_ready,
@@ -269,21 +243,23 @@ class _Exchange:
 
 
 class _Queue:
-    """The gradients of a part on their way into its blocks."""
+    """The gradients of an exchange on their way into its blocks."""
 
-    def __init__(self, part: Part, arrays: Sequence[Array], absent: frozenset[int]) -> None:
-        self.part = part
-        self.sources: list[Array | None] = [None] * len(part.indices)
-        self.absent: frozenset[int] = frozenset()  # at which places
+    def __init__(self, exchange: Exchange, arrays: Sequence[Array], absent: frozenset[int]) -> None:
+        self.exchange = exchange
+        self.sources: list[Array | None] = [None] * len(exchange.indices)
+        self.absent: frozenset[int] = frozenset()  # at which positions
         self._arrays = arrays
-        self._places = {index: place for place, index in enumerate(part.indices)}
+        self._positions = {index: position for position, index in enumerate(exchange.indices)}
         self._there = 0  # so many of the first gradients are there
-        for index in absent.intersection(part.indices):  # a block may have some of it beside others
+        for index in absent.intersection(
+            exchange.indices
+        ):  # a block may have some of it beside others
             self.put_zeros(index)
-        self.absent = places(part.indices, absent)
+        self.absent = positions(exchange.indices, absent)
 
     def counts_as_zero(self, index: int) -> bool:
-        return self._places[index] in self.absent
+        return self._positions[index] in self.absent
 
     def put_zeros(self, index: int) -> None:
         array = self._arrays[index]
@@ -292,7 +268,7 @@ class _Queue:
     def put(self, index: int, grad: Array) -> None:
         if self.counts_as_zero(index):
             return
-        self.sources[self._places[index]] = grad
+        self.sources[self._positions[index]] = grad
         while self._there < len(self.sources) and self.sources[self._there] is not None:
             self._there += 1
 

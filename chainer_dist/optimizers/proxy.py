@@ -33,19 +33,25 @@ class OptimizerProxy:
         zero_fill: As given.
     """
 
-    # The attributes of its own.
-    _OWN: ClassVar[frozenset[str]] = frozenset(
-        {"actual_optimizer", "communicator", "zero_fill", "_replicas"}
-    )
+    actual_optimizer: Any
+    communicator: CommunicatorBase | None
+    zero_fill: bool
+    _replicas: Replicas
 
-    # What copies start with.
-    _FRESH: ClassVar[dict[str, Any]] = {}
+    # What is set on this object; every class declares its attributes, so that none is forgotten here.
+    _own: ClassVar[frozenset[str]] = frozenset()
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        for kind in cls.__mro__:
+            declared = {*getattr(kind, "__annotations__", ()), *_settable(kind)}
+            cls._own = cls._own.union(declared)
 
     def __init__(
         self, actual_optimizer: Any, communicator: CommunicatorBase, zero_fill: bool
     ) -> None:
         self.actual_optimizer = actual_optimizer
-        self.communicator: CommunicatorBase | None = communicator
+        self.communicator = communicator
         self.zero_fill = zero_fill
         self._replicas = Replicas()
 
@@ -82,7 +88,7 @@ class OptimizerProxy:
         return getattr(actual, name)
 
     def __setattr__(self, name: str, value: Any) -> None:
-        if name in self._OWN:
+        if name in self._own:
             super().__setattr__(name, value)
         else:
             setattr(self.actual_optimizer, name, value)
@@ -91,7 +97,7 @@ class OptimizerProxy:
         return sorted({*super().__dir__(), *dir(self.actual_optimizer)})
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, **self._FRESH, "communicator": None}
+        return {**self._copied_state(), "communicator": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
@@ -102,8 +108,21 @@ class OptimizerProxy:
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
         return self._copied(lambda value: copy.deepcopy(value, memo))
 
+    def _copied_state(self) -> dict[str, Any]:
+        """Return the attributes that a copy gets, copied or pickled. Local."""
+        return dict(self.__dict__)
+
     def _copied(self, copy_one: Callable[[Any], Any]) -> Self:
         twin = type(self).__new__(type(self))
-        own = {**self.__dict__, **self._FRESH}
-        twin.__dict__.update({key: copy_one(value) for key, value in own.items()})
+        state = self._copied_state()
+        twin.__dict__.update({key: copy_one(value) for key, value in state.items()})
         return twin
+
+
+def _settable(kind: type) -> list[str]:
+    """Return the properties of a class that can be set."""
+    return [
+        name
+        for name, value in vars(kind).items()
+        if isinstance(value, property) and value.fset is not None
+    ]

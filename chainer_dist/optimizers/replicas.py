@@ -55,16 +55,11 @@ class Replicas:
         """Whether a parameter had no shape yet when the ranks last compared; the same on every rank."""
         return any(spec is None for _, spec in self.structure or ())
 
-    @property
-    def is_loaded(self) -> bool:
-        """Whether a snapshot was loaded on this rank since the ranks last compared."""
-        return self._is_loaded
-
     def has_structure_of(self, parameters: ParameterSet) -> bool:
         """Tell whether there are the same parameters as when the ranks last compared. Local."""
         return parameters.structure == self.structure
 
-    def knows(self, name: str, parameters: ParameterSet) -> bool:
+    def _knows(self, name: str, parameters: ParameterSet) -> bool:
         """Tell whether a parameter was there, initialized, when the ranks last compared. Local."""
         return (name, dict(parameters.structure)[name]) in (self.structure or ())
 
@@ -174,6 +169,37 @@ class Replicas:
                 )
                 break
         raise_together(comm, error)
+
+    def synchronize_new(
+        self, comm: CommunicatorBase, model: chainer.Link, *, has_gradients: bool, has_updated: bool
+    ) -> None:
+        """Make parameters equal that were not updated or loaded yet. Collective.
+
+        The others stay as they are on each rank.
+
+        Args:
+            comm: See :meth:`synchronize`.
+            model: See :meth:`synchronize`.
+            has_gradients: See :meth:`synchronize`.
+            has_updated: Whether there was an update already.
+
+        Raises:
+            RankMismatchError: See :meth:`synchronize`.
+        """
+        parameters = ParameterSet(model)
+        own = [
+            (name, param, param.array.copy(), param.update_rule and param.update_rule._fp32_param)
+            for name, param in zip(parameters.names, parameters.params)
+            if self._is_loaded or (has_updated and self._knows(name, parameters))
+        ]
+        kept = {name for name, *_ in own}
+        try:
+            self.synchronize(comm, model, has_gradients=has_gradients, kept=kept)
+        finally:
+            for _, param, array, wide in own:
+                np.copyto(param.array, array)
+                if param.update_rule is not None:
+                    param.update_rule._fp32_param = wide
 
 
 def checksum(array: Array) -> int:

@@ -21,25 +21,30 @@ import numpy as np
 from chainer_dist.collectives import reduction
 from chainer_dist.collectives.agreement import together
 from chainer_dist.collectives.operation import EXCHANGE, Kind, Operation
+from chainer_dist.communicators.shared_memory.communicator import SharedMemoryCommunicator
 from chainer_dist.communicators.shared_memory.layout import cut
 from chainer_dist.communicators.shared_memory.memory import read_only, share_memory
-from chainer_dist.parameters import same
+from chainer_dist.parameters import private_grads, same
+from chainer_dist.updates.base import EarlyExchanges, Exchange, Update
+from chainer_dist.updates.comparison import check_same, describe_states
+from chainer_dist.updates.options import JOB
 from chainer_dist.updates.sharding.chunk import Chunk, state_keys
-from chainer_dist.updates.sharding.eligibility import is_elementwise, obstacle_in_arrays
+from chainer_dist.updates.sharding.eligibility import is_elementwise, obstacle, obstacle_in_arrays
+from chainer_dist.updates.sharding.layout import positions
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Container, Iterable, Iterator, Sequence
+    from collections.abc import Callable, Iterable, Iterator, Sequence
 
     import chainer
 
     from chainer_dist._typing import Array
     from chainer_dist.communicators.shared_memory.between_nodes import Code
-    from chainer_dist.communicators.shared_memory.communicator import SharedMemoryCommunicator
     from chainer_dist.communicators.shared_memory.exchange import Deliver
     from chainer_dist.communicators.shared_memory.layout import Block, Slice
     from chainer_dist.parameters import ParameterSet
+    from chainer_dist.updates.base import Context, Gradients
 
-__all__ = ["Part", "ShardedUpdate", "places"]
+__all__ = ["Sharded"]
 
 _NORM = Kind("norm of gradients", EXCHANGE)
 
@@ -51,6 +56,92 @@ SPREAD = (
 )
 
 _CHUNK_BYTES = 1 << 19  # of a parameter, where one rank updates all of it
+
+
+class Sharded(Update):
+    """Each rank of a node, or of the job, updates its slice of the parameters; see :class:`ShardedUpdate`."""
+
+    name = "sharded"
+    news = "each rank updates a slice of the parameters"
+
+    def __init__(self, context: Context) -> None:
+        super().__init__(context)
+        self._shards: ShardedUpdate | None = None  # None until it is prepared
+        self._is_early = False
+
+    @classmethod
+    def obstacle(cls, context: Context, parameters: ParameterSet) -> str | None:
+        """Say why the update might not equal the replicated one, or return None. Local."""
+        comm = context.comm
+        if not isinstance(comm, SharedMemoryCommunicator):
+            return f"the communicator is {comm.name}, not shared_memory"
+        if comm.has_own_mean:
+            return f"{type(comm).__name__} has its own multi_node_mean_grad()"
+        return obstacle(context.optimizer, parameters)
+
+    def prepare(
+        self, parameters: ParameterSet, agree_on_order: Callable[[], list[int]] | None
+    ) -> None:
+        """Share state and parameters out to ranks. Collective."""
+        comm, optimizer, options, _ = self.context
+        check_same(comm, describe_states(parameters))
+        self._shards = ShardedUpdate(
+            cast("SharedMemoryCommunicator", comm),
+            optimizer,
+            parameters,
+            mean_grad=options.mean_grad,
+            share_parameters=options.share_parameters,
+            order=None if agree_on_order is None else agree_on_order(),
+            code=options.code,
+            across_nodes=options.sharded_update == JOB,
+        )
+        self._is_early = agree_on_order is not None
+
+    @property
+    def _prepared(self) -> ShardedUpdate:
+        if self._shards is None:
+            raise RuntimeError("this update is not prepared")
+        return self._shards
+
+    def early(self) -> EarlyExchanges | None:
+        """Return the exchanges of all gradients, if they may come before the update. Local."""
+        if not self._is_early:
+            return None
+        return EarlyExchanges(self._prepared.parts, is_for_all=True)
+
+    def fits(self, parameters: ParameterSet) -> bool:
+        """See :meth:`ShardedUpdate.fits`. Local."""
+        return self._prepared.fits(parameters)
+
+    def apply(self, gradients: Gradients) -> None:
+        """Average the gradients, and update. Collective."""
+        parameters = gradients.parameters
+        absent: frozenset[int] = frozenset()
+        if gradients.are_matched:
+            absent = frozenset([index for index, has in enumerate(parameters.has_grad) if not has])
+        parameters.fill_zeros()
+        if self.context.comm.size == 1:  # hooks change the gradients where they are
+            private_grads(parameters)
+        self._prepared.update(parameters, averaged=gradients.are_averaged, absent=absent)
+
+    @property
+    def is_spread(self) -> bool:
+        """Whether each rank has a share of the state only."""
+        return self._shards is not None and self._shards.is_spread
+
+    def consolidate(self) -> None:
+        """See :meth:`ShardedUpdate.consolidate`. Collective."""
+        self._prepared.consolidate()
+
+    def copied_states(self) -> contextlib.AbstractContextManager[None]:
+        """See :meth:`ShardedUpdate.copied_states`. Local."""
+        return self._prepared.copied_states()
+
+    def release(self) -> None:
+        """See :meth:`ShardedUpdate.release`. Local."""
+        if self._shards is not None:
+            self._shards.release()
+        self._shards = None
 
 
 class ShardedUpdate:
@@ -330,7 +421,7 @@ class ShardedUpdate:
         self._finish()
 
     @property
-    def parts(self) -> list[Part]:
+    def parts(self) -> list[Exchange]:
         """How to exchange the gradients before :meth:`update`; only with an ``order``."""
 
         def deliver_to(group: _Group) -> Deliver:
@@ -341,7 +432,9 @@ class ShardedUpdate:
             return deliver
 
         return [
-            Part(group.indices, group.blocks, group.dtype, deliver_to(group), None, self._unwanted)
+            Exchange(
+                group.indices, group.blocks, group.dtype, deliver_to(group), None, self._unwanted
+            )
             for group in self._groups
         ]
 
@@ -397,7 +490,7 @@ class ShardedUpdate:
             deliver,
             targets,
             code=self._code,
-            absent=places(group.indices, absent | self._unwanted),
+            absent=positions(group.indices, absent | self._unwanted),
             from_nodes=from_nodes,
         )
 
@@ -540,22 +633,6 @@ class _SpreadState(dict[str, Any]):
 
     __iter__ = __getitem__ = __setitem__ = __reduce_ex__ = __copy__ = __deepcopy__ = _refuse
     keys = values = items = get = copy = _refuse
-
-
-class Part(NamedTuple):
-    """Gradients of one dtype, and how to exchange them: what :meth:`Ring.begin` is called with."""
-
-    indices: list[int]  # the numbers of their parameters, in the order of the exchange
-    blocks: list[Block]
-    dtype: np.dtype[Any]
-    deliver: Deliver
-    targets: list[Array] | None
-    unwanted: frozenset[int] = frozenset()  # the numbers of parameters whose means nobody wants
-
-
-def places(indices: Sequence[int], chosen: Container[int]) -> frozenset[int]:
-    """Return at which places of ``indices`` there is one of ``chosen``. Local."""
-    return frozenset([place for place, index in enumerate(indices) if index in chosen])
 
 
 class _Slice(NamedTuple):

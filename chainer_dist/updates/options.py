@@ -1,0 +1,60 @@
+"""What a user chooses of an update when the multi-node optimizer is made."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import TYPE_CHECKING, NamedTuple
+
+from chainer_dist.compression.quantized import as_code
+
+if TYPE_CHECKING:
+    from chainer_dist.compression import Compression, Rounded
+
+__all__ = ["JOB", "Options", "Schedule"]
+
+JOB = "job"  # the value of sharded_update that shards over the ranks of all nodes
+
+
+@dataclasses.dataclass
+class Schedule:
+    """When ranks that update alone average; see :func:`chainer_dist.create_local_sgd_optimizer`.
+
+    Attributes:
+        period: Number of updates from one averaging to the next.
+        warmup_updates: Number of first updates that average gradients.
+        average_state: Whether the state of the update rules is averaged, too.
+    """
+
+    period: int = 1
+    warmup_updates: int = 0
+    average_state: bool = False
+
+
+class Options(NamedTuple):
+    """How the update is shared out; see :func:`chainer_dist.create_multi_node_optimizer`.
+
+    Attributes:
+        sharded_update: None, a bool, or :data:`JOB`.
+        mean_grad: Whether a sharded update leaves the mean in ``param.grad``.
+        share_parameters: Whether a sharded update keeps parameters once per node.
+        compression: How fewer bytes are sent between nodes; None for exact means.
+        accumulate_steps: Number of calls that make one update, at first.
+        overlap: Whether gradients are exchanged during backward; None for where that pays.
+        kind: Name of the update in :data:`~chainer_dist.updates.UPDATES`; None for the sharded one where
+            it can be, and otherwise the replicated one, as far as ``sharded_update`` allows.
+        schedule: Of local SGD; None for any other kind of update.
+    """
+
+    sharded_update: bool | str | None = None
+    mean_grad: bool = False
+    share_parameters: bool = False
+    compression: Compression | None = None
+    accumulate_steps: int = 1
+    overlap: bool | None = None
+    kind: str | None = None
+    schedule: Schedule | None = None
+
+    @property
+    def code(self) -> Rounded | None:
+        """How gradients that are exchanged in the ordinary way are sent between nodes."""
+        return as_code(self.compression)

@@ -1,0 +1,89 @@
+"""The replicated update: every rank updates all parameters by the mean of the gradients."""
+
+from __future__ import annotations
+
+import itertools
+from typing import TYPE_CHECKING, Any, cast
+
+import numpy as np
+
+from chainer_dist import exchange
+from chainer_dist.collectives import reduction
+from chainer_dist.updates.base import EarlyExchanges, Exchange, Update
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from chainer_dist._typing import Array
+    from chainer_dist.communicators.shared_memory.communicator import SharedMemoryCommunicator
+    from chainer_dist.parameters import ParameterSet
+    from chainer_dist.updates.base import Context, Gradients
+
+__all__ = ["Replicated"]
+
+
+class Replicated(Update):
+    """Averages the gradients, then lets Chainer's own optimizer update on every rank."""
+
+    name = "replicated"
+
+    def __init__(self, context: Context) -> None:
+        super().__init__(context)
+        self._early: EarlyExchanges | None = None
+        self._means: dict[str, Array] = {}  # by name, what the early exchanges come to
+
+    def prepare(
+        self, parameters: ParameterSet, agree_on_order: Callable[[], list[int]] | None
+    ) -> None:
+        """Plan an early exchange, if there is an order. Collective in that case.
+
+        Gradients that rank 0 does not have now are left out of it.
+        """
+        if agree_on_order is None:
+            return
+        order = agree_on_order()
+        comm = cast("SharedMemoryCommunicator", self.context.comm)  # others do not overlap
+        has_grad = comm.bcast_obj(parameters.has_grad)
+        groups: dict[np.dtype[Any], list[int]] = {}
+        for index in order:
+            array = parameters.arrays[index]
+            if array.size and has_grad[index]:
+                groups.setdefault(array.dtype, []).append(index)
+        exchanges = []
+        for dtype, indices in groups.items():
+            sizes = [parameters.arrays[index].size for index in indices]
+            means = np.split(np.empty(sum(sizes), dtype), list(itertools.accumulate(sizes))[:-1])
+            wire = reduction.wire_dtype(dtype)
+            blocks = comm.ring.cut(sizes, wire, seldom=True)
+            self._means.update(zip([parameters.names[index] for index in indices], means))
+            deliver = comm.ring.mean_to(blocks, means)
+            exchanges.append(Exchange(indices, blocks, wire, deliver, means))
+        self._early = EarlyExchanges(exchanges, is_for_all=False)
+
+    def early(self) -> EarlyExchanges | None:
+        """Return the exchanges that :meth:`prepare` has planned. Local."""
+        return self._early
+
+    def apply(self, gradients: Gradients) -> None:
+        """Average the gradients in place, and update all parameters. Collective."""
+        comm, optimizer, options, randomness = self.context
+        if comm.has_own_mean:
+            comm.multi_node_mean_grad(optimizer.target, gradients.zero_fill)
+        else:
+            if options.compression is not None:
+                options.compression.use_loss_scale(optimizer._loss_scale or 1.0)
+            exchange.mean_agreed_grad(
+                comm,
+                gradients.parameters,
+                same_grads=gradients.are_matched,
+                zero_fill=gradients.zero_fill,
+                compression=options.compression,
+                means=self._means if gradients.are_averaged else None,
+            )
+        with randomness.in_use(comm):
+            optimizer.update(None)
+
+    def release(self) -> None:
+        """Forget the early exchanges. Local."""
+        self._early = None
+        self._means = {}
