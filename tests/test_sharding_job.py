@@ -196,7 +196,7 @@ def test_state_exists_once(nodes):
     optimizer = train(spread(nodes))
     own = sum(
         array.size
-        for chunks in optimizer._state.plan.chosen._shards._chunks
+        for chunks in optimizer._state.plan.chosen.prepared.layout.chunks
         for chunk in chunks
         for array in chunk._state.values()
     )

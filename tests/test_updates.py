@@ -149,9 +149,7 @@ def test_arrays_that_are_replaced(kind, comm):
     optimizer = multi_node(kind, comm)
     train(optimizer, range(2), comm)
     if kind.updates_late:
-        pytest.skip(
-            "forgets gradients under way of arrays that are no more"
-        )
+        pytest.skip("forgets gradients under way of arrays that are no more")
     for param in optimizer.target.params():
         param.array = param.array.copy()
     train(optimizer, range(2, STEPS), comm)

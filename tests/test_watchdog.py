@@ -240,7 +240,7 @@ optimizer = chainer_dist.create_multi_node_optimizer(chainer.optimizers.SGD(), c
 loss = lambda: chainer.functions.sum(model(np.ones((1, 3), np.float32)))
 optimizer.update(loss)
 if comm.rank == last:
-    chunk = next(each for some in optimizer._state.plan.chosen._shards._chunks for each in some)
+    chunk = next(each for some in optimizer._state.plan.chosen.prepared.layout.chunks for each in some)
     prepare = chunk.prepare
     chunk.prepare = lambda hooks: (time.sleep(1.2), prepare(hooks))
 optimizer.update(loss)

@@ -1,4 +1,4 @@
-"""A part of a parameter, updated by Chainer's own update rule."""
+"""A chunk of a parameter, updated by Chainer's own update rule."""
 
 from __future__ import annotations
 
@@ -18,22 +18,22 @@ __all__ = ["Chunk", "state_keys"]
 
 
 class Chunk:
-    """A part of a parameter: itself a parameter, with an update rule like the whole one's.
+    """Some elements of a parameter: itself a parameter, with an update rule like the whole one's.
 
     Args:
         whole: The parameter.
-        part: Of its elements in C order.
-        state: For each array of the rule's state, where this part of it is from now on, 1-dimensional.
+        elements: The elements, in C order.
+        state: By the names of the rule's arrays, 1-dimensional arrays that take these elements of them.
 
     Attributes:
-        param: The part.
+        param: The elements, as a parameter.
     """
 
-    def __init__(self, whole: chainer.Parameter, part: slice, state: dict[str, Array]) -> None:
+    def __init__(self, whole: chainer.Parameter, elements: slice, state: dict[str, Array]) -> None:
         import chainer
 
         self._whole = whole
-        self._part = part
+        self._elements = elements
         # NumPy 1 computes 0-dimensional arrays in double precision.
         self._shape = () if whole.array.ndim == 0 else (-1,)
         self._state = {key: value.reshape(self._shape) for key, value in state.items()}
@@ -41,35 +41,35 @@ class Chunk:
         self.param = chainer.Parameter(name=whole.name)  # hooks leave out biases by it
 
     def bind(self, array: Array) -> None:
-        """Make this a part of ``array``, which is in C order."""
-        self._array = self._own(array)
+        """Make these elements of ``array`` the chunk's, which is in C order."""
+        self._array = self._local_slice(array)
         self.param.array = self._array
 
     def take_grad(self, grad: Array) -> None:
-        """Make ``grad``, 1-dimensional, the gradient of this part."""
+        """Make ``grad``, 1-dimensional, the gradient of the chunk."""
         self.param.grad = grad.reshape(self._shape)
 
     def take_state(self) -> None:
-        """Copy this part of the rule's state, or initialize it, to where it is from now on."""
+        """Copy these elements of the rule's state, or initialize them, to where they are from now on."""
         rule = self._rule
         if rule is None or not rule.enabled:
             return
         if rule._state is None:
             rule._state = {}
             rule.init_state(self.param)
-            for key, place in self._state.items():
-                place[...] = rule._state[key]
+            for key, array in self._state.items():
+                array[...] = rule._state[key]
         else:
-            for key, place in self._state.items():
-                place[...] = self._own(rule._state[key])
+            for key, array in self._state.items():
+                array[...] = self._local_slice(rule._state[key])
 
     def read_state(self, key: str, out: Array) -> None:
-        """Copy this part of an array of the state; nothing if the rule has none of that name."""
+        """Copy these elements of an array of the state; nothing if the rule has none of that name."""
         if key in self._state:
             out[...] = self._state[key].reshape(-1)
 
-    def _own(self, array: Array) -> Array:
-        return array.reshape(-1)[self._part].reshape(self._shape)
+    def _local_slice(self, array: Array) -> Array:
+        return array.reshape(-1)[self._elements].reshape(self._shape)
 
     def prepare(self, hooks: Sequence[Callable[[Any, chainer.Parameter], None]]) -> None:
         """Call hooks of the optimizer that work on one parameter at a time."""
@@ -78,7 +78,7 @@ class Chunk:
             hook(self._whole.update_rule, self.param)
 
     def update(self) -> None:
-        """Update this part as the whole parameter's rule would."""
+        """Update the chunk as the whole parameter's rule would."""
         rule = self._rule
         if rule is None:
             return
@@ -87,9 +87,9 @@ class Chunk:
         )  # hyperparameters, t, hooks as they are now
         rule._state = state = dict(self._state)
         rule.update(self.param)
-        for key, place in self._state.items():
-            if state[key] is not place:  # a rule may replace its arrays
-                place[...] = state[key]
+        for key, array in self._state.items():
+            if state[key] is not array:  # a rule may replace its arrays
+                array[...] = state[key]
         if self.param.array is not self._array:
             self._array[...] = self.param.array
             self.param.array = self._array

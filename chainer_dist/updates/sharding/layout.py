@@ -1,13 +1,222 @@
-"""Which elements of the parameters each rank updates."""
+"""Which elements of the parameters each rank updates: blocks, this rank's slice of each, and chunks of it."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import itertools
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+
+from chainer_dist.collectives import reduction
+from chainer_dist.communicators.shared_memory.layout import cut
+from chainer_dist.communicators.shared_memory.memory import read_only, share_memory
+from chainer_dist.updates.sharding.chunk import Chunk
 
 if TYPE_CHECKING:
-    from collections.abc import Container, Sequence
+    from collections.abc import Callable, Container, Iterator, Sequence
 
-__all__ = ["positions"]
+    import chainer
+
+    from chainer_dist._typing import Array
+    from chainer_dist.communicators.shared_memory.communicator import SharedMemoryCommunicator
+    from chainer_dist.communicators.shared_memory.layout import Block, Slice
+    from chainer_dist.updates.sharding.state import RuleStates
+
+__all__ = ["Group", "Layout", "LayoutPlan", "LocalSlice", "Memory", "elements_of", "positions"]
+
+_ALIGNMENT = 64  # bytes: a cache line
+
+_CHUNK_BYTES = 1 << 19  # of a parameter, where one rank updates all of it
+
+
+class LocalSlice(NamedTuple):
+    """This rank's slice of a block.
+
+    Attributes:
+        slice: Its place in the block.
+        mean: Array that takes its averaged gradients; not used on a single rank.
+        chunks: Its chunks, one a parameter.
+    """
+
+    slice: Slice
+    mean: Array
+    chunks: list[Chunk]
+
+
+class Group(NamedTuple):
+    """The parameters of one dtype.
+
+    Attributes:
+        indices: Their numbers, in the order of the exchange.
+        dtype: Type in which their gradients are summed.
+        blocks: Blocks in which they are exchanged.
+        slices: This rank's slice of each block.
+    """
+
+    indices: list[int]
+    dtype: np.dtype[Any]
+    blocks: list[Block]
+    slices: list[LocalSlice]
+
+
+class Layout(NamedTuple):
+    """Which elements of the parameters this rank updates.
+
+    Attributes:
+        groups: All parameters that have elements, by dtype.
+        chunks: This rank's chunks of each parameter.
+        means: For each parameter the mean of its gradients, read-only; None where it is not kept.
+    """
+
+    groups: list[Group]
+    chunks: list[list[Chunk]]
+    means: list[Array | None]
+
+
+class Memory:
+    """Arrays in one piece of memory that the ranks of a node share: first planned, then allocated."""
+
+    def __init__(self, comm: SharedMemoryCommunicator) -> None:
+        self._comm = comm
+        self._nbytes = 0
+        self._bytes: Array
+
+    def plan(self, size: int, dtype: np.dtype[Any]) -> Callable[[], Array]:
+        """Plan an array; the result returns it once the memory is allocated. Local."""
+        start = self._nbytes
+        stop = start + size * dtype.itemsize
+        self._nbytes = stop + -stop % _ALIGNMENT
+        return lambda: self._bytes[start:stop].view(dtype)
+
+    def allocate(self) -> None:
+        """Get the memory. Collective."""
+        self._bytes = share_memory(self._comm, self._nbytes)
+
+
+class LayoutPlan:
+    """A layout whose memory is not allocated yet. Local.
+
+    Args:
+        comm: The communicator whose ranks share the update.
+        params: The parameters.
+        memory: Memory in which means of gradients are planned.
+        order: Numbers of the parameters in the order of the exchange; None for that of ``params``.
+        is_early: Whether gradients are exchanged during backward.
+        stores_means: Whether all means of this rank's slices have to be there at a time.
+        keeps_means: Whether the means of all elements have to be there after the update.
+        across_nodes: Whether each rank of the communicator has a slice of its own.
+    """
+
+    def __init__(
+        self,
+        comm: SharedMemoryCommunicator,
+        params: Sequence[chainer.Parameter],
+        memory: Memory,
+        *,
+        order: Sequence[int] | None,
+        stores_means: bool,
+        keeps_means: bool,
+        across_nodes: bool,
+    ) -> None:
+        self._comm = comm
+        self._params = params
+        self._is_early = order is not None
+        self._stores_means = stores_means
+        self._keeps_means = keeps_means
+        self._across_nodes = across_nodes
+        self._members: dict[np.dtype[Any], list[int]] = {}
+        for index in range(len(params)) if order is None else order:
+            array = params[index].array
+            if array.size:
+                self._members.setdefault(array.dtype, []).append(index)
+        self._means = {
+            dtype: memory.plan(sum(params[index].array.size for index in indices), dtype)
+            for dtype, indices in self._members.items()
+            if stores_means and comm.size > 1 and not across_nodes
+        }
+
+    def build(self, arrays: Sequence[Array], states: RuleStates) -> Layout:
+        """Return the layout, when the memory is allocated. Local.
+
+        Args:
+            arrays: The arrays of the parameters, from now on.
+            states: The state of the update rules.
+        """
+        layout = Layout([], [[] for _ in arrays], [None] * len(arrays))
+        for dtype, indices in self._members.items():
+            means = self._means[dtype]() if dtype in self._means else None
+            layout.groups.append(self._group(indices, arrays, states, means, layout.chunks))
+            if means is not None and self._keeps_means:
+                ends = itertools.accumulate(arrays[index].size for index in indices)
+                for index, end in zip(indices, ends):
+                    array = arrays[index]
+                    mean = means[end - array.size : end].reshape(array.shape)
+                    layout.means[index] = read_only(mean)
+        return layout
+
+    def _group(
+        self,
+        indices: list[int],
+        arrays: Sequence[Array],
+        states: RuleStates,
+        means: Array | None,
+        chunks: list[list[Chunk]],
+    ) -> Group:
+        """Cut the parameters of one dtype into blocks, and this rank's slices into chunks."""
+        dtype = arrays[indices[0]].dtype
+        wire = reduction.wire_dtype(dtype)
+        blocks, slices = self._cut([arrays[index].size for index in indices], wire)
+        group = Group(indices, wire, blocks, [])
+        scratch = self._scratch(slices, dtype, wire)
+        for block, piece in zip(blocks, slices):
+            size, start = piece.stop - piece.start, block.start + piece.start
+            if means is not None:
+                mean = means[start : start + size]
+            elif self._stores_means and self._across_nodes:
+                mean = np.empty(size, dtype)
+            else:
+                mean = scratch[:size]
+            local = LocalSlice(piece, mean, [])
+            for index, elements, inside in elements_of(indices, piece):
+                chunk = Chunk(self._params[index], elements, states.of_chunk(index, elements))
+                chunk.bind(arrays[index])
+                if self._comm.size > 1:
+                    chunk.take_grad(mean[inside])
+                chunks[index].append(chunk)
+                local.chunks.append(chunk)
+            group.slices.append(local)
+        return group
+
+    def _cut(self, sizes: list[int], wire: np.dtype[Any]) -> tuple[list[Block], list[Slice]]:
+        """Return blocks, and this rank's slice of each; on a single rank that is all of it."""
+        if self._comm.size == 1:
+            blocks = cut(tuple(sizes), _CHUNK_BYTES // wire.itemsize, 1)
+            return blocks, [block.slices[0] for block in blocks]
+        ring = self._comm.ring
+        blocks = ring.cut(sizes, wire, seldom=self._is_early, across=self._across_nodes)
+        return blocks, [ring.own(block) for block in blocks]
+
+    def _scratch(self, slices: list[Slice], dtype: np.dtype[Any], wire: np.dtype[Any]) -> Array:
+        """Return what takes the means of one slice after the other: if possible, where sums are already."""
+        if self._comm.size == 1 or dtype != wire:
+            return np.empty(max(each.stop - each.start for each in slices), dtype)
+        return self._comm.ring.scratch.view(dtype)
+
+
+def elements_of(indices: Sequence[int], piece: Slice) -> Iterator[tuple[int, slice, slice]]:
+    """Yield what a slice has of each parameter. Local.
+
+    Args:
+        indices: Numbers of the parameters that were cut.
+        piece: The slice.
+
+    Yields:
+        The number of a parameter, which of its elements, and where they are in the slice.
+    """
+    begin = piece.begin
+    for index, inside in zip(indices[piece.arrays], piece.inside):
+        yield index, slice(begin, begin + inside.stop - inside.start), inside
+        begin = 0
 
 
 def positions(indices: Sequence[int], chosen: Container[int]) -> frozenset[int]:

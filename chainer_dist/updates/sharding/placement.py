@@ -1,0 +1,137 @@
+"""Where the parameters of a sharded update are: in each rank's own arrays, or once per node."""
+
+from __future__ import annotations
+
+import abc
+from typing import TYPE_CHECKING
+
+from chainer_dist.updates.sharding.layout import elements_of
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    import chainer
+
+    from chainer_dist._typing import Array
+    from chainer_dist.communicators.shared_memory.communicator import SharedMemoryCommunicator
+    from chainer_dist.updates.sharding.layout import Layout, Memory
+
+__all__ = ["NodeParameters", "OwnParameters", "Placement"]
+
+
+class Placement(abc.ABC):
+    """Arrays of parameters.
+
+    Attributes:
+        arrays: The arrays, one a parameter.
+        are_copied: Whether each rank copies the slices that other ranks of the node have updated.
+    """
+
+    arrays: list[Array]
+    are_copied: bool
+
+    @abc.abstractmethod
+    def follow(self, index: int, array: Array, layout: Layout) -> None:
+        """Go on with an array that a user has put in the place of a parameter's. Local.
+
+        Args:
+            index: Number of the parameter.
+            array: The new array.
+            layout: What this rank updates.
+        """
+
+    def take_memory(self) -> None:  # noqa: B027 - own arrays need none
+        """Make the planned arrays of the memory, when that is allocated. Local."""
+
+    def fill(self, layout: Layout) -> None:  # noqa: B027 - own arrays are filled
+        """Copy this rank's elements to the arrays; all ranks of a node have to. Local."""
+
+    def attach(self) -> None:  # noqa: B027 - own arrays are attached
+        """Make the arrays those of the parameters. Local."""
+
+    def release(self) -> None:  # noqa: B027 - own arrays stay
+        """Give every parameter an array of its own. Local."""
+
+
+class OwnParameters(Placement):
+    """Each rank's own arrays, in which all elements are updated in place.
+
+    Args:
+        comm: The communicator whose ranks share the update.
+        arrays: The arrays of the parameters.
+    """
+
+    def __init__(self, comm: SharedMemoryCommunicator, arrays: Sequence[Array]) -> None:
+        self.arrays = list(arrays)
+        self.are_copied = comm.intra_size > 1
+
+    def follow(self, index: int, array: Array, layout: Layout) -> None:
+        """Update the new array from now on. Local."""
+        for chunk in layout.chunks[index]:
+            chunk.bind(array)
+        self.arrays[index] = array
+
+
+class NodeParameters(Placement):
+    """Arrays in memory that the ranks of a node share.
+
+    Args:
+        comm: The communicator whose ranks share the update.
+        params: The parameters.
+        memory: Memory in which the arrays are planned.
+    """
+
+    def __init__(
+        self,
+        comm: SharedMemoryCommunicator,
+        params: Sequence[chainer.Parameter],
+        memory: Memory,
+    ) -> None:
+        self.are_copied = False
+        self._comm = comm
+        self._params = params
+        self._planned = [memory.plan(param.size, param.dtype) for param in params]
+        self._elements: list[list[slice]] = []  # for each parameter, what this rank copies
+
+    def take_memory(self) -> None:
+        """See the base class."""
+        self.arrays = [
+            array().reshape(param.shape) for array, param in zip(self._planned, self._params)
+        ]
+
+    def fill(self, layout: Layout) -> None:
+        """See the base class.
+
+        All elements are shared out to the ranks of the node: their chunks, and with slices over nodes
+        those of the ranks of equal number on other nodes as well.
+        """
+        self._elements = [[] for _ in self._params]
+        for group in layout.groups:
+            for block in group.blocks:
+                for piece in self._comm.ring.of_rank(block, self._comm.intra_rank):
+                    for index, elements, _ in elements_of(group.indices, piece):
+                        self._elements[index].append(elements)
+        for index, param in enumerate(self._params):
+            self._copy(index, param.array)
+
+    def _copy(self, index: int, array: Array) -> None:
+        shared, flat = self.arrays[index].reshape(-1), array.reshape(-1)
+        for elements in self._elements[index]:
+            shared[elements] = flat[elements]
+
+    def follow(self, index: int, array: Array, layout: Layout) -> None:
+        """Copy the values of the new array, which is given up after the update. Local."""
+        del layout
+        self._copy(index, array)
+
+    def attach(self) -> None:
+        """Make the arrays those of the parameters. Local."""
+        for param, array in zip(self._params, self.arrays):
+            if param.array is not array:
+                param.array = array
+
+    def release(self) -> None:
+        """Give every parameter an array of its own. Local."""
+        for param, array in zip(self._params, self.arrays):
+            if param.array is array:
+                param.array = array.copy()
