@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
     from chainer_dist._typing import Array
 
-__all__ = ["ParameterSet", "Structure", "private_grads", "same"]
+__all__ = ["ParameterSet", "Structure", "are_identical", "private_grads"]
 
 # One entry a parameter: its name, and shape and dtype, or None while it is uninitialized.
 Structure = tuple[tuple[str, Optional[tuple[tuple[int, ...], Any]]], ...]
@@ -79,14 +79,18 @@ def _layout(model: chainer.Link) -> _Layout:
     key = id(model)
     if key in _layouts:
         known, layout = _layouts[key]
-        if known() is model and same(layout.walked, walked) and same(layout.found, arrays):
+        if (
+            known() is model
+            and are_identical(layout.walked, walked)
+            and are_identical(layout.found, arrays)
+        ):
             return layout
     layout = _Layout(model, walked, arrays)
     _layouts[key] = (weakref.ref(model, lambda _: _layouts.pop(key, None)), layout)
     return layout
 
 
-def same(ones: Sequence[Any], others: Sequence[Any]) -> bool:
+def are_identical(ones: Sequence[Any], others: Sequence[Any]) -> bool:
     """Tell whether two sequences hold the same objects."""
     return len(ones) == len(others) and all(map(operator.is_, ones, others))
 
@@ -135,6 +139,14 @@ class ParameterSet:
         """Take over gradients that were set since."""
         self.grads = [param.grad for param in self.params]
         self.has_grad = tuple([grad is not None for grad in self.grads])
+
+    def count_as_having(self, has_grad: Sequence[bool]) -> None:
+        """Take some for having a gradient that is kept elsewhere, or for having none that counts.
+
+        Args:
+            has_grad: For each of :attr:`params` whether it is to be one that has a gradient.
+        """
+        self.has_grad = tuple(has_grad)
 
     def describe(self) -> list[tuple[str, str]]:
         """Return names and descriptions in words, for errors."""

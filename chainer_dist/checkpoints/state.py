@@ -247,8 +247,8 @@ def _serialize_beside(serializer: Any, target: Any) -> None:
             _serialize_loss_scale(serializer, path, actual)
             _serialize_wide_parameters(serializer, path, actual)
         if isinstance(part, MultiNodeOptimizer):
-            state = part.random_state
-            part.random_state = _serialize_generator(serializer, f"{path}random", state)
+            state = part.randomness.state
+            part.randomness.state = _serialize_generator(serializer, f"{path}random", state)
     for path, iterator in _plain_iterators(target):
         sampler = iterator.order_sampler
         if isinstance(sampler, _SynchronizedSampler):

@@ -20,40 +20,40 @@ __all__ = ["Accumulation"]
 
 
 class Accumulation:
-    """What batches since the last update have brought. Nothing here communicates.
+    """Gradients of the batches since the last update. Nothing here communicates.
 
     float16 gradients are summed in float32.
 
     Attributes:
-        calls: How many calls of ``update`` have added to it, the same on every rank.
-        batches: How many batches those were over all ranks; fewer than ``calls`` times the number
+        calls: Number of calls of ``update`` that have added to it, the same on every rank.
+        batches: Number of batches of all ranks in these calls; fewer than ``calls`` times the number
             of ranks if some ranks stood by.
-        own: How many of them were this rank's.
+        own: Number of batches of this rank.
     """
 
     def __init__(self) -> None:
         self.calls = self.batches = self.own = 0
         self._sums = Kept()
 
-    def mark(self, parameters: ParameterSet, *, stands_by: bool) -> None:
-        """Let ``has_grad`` tell which parameters have a gradient from this batch or from those before."""
-        if self.own or stands_by:
-            parameters.has_grad = tuple(
-                [
-                    (has and not stands_by) or self._sums.get(name, array.shape) is not None
-                    for has, name, array in zip(
-                        parameters.has_grad, parameters.names, parameters.arrays
-                    )
-                ]
-            )
+    def has_grad(self, parameters: ParameterSet, *, stands_by: bool) -> list[bool]:
+        """Tell which parameters have a gradient from this batch or from those before. Local.
+
+        Args:
+            parameters: This rank's parameters, with the gradients of this batch.
+            stands_by: Whether those do not count.
+        """
+        return [
+            (has and not stands_by) or self._sums.get(name, array.shape) is not None
+            for has, name, array in zip(parameters.has_grad, parameters.names, parameters.arrays)
+        ]
 
     def add(self, parameters: ParameterSet, ranks: int, *, stands_by: bool) -> None:
         """Take over the gradients of a batch; the parameters have none then.
 
         Args:
-            parameters: Of this rank.
-            ranks: How many ranks have computed gradients.
-            stands_by: Whether this one has not, so that what it has does not count.
+            parameters: This rank's parameters.
+            ranks: Number of ranks that have computed gradients.
+            stands_by: Whether this one has not, so that its gradients do not count.
         """
         self.calls += 1
         self.batches += ranks

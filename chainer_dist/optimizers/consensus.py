@@ -1,6 +1,6 @@
 """What decides what an update does, described so that ranks can compare it.
 
-Ranks that update by different rules or hooks, or freeze different layers, part without a word, or
+Ranks that update by different rules or hooks, or freeze different layers, drift apart without a word, or
 wait for one another forever. So all of it is compared in each update, by a digest. Where a value is
 equal it counts as equal: ``1`` and ``numpy.float64(1)`` are, and so are two objects of one class with
 equal numbers, although each rank has its own.
@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from chainer_dist.collectives.agreement import agree, digest, raise_mismatch
 from chainer_dist.collectives.operation import WAITING, Kind, Operation
 from chainer_dist.optimizers.descriptions import describe, is_of_chainer, is_plain, name_of
-from chainer_dist.parameters import same
+from chainer_dist.parameters import are_identical
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -114,12 +114,12 @@ class Settings:
         """Return a number that is the same on every rank if all of it is. Local.
 
         Args:
-            options: Those of the multi-node optimizer.
+            options: Names and values of the multi-node optimizer's options.
             optimizer: The wrapped one.
             parameters: Of its target.
         """
         rules = [param.update_rule for param in parameters.all.values()]
-        if not same(rules, self._rules):
+        if not are_identical(rules, self._rules):
             self._rules = rules
             self._classes = digest([name_of(type(rule)) for rule in rules])
         values = self._look(optimizer, parameters)

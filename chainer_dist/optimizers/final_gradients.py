@@ -88,7 +88,7 @@ class FinalGradients(chainer.FunctionHook):  # type: ignore[misc]  # Chainer has
 
         Args:
             report: Called with the number of each parameter whose gradient is final, and the array
-                that will be ``param.grad`` if nobody else changes that.
+                that will be ``param.grad`` unless other code changes that.
             poll: Called after each function, of forward too where backward calls such.
             loss_scale: See ``chainer.Variable.backward``.
         """

@@ -121,7 +121,7 @@ class Join:
             optimizer.join = None
 
     def update(self, optimizer: MultiNodeOptimizer, call: Call) -> None:
-        """Update by this rank's gradients and those of other ranks that have any. Collective."""
+        """Update by the gradients of this rank, and of other ranks that have any. Collective."""
         number = next(i for i, each in enumerate(self._optimizers) if each is optimizer)
         if call.lossfun is not None and _repeats(optimizer):
             self._calls[number] = call

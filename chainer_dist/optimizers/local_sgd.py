@@ -114,7 +114,7 @@ def create_local_sgd_optimizer(
         communicator: Over whose ranks parameters are averaged.
         period: How many updates there are from one averaging to the next, 1 or more; the
             same on every rank. Can be set later, as ``optimizer.period``.
-        warmup_updates: How many updates average gradients first, as those of
+        warmup_updates: Number of first updates that average gradients, as the updates of
             ``create_multi_node_optimizer`` do, 0 or more. Their number is that of ``optimizer.t``.
         average_state: Whether arrays that the update rules keep (momentum, Adam's moments) are
             averaged with the parameters. Otherwise each rank keeps its own.

@@ -40,13 +40,14 @@ class MultiNodeOptimizer(OptimizerProxy):
         zero_fill: Whether a gradient that is None on this rank counts as zero.
         accumulate_steps: Number of calls of :meth:`update` that make one update; the same on every rank.
         join: What lets ranks that have run out of data take part, or None.
+        randomness: Random numbers of hooks and update rules, the same on every rank.
     """
 
     accumulate_steps: int
     join: Join | None
     _options: Options
     _state: State
-    _randomness: Randomness
+    randomness: Randomness
     _postponed: bool  # whether updates are put off, in no_sync
 
     def __init__(
@@ -61,7 +62,7 @@ class MultiNodeOptimizer(OptimizerProxy):
         self.join = None
         self._options = options
         self._state = State(self._replicas, Plan(options), Settings(are_alike=self.alike))
-        self._randomness = Randomness()
+        self.randomness = Randomness()
         self._postponed = False
         if actual_optimizer.target is not None:
             self._step().synchronize(has_gradients=False)
@@ -81,15 +82,6 @@ class MultiNodeOptimizer(OptimizerProxy):
         """Whether each rank updates a slice of the parameters only; None before the first update."""
         chosen = self._state.plan.chosen
         return None if chosen is None else chosen.name == "sharded"
-
-    @property
-    def random_state(self) -> Any:
-        """State of ``numpy.random`` during updates, equal on all ranks; None before there is one."""
-        return self._randomness.state
-
-    @random_state.setter
-    def random_state(self, state: Any) -> None:
-        self._randomness.state = state
 
     def setup(self, link: chainer.Link) -> Self:
         """Set the target link, and make its parameters equal to rank 0's. Collective."""
@@ -214,7 +206,7 @@ class MultiNodeOptimizer(OptimizerProxy):
         """Load what ranks have saved with :meth:`serialize_own`. Local; after :meth:`serialize`.
 
         Args:
-            sources: This rank's; or those of all ranks that have saved, if it was another number.
+            sources: This rank's file; or the files of all ranks that have saved, if it was another number.
             takes_over: Whether this rank goes on in their place. If the number is another one, one
                 rank does for all.
         """
@@ -225,7 +217,7 @@ class MultiNodeOptimizer(OptimizerProxy):
 
     def _step(self) -> Step:
         """Return the step that comes next. Local."""
-        context = Context(self._connected(), self.actual_optimizer, self._options, self._randomness)
+        context = Context(self._connected(), self.actual_optimizer, self._options, self.randomness)
         self._state.plan.connect(context)
         return Step(
             context,

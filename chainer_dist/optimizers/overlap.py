@@ -80,7 +80,7 @@ class Overlap:
 
         Args:
             loss: From which this rank's backward starts, or None if there is no backward here.
-            parameters: Those of the model.
+            parameters: The parameters of the model.
             is_usual: Whether nothing is changed that the plan rests on.
         """
         self._exchange = None

@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from chainer_dist.collectives.agreement import digest, raise_together
+from chainer_dist.collectives.agreement import digest, together
 from chainer_dist.errors import RankMismatchError
 from chainer_dist.optimizers.first_values import share_draws
-from chainer_dist.parameters import ParameterSet, same
+from chainer_dist.parameters import ParameterSet, are_identical
 
 if TYPE_CHECKING:
     from collections.abc import Container
@@ -29,7 +29,7 @@ AS_KNOWN, CHANGED, LOADED = range(3)
 
 
 class Replicas:
-    """What a rank knows of its parameters being equal to those of the others.
+    """Whether this rank's parameters are equal to the other ranks', as far as it knows.
 
     Values that are changed in place are not noticed, as that would mean to read all of them in
     each update.
@@ -73,7 +73,7 @@ class Replicas:
         if self._is_loaded:
             return LOADED, 0
         is_new = not self.has_structure_of(parameters)
-        if not is_new and same(self._arrays, parameters.arrays):
+        if not is_new and are_identical(self._arrays, parameters.arrays):
             return AS_KNOWN, 0
         replaced = [
             (name, checksum(array))
@@ -110,12 +110,12 @@ class Replicas:
         Where all ranks have changed theirs alike, that is known from now on.
 
         Args:
-            comm: Whose ranks have compared.
-            model: Of which they have compared the parameters.
-            state: What :meth:`compare` returned on this rank.
-            same_state: Whether it returned the same on all ranks; on all of them, as the following.
+            comm: The communicator whose ranks have compared.
+            model: The model whose parameters they have compared.
+            state: The first result of :meth:`compare` on this rank.
+            same_state: Whether that is the same on all ranks; equal on all of them, as what follows.
             same_structure: Whether the structure of the parameters is the same.
-            same_values: Whether the digest that it returned is.
+            same_values: Whether the digest, the second result, is the same.
         """
         if state == AS_KNOWN and same_state and same_structure:
             return False, False
@@ -136,7 +136,7 @@ class Replicas:
         """Make the parameters of all ranks equal to rank 0's. Collective.
 
         Args:
-            comm: Whose ranks become equal.
+            comm: The communicator whose ranks become equal.
             model: See :func:`~chainer_dist.exchange.bcast_data`.
             has_gradients: Whether this rank has computed gradients from the values that it has,
                 which are of no use if others take their place.
@@ -156,10 +156,11 @@ class Replicas:
         parameters = ParameterSet(model)
         self.keep(parameters)
         share_draws(comm, model)
-        error = None
-        for name, array in zip(parameters.names, parameters.arrays):
-            if name in before and before[name] != checksum(array):
-                error = RankMismatchError(
+        with together(comm):
+            for name, array in zip(parameters.names, parameters.arrays):
+                if name not in before or before[name] == checksum(array):
+                    continue
+                raise RankMismatchError(
                     f"{name} had other values than on rank 0 when its gradient was computed. It has "
                     "those of rank 0 now, and nothing was updated. If the layer gets its shape in "
                     "the first forward pass, its initializer must draw from numpy.random, and all "
@@ -167,8 +168,6 @@ class Replicas:
                     "If parameters were loaded or replaced, do so on every rank, or call "
                     "comm.bcast_data(model) before the loss is computed"
                 )
-                break
-        raise_together(comm, error)
 
     def synchronize_new(
         self, comm: CommunicatorBase, model: chainer.Link, *, has_gradients: bool, has_updated: bool

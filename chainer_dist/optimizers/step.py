@@ -189,7 +189,9 @@ class Step:
             The gradients, of parameters that are equal.
         """
         parameters = ParameterSet(self.optimizer.target)
-        self.state.accumulation.mark(parameters, stands_by=stands_by)
+        accumulation = self.state.accumulation
+        if accumulation.own or stands_by:
+            parameters.count_as_having(accumulation.has_grad(parameters, stands_by=stands_by))
         overlap, fits = self.plan.overlap, self.plan.fits(self.context, parameters)
         is_clean = overlap is None or overlap.is_clean()
         settings = self.state.settings.digest(self.settings, self.optimizer, parameters)

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from chainer_dist.parameters import same
+from chainer_dist.parameters import are_identical
 
 if TYPE_CHECKING:
     import chainer
@@ -200,7 +200,7 @@ class Signature:
     def __eq__(self, other: object) -> bool:
         return (
             isinstance(other, Signature)
-            and same(self._objects, other._objects)
+            and are_identical(self._objects, other._objects)
             and self._values == other._values
         )
 

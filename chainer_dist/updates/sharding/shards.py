@@ -14,7 +14,7 @@ import numpy as np
 from chainer_dist.collectives import reduction
 from chainer_dist.collectives.agreement import together
 from chainer_dist.collectives.operation import EXCHANGE, Kind, Operation
-from chainer_dist.parameters import same
+from chainer_dist.parameters import are_identical
 from chainer_dist.updates.base import Exchange
 from chainer_dist.updates.sharding.eligibility import is_elementwise, obstacle_in_arrays
 from chainer_dist.updates.sharding.layout import LayoutPlan, Memory, positions
@@ -131,10 +131,10 @@ class Shards:
 
         Arrays that were replaced by others of the same kind are taken over.
         """
-        if not (same(self._params, parameters.params) and self.states.are_unchanged()):
+        if not (are_identical(self._params, parameters.params) and self.states.are_unchanged()):
             return False
         arrays = self._placement.arrays
-        return same(arrays, parameters.arrays) or not obstacle_in_arrays(parameters)
+        return are_identical(arrays, parameters.arrays) or not obstacle_in_arrays(parameters)
 
     @property
     def exchanges(self) -> list[Exchange]:
@@ -196,7 +196,7 @@ class Shards:
     def _follow(self, arrays: Sequence[Array]) -> None:
         """Go on with the arrays that a user has put in the place of others."""
         known = self._placement.arrays
-        if not same(known, arrays):
+        if not are_identical(known, arrays):
             for index, array in enumerate(arrays):
                 if array is not known[index]:
                     self._placement.follow(index, array, self.layout)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import numpy as np
 
 from chainer_dist.communicators.shared_memory.memory import read_only
-from chainer_dist.parameters import same
+from chainer_dist.parameters import are_identical
 from chainer_dist.updates.sharding.chunk import state_keys
 from chainer_dist.updates.sharding.layout import Memory
 
@@ -94,7 +94,7 @@ class RuleStates(abc.ABC):
 
     def are_unchanged(self) -> bool:
         """Tell whether all rules have the states that they were given. Local."""
-        return same(self._now(), self._known)
+        return are_identical(self._now(), self._known)
 
     def count(self) -> None:
         """Let all rules that have a state here count an update. Local."""
