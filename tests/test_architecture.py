@@ -145,3 +145,26 @@ def test_environment_variables_are_written_once():
     # The start-up file stands alone, and kernels know nothing of the rest of the package.
     alone = {"_environment.py", "_startup.py", "kernels"}
     assert {name: where - alone for name, where in found.items() if where - alone} == {}
+
+
+@pytest.mark.parametrize("package", ["optimizers", "updates"])
+def test_modules_and_classes_stay_small(package):
+    """What grows beyond these is a second thing, and belongs to a file or a class of its own."""
+    large = []
+    for path in sorted((ROOT / package).rglob("*.py")):
+        text = path.read_text(encoding="utf-8")
+        large += [path.name] if len(text.splitlines()) > 350 else []
+        for node in ast.walk(ast.parse(text)):
+            if isinstance(node, ast.ClassDef):
+                methods = {each.name for each in node.body if isinstance(each, ast.FunctionDef)}
+                attributes = {
+                    each.attr
+                    for each in ast.walk(node)
+                    if isinstance(each, ast.Attribute) and isinstance(each.ctx, ast.Store)
+                    if isinstance(each.value, ast.Name) and each.value.id == "self"
+                }
+                if len(methods) > 15 or len(attributes) > 10:
+                    large.append(
+                        f"{node.name}: {len(methods)} methods, {len(attributes)} attributes"
+                    )
+    assert not large
