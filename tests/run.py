@@ -18,8 +18,14 @@ from typing import NamedTuple
 
 import pytest
 
-import mpi_job
-from result_file import WHERE
+HERE = Path(__file__).resolve().parent
+sys.path[:0] = [
+    str(HERE / "helpers"),
+    str(HERE / "plugins"),
+]  # where pyproject.toml has pytest look, too
+
+import mpi_job  # noqa: E402
+from result_file import WHERE  # noqa: E402
 
 ALL_RANKS = [1, 2, 3, 4]
 

@@ -39,7 +39,7 @@ def run_tests(tmp_path):
         command = [sys.executable, "-m", "pytest", *plugins, *limits, *options]
         if ranks > 1:
             command.append("--with-mpi")
-        path = os.pathsep.join([str(TESTS), str(TESTS.parent)])
+        path = os.pathsep.join([str(TESTS / "plugins"), str(TESTS.parent)])
         return mpi_job.run(
             command,
             ranks if ranks > 1 else None,
@@ -257,5 +257,5 @@ def run_runner(folder, text, *arguments, options=()):
         str(folder),
     ]
     command = [sys.executable, str(TESTS / "run.py"), *arguments, *rest]
-    env = mpi_job.environment(PYTHONPATH=str(TESTS))
+    env = mpi_job.environment(PYTHONPATH=str(TESTS / "plugins"))
     return mpi_job.run(command, timeout=100, env=env)

@@ -12,6 +12,8 @@ import numpy as np
 import pytest
 from chainer import optimizer_hooks as hooks
 from chainer import serializers
+from conftest import NODES, on_nodes
+from test_sharding import Branches, assert_same, batch, everywhere, mlp, prepared, saved, train
 
 from chainer_dist import (
     Checkpoint,
@@ -21,9 +23,7 @@ from chainer_dist import (
     create_multi_node_optimizer,
 )
 from chainer_dist.extensions import multi_node_snapshot
-from conftest import NODES, on_nodes
-from test_compression import rounded_mean
-from test_sharding import Branches, assert_same, batch, everywhere, mlp, prepared, saved, train
+from rounding import rounded_mean
 
 OPTIONS = [{}, {"overlap": False}, {"share_parameters": True}]
 

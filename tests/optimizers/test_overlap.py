@@ -9,11 +9,11 @@ import chainer.functions as F
 import chainer.links as L
 import numpy as np
 import pytest
+from conftest import on_nodes
 
 import mpi_job
 from chainer_dist import Join, RankMismatchError, create_communicator, create_multi_node_optimizer
 from chainer_dist.compression import Int8
-from conftest import on_nodes
 
 LAYOUTS = ["one node", "a node each", "odd and even", "one and the rest"]
 WAYS = [{}, {"sharded_update": False}, {"mean_grad": True, "share_parameters": True}]

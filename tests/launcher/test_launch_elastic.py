@@ -11,19 +11,20 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from test_launch_restarts import two_hosts  # noqa: F401 - a fixture
 
 import chainer_dist
+import elastic_training
 from chainer_dist.launcher import cli, elastic
 from chainer_dist.launcher.elastic import Discovery
 from chainer_dist.launcher.errors import LaunchError
 from chainer_dist.launcher.hostfiles import Host
 from elastic_training import N_SAMPLES
 from launcher import Launched, launch, write
-from test_launch_restarts import two_hosts  # noqa: F401 - a fixture
 
 pytestmark = [pytest.mark.mpi_skip, pytest.mark.faults]
 
-TRAINING = Path(__file__).with_name("elastic_training.py")
+TRAINING = Path(elastic_training.__file__)
 
 
 @pytest.fixture

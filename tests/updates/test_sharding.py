@@ -15,13 +15,13 @@ import numpy as np
 import pytest
 from chainer import optimizer_hooks as hooks
 from chainer import optimizers, serializers
+from conftest import on_nodes
 from hypothesis import example, given
 from hypothesis import strategies as st
 
 from chainer_dist import RankMismatchError, create_communicator, create_multi_node_optimizer
 from chainer_dist.communicators.shared_memory import exchange as ring
-from conftest import on_nodes
-from test_optimizers import OPTIMIZERS
+from optimizer_cases import OPTIMIZERS
 
 SHARDED = [name for name in OPTIMIZERS if name != "MSVAG"]
 

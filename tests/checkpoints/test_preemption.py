@@ -191,8 +191,8 @@ def started(code, ranks, *arguments):
     with tempfile.TemporaryFile() as output:
         job = subprocess.Popen(
             [*command, *map(str, arguments)],
-            cwd=mpi_job.ROOT / "tests",
-            env=mpi_job.environment(),
+            cwd=Path(__file__).parent,
+            env=mpi_job.environment(PYTHONPATH=str(mpi_job.ROOT / "tests" / "helpers")),
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=subprocess.STDOUT,

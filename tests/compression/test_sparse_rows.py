@@ -8,11 +8,11 @@ import chainer.links as L
 import numpy as np
 import pytest
 from chainer import optimizers
+from conftest import NODES, on_nodes
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from chainer_dist import compression, create_communicator, create_multi_node_optimizer
-from conftest import NODES, on_nodes
 
 SHAPES = {"embedding": (300, 6), "table": (200, 3, 2), "dense": (40, 7), "vector": (9,), "n": ()}
 

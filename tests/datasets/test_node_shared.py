@@ -261,7 +261,7 @@ def test_shared_memory_comes_first(monkeypatch, tmp_path):
 IN_A_SMALL_TMPFS = """
 import sys
 from pathlib import Path
-sys.path.insert(0, {tests!r})
+sys.path[:0] = {tests!r}
 from test_node_shared import filled
 small, large = Path({small!r}), Path({large!r})
 file = filled([small, large], 8)
@@ -296,9 +296,9 @@ def test_a_full_shared_memory_is_left_for_a_disk(tmp_path):
     mount = f"mount -t tmpfs -o size=1m none {small}"
     if not shutil.which("unshare") or subprocess.run([*mounted, mount], check=False).returncode:
         pytest.skip("needs user namespaces, to mount a small tmpfs")
-    script = IN_A_SMALL_TMPFS.format(
-        tests=str(Path(__file__).parent), small=str(small), large=str(large)
-    )
+    here = Path(__file__).parent
+    tests = [str(here), str(here.parent / "helpers")]
+    script = IN_A_SMALL_TMPFS.format(tests=tests, small=str(small), large=str(large))
     done = subprocess.run(
         [*mounted, f'{mount} && exec "$0" -c "$1"', sys.executable, script],
         check=False,

@@ -1,6 +1,6 @@
 """Jobs in which something goes wrong: each ends soon, says who is to blame, and goes on from its checkpoint.
 
-``make test-faults ARGS="tests/test_faults.py -k SIGKILL"`` runs one case, and a table of what was measured
+``make test-faults ARGS="tests/launcher/test_faults.py -k SIGKILL"`` runs one case, and a table of what was measured
 follows.
 """
 

@@ -23,7 +23,7 @@ from chainer_dist.launcher.hostfiles import (
     read_hostfile,
 )
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 NAMES = st.from_regex(r"[a-z][a-z0-9]{0,4}(-[a-z]+)?", fullmatch=True)
 HOSTS = st.lists(
     st.builds(

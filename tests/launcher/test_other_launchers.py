@@ -7,13 +7,13 @@ import shlex
 from pathlib import Path
 
 import pytest
+from test_launch_restarts import two_hosts  # noqa: F401 - a fixture
 
 from launcher import RANK, launch
-from test_launch_restarts import two_hosts  # noqa: F401 - a fixture
 
 pytestmark = [pytest.mark.mpi_skip, pytest.mark.faults]
 
-PAGE = Path(__file__).parent.parent / "docs" / "howto" / "other_launchers.rst"
+PAGE = Path(__file__).parents[2] / "docs" / "howto" / "other_launchers.rst"
 COMMANDS = re.findall(r"     - ``chainer-dist (run .*?)``", PAGE.read_text(encoding="utf-8"))
 
 

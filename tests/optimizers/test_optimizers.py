@@ -14,24 +14,8 @@ from chainer import optimizer_hooks as hooks
 from chainer import optimizers
 
 from chainer_dist import RankMismatchError, create_communicator, create_multi_node_optimizer
+from optimizer_cases import OPTIMIZERS
 
-OPTIMIZERS = [
-    "AdaBound",
-    "AdaDelta",
-    "AdaGrad",
-    "Adam",
-    "AdamW",
-    "AMSBound",
-    "AMSGrad",
-    "CorrectedMomentumSGD",
-    "MomentumSGD",
-    "MSVAG",
-    "NesterovAG",
-    "RMSprop",
-    "RMSpropGraves",
-    "SGD",
-    "SMORMS3",
-]
 HOOKS = {
     "WeightDecay": lambda: hooks.WeightDecay(0.01),
     "Lasso": lambda: hooks.Lasso(0.01),

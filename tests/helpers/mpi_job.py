@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 from chainer_dist.launcher import mpi
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 THREAD_VARIABLES = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
 SECONDS_TO_CLEAN_UP = 10
 

@@ -10,6 +10,7 @@ import time
 import chainer
 import numpy as np
 import pytest
+from conftest import on_nodes
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -20,7 +21,6 @@ from chainer_dist.scaling import answers, predict, predicted, schedule, simulate
 from chainer_dist.scaling.predict import REPORT, Scenario
 from chainer_dist.scaling.schedule import Schedule
 from chainer_dist.scaling.simulate import DESIGNS, Cluster, Network
-from conftest import on_nodes
 
 STEP = Schedule(
     workload="made up",

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 from chainer import optimizer_hooks as hooks
 from chainer import optimizers
+from conftest import on_nodes
 
 from chainer_dist import (
     RankMismatchError,
@@ -23,7 +24,6 @@ from chainer_dist import (
 )
 from chainer_dist.compression import PowerSGD, TopK
 from chainer_dist.optimizers.descriptions import describe
-from conftest import on_nodes
 
 pytestmark = pytest.mark.usefixtures("float64")
 SAMPLES = 12  # divides by 1, 2, 3 and 4 ranks

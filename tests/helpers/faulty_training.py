@@ -1,6 +1,6 @@
 """A small training that goes on from its checkpoints, in which one rank does what it should not.
 
-    chainer-dist run -n 3 tests/faulty_training.py --out DIR --fault killed --rank 1 --step 17
+    chainer-dist run -n 3 tests/helpers/faulty_training.py --out DIR --fault killed --rank 1 --step 17
 
 What is planted comes about once: a job that is started again is not troubled any more. At its end each rank
 prints a digest of its parameters, of the optimizer's state and of its random state.
