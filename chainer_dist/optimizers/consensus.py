@@ -8,6 +8,7 @@ equal numbers, although each rank has its own.
 
 from __future__ import annotations
 
+import enum
 import functools
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -28,14 +29,22 @@ if TYPE_CHECKING:
     from chainer_dist.updates.comparison import Lines
     from chainer_dist.updates.options import Options
 
-__all__ = ["AFTER", "BEFORE", "Report", "Settings", "Verdict", "compare", "describe_options"]
+__all__ = ["Report", "Settings", "Stage", "Verdict", "compare", "describe_options"]
 
 _Value = tuple[Any, ...]  # whose it is, its name, the value, and what may change within the value
 
-# The first that all ranks do in an update, and after backward: there they wait for the slowest.
-_COMPARISONS = Kind("comparison of parameters", WAITING), Kind("comparison of gradients", WAITING)
 
-BEFORE, AFTER = range(2)  # at which of an update's comparisons a rank is
+class Stage(enum.IntEnum):
+    """The comparisons of an update. There all ranks wait for the slowest."""
+
+    BEFORE = 0  # forward: the first that all ranks do
+    AFTER = 1  # backward
+
+
+_COMPARISONS = {
+    Stage.BEFORE: Kind("comparison of parameters", WAITING),
+    Stage.AFTER: Kind("comparison of gradients", WAITING),
+}
 
 _MOST_KNOWN = 1000  # objects whose descriptions are kept
 
@@ -54,7 +63,7 @@ class Report(NamedTuple):
     Attributes:
         stage: At which of an update's comparisons this rank is.
         structure: Digest of the names, shapes and dtypes of the parameters.
-        state: Whether parameters were changed since the last comparison, and how.
+        change: What is new of the parameters since the last comparison, a :class:`Change`.
         values: Digest of what they were changed to.
         grads: Digest of which parameters have a gradient.
         t: How many updates there were.
@@ -66,7 +75,7 @@ class Report(NamedTuple):
 
     stage: int
     structure: int = 0
-    state: int = 0
+    change: int = 0
     values: int = 0
     grads: int = 0
     t: int = 0
@@ -243,16 +252,16 @@ def compare(
     Raises:
         RankMismatchError: On every rank, if ranks differ in what they cannot make equal.
     """
-    state, values = replicas.compare(parameters)
-    report = report._replace(structure=parameters.digest, state=state, values=values)
-    with Operation(_COMPARISONS[report.stage], comm):
+    change, values = replicas.compare(parameters)
+    report = report._replace(structure=parameters.digest, change=change, values=values)
+    with Operation(_COMPARISONS[Stage(report.stage)], comm):
         same = Report(*agree(comm, *report))
     if not same.stage:
         subject = (
             "the update (were parameters changed, or a snapshot loaded, on some ranks only, amid "
             "batches that are accumulated?)"
         )
-        raise_mismatch(comm, [(subject, f"at the {_COMPARISONS[report.stage].name}")])
+        raise_mismatch(comm, [(subject, f"at the {_COMPARISONS[Stage(report.stage)].name}")])
     if not same.t:
         subject = "optimizer.t (was a snapshot loaded on some ranks only?)"
         raise_mismatch(comm, [(subject, str(report.t))])
@@ -267,8 +276,8 @@ def compare(
     changed, differ = replicas.judge(
         comm,
         model,
-        state,
-        same_state=bool(same.state),
+        change,
+        same_change=bool(same.change),
         same_structure=bool(same.structure),
         same_values=bool(same.values),
     )

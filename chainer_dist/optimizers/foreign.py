@@ -118,13 +118,13 @@ class ForeignMultiNodeOptimizer(OptimizerProxy):
     def _compare(self, *, has_gradients: bool) -> None:
         """Make parameters equal that were changed on some rank, other than on the others. Collective."""
         comm, parameters = self._connected(), ParameterSet(self.target)
-        state, values = self._replicas.compare(parameters)
-        same_state, same_structure, same_values = agree(comm, state, parameters.digest, values)
+        change, values = self._replicas.compare(parameters)
+        same_change, same_structure, same_values = agree(comm, change, parameters.digest, values)
         _, differ = self._replicas.judge(
             comm,
             self.target,
-            state,
-            same_state=same_state,
+            change,
+            same_change=same_change,
             same_structure=same_structure,
             same_values=same_values,
         )

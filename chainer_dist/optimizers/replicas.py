@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import enum
 import zlib
 from typing import TYPE_CHECKING, Any
 
@@ -21,11 +22,15 @@ if TYPE_CHECKING:
     from chainer_dist.communicators import CommunicatorBase
     from chainer_dist.parameters import Structure
 
-__all__ = ["AS_KNOWN", "CHANGED", "LOADED", "Replicas"]
+__all__ = ["Change", "Replicas"]
 
-# What a rank says of its parameters: they are those that the ranks last had alike; there are others,
-# or other arrays; the optimizer was loaded from a snapshot, and so, presumably, were they.
-AS_KNOWN, CHANGED, LOADED = range(3)
+
+class Change(enum.IntEnum):
+    """What is new of a rank's parameters since the ranks last had them alike."""
+
+    NONE = 0
+    ARRAYS = 1  # there are other parameters, or other arrays
+    LOADED = 2  # the optimizer was loaded from a snapshot, and so, presumably, were they
 
 
 class Replicas:
@@ -63,7 +68,7 @@ class Replicas:
         """Tell whether a parameter was there, initialized, when the ranks last compared. Local."""
         return (name, dict(parameters.structure)[name]) in (self.structure or ())
 
-    def compare(self, parameters: ParameterSet) -> tuple[int, int]:
+    def compare(self, parameters: ParameterSet) -> tuple[Change, int]:
         """Return what is new since the ranks last compared, and a digest of the new values. Local.
 
         Two ranks on which nothing is loaded, and whose structures and digests are equal, have equal
@@ -71,10 +76,10 @@ class Replicas:
         as a link may draw the values of others at the same time.
         """
         if self._is_loaded:
-            return LOADED, 0
+            return Change.LOADED, 0
         is_new = not self.has_structure_of(parameters)
         if not is_new and are_identical(self._arrays, parameters.arrays):
-            return AS_KNOWN, 0
+            return Change.NONE, 0
         replaced = [
             (name, checksum(array))
             for name, array, before in zip(
@@ -84,7 +89,7 @@ class Replicas:
             )
             if array is not before
         ]
-        return CHANGED, digest(replaced)
+        return Change.ARRAYS, digest(replaced)
 
     def keep(self, parameters: ParameterSet) -> None:
         """Know that all ranks have these alike. Local.
@@ -99,9 +104,9 @@ class Replicas:
         self,
         comm: CommunicatorBase,
         model: chainer.Link,
-        state: int,
+        change: Change,
         *,
-        same_state: bool,
+        same_change: bool,
         same_structure: bool,
         same_values: bool,
     ) -> tuple[bool, bool]:
@@ -112,14 +117,14 @@ class Replicas:
         Args:
             comm: The communicator whose ranks have compared.
             model: The model whose parameters they have compared.
-            state: The first result of :meth:`compare` on this rank.
-            same_state: Whether that is the same on all ranks; equal on all of them, as what follows.
+            change: The first result of :meth:`compare` on this rank.
+            same_change: Whether that is the same on all ranks; equal on all of them, as what follows.
             same_structure: Whether the structure of the parameters is the same.
             same_values: Whether the digest, the second result, is the same.
         """
-        if state == AS_KNOWN and same_state and same_structure:
+        if change is Change.NONE and same_change and same_structure:
             return False, False
-        if not (state == CHANGED and same_state and same_structure and same_values):
+        if not (change is Change.ARRAYS and same_change and same_structure and same_values):
             return True, True
         self.keep(ParameterSet(model))
         share_draws(comm, model)

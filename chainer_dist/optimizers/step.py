@@ -12,8 +12,8 @@ import numpy as np
 from chainer_dist import exchange
 from chainer_dist.collectives.operation import BACKWARD, FORWARD, Kind, Operation
 from chainer_dist.optimizers.accumulation import Accumulation
-from chainer_dist.optimizers.consensus import AFTER, BEFORE, Report, compare
-from chainer_dist.optimizers.replicas import AS_KNOWN
+from chainer_dist.optimizers.consensus import Report, Stage, compare
+from chainer_dist.optimizers.replicas import Change
 from chainer_dist.parameters import ParameterSet
 from chainer_dist.updates.base import Gradients
 from chainer_dist.updates.comparison import check_same
@@ -130,7 +130,7 @@ class Step:
             self.synchronize(has_gradients=call.has_gradients)
             self.state.phase = Phase.BEGUN
         elif exchanges or not self.is_current():
-            report = Report(BEFORE)
+            report = Report(Stage.BEFORE)
             if self.compare(ParameterSet(self.optimizer.target), report).differ:
                 self.synchronize(has_gradients=call.has_gradients)
         overlap = None
@@ -196,7 +196,7 @@ class Step:
         is_clean = overlap is None or overlap.is_clean()
         settings = self.state.settings.digest(self.settings, self.optimizer, parameters)
         report = Report(
-            AFTER,
+            Stage.AFTER,
             grads=parameters.digests[1],
             settings=settings,
             planned=int(fits),
@@ -268,7 +268,7 @@ class Step:
         """
         replicas = self.state.replicas
         change, _ = replicas.compare(ParameterSet(self.optimizer.target))
-        return change == AS_KNOWN and not replicas.is_waiting
+        return change is Change.NONE and not replicas.is_waiting
 
     @property
     def settings(self) -> Lines:
