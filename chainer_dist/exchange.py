@@ -13,17 +13,17 @@ import chainer
 import numpy as np
 
 from chainer_dist.collectives import reduction
-from chainer_dist.collectives.agreement import agree, raise_mismatch, raise_together
+from chainer_dist.collectives.agreement import agree, raise_mismatch
+from chainer_dist.collectives.failures import raise_together
 from chainer_dist.collectives.operation import EXCHANGE, Kind, Operation, collective
 from chainer_dist.errors import NonFiniteGradientError
 from chainer_dist.parameters import ParameterSet, private_grads
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Callable, Mapping
 
     from chainer_dist._typing import Array
-    from chainer_dist.communicators import CommunicatorBase
-    from chainer_dist.compression import Compression
+    from chainer_dist.collectives.arrays import ArrayCommunicator
 
 __all__ = [
     "bcast_data",
@@ -38,7 +38,7 @@ _BCAST = Kind("broadcast of", EXCHANGE)
 
 
 @collective("zero_fill", name="multi_node_mean_grad")
-def mean_grad(comm: CommunicatorBase, model: chainer.Link, *, zero_fill: bool = False) -> None:
+def mean_grad(comm: ArrayCommunicator, model: chainer.Link, *, zero_fill: bool = False) -> None:
     """Replace every gradient by its mean over the ranks, in place. Collective.
 
     A parameter whose gradient is None on every rank is not exchanged. Uninitialized parameters
@@ -72,12 +72,12 @@ def mean_grad(comm: CommunicatorBase, model: chainer.Link, *, zero_fill: bool = 
 
 @collective(name="mean of gradients")
 def mean_agreed_grad(
-    comm: CommunicatorBase,
+    comm: ArrayCommunicator,
     parameters: ParameterSet,
     *,
     same_grads: bool,
     zero_fill: bool,
-    compression: Compression | None = None,
+    mean: Callable[[dict[str, Array]], object] | None = None,
     means: Mapping[str, Array] | None = None,
 ) -> None:
     """Do what :func:`mean_grad` does, for parameters that the ranks agree on. Collective.
@@ -87,7 +87,8 @@ def mean_agreed_grad(
         parameters: Of equal structure on every rank, and NumPy arrays.
         same_grads: Whether the same parameters have a gradient on every rank; if not, ``zero_fill``.
         zero_fill: See :func:`mean_grad`.
-        compression: How to average with fewer bytes between nodes; None for exactly.
+        mean: Called with the gradients, by name, to replace them by their means over the ranks, in place;
+            None for ``comm.mean_arrays``.
         means: The means, by name, where they are there already; 1-dimensional. A gradient that has
             none is zero on all ranks.
     """
@@ -103,8 +104,8 @@ def mean_agreed_grad(
         for name, grad in by_name().items():
             if name in means:
                 grad[...] = means[name].reshape(grad.shape)
-    elif compression is not None:
-        compression.mean(comm, by_name())
+    elif mean is not None:
+        mean(by_name())
     else:
         comm.mean_arrays(grads)
     check_means(parameters)
@@ -112,13 +113,15 @@ def mean_agreed_grad(
         parameters.fill_zeros()
 
 
-def check_same_grads(comm: CommunicatorBase, parameters: ParameterSet, *, same_grads: bool) -> None:
+def check_same_grads(
+    comm: ArrayCommunicator, parameters: ParameterSet, *, same_grads: bool
+) -> None:
     """Raise RankMismatchError on every rank if some have a gradient that others lack. Collective."""
     if not same_grads:
         raise_mismatch(comm, parameters.describe_grads())
 
 
-def check_finite(comm: CommunicatorBase, parameters: ParameterSet, *, look: bool = True) -> None:
+def check_finite(comm: ArrayCommunicator, parameters: ParameterSet, *, look: bool = True) -> None:
     """Raise on every rank if a gradient has NaN or infinity on any. Collective, in checked mode only.
 
     Args:
@@ -130,7 +133,7 @@ def check_finite(comm: CommunicatorBase, parameters: ParameterSet, *, look: bool
     Raises:
         NonFiniteGradientError: Names the lowest rank that has one, and the parameter.
     """
-    if comm._log.check is None:
+    if comm.operation_log.check is None:
         return
     error = None
     for name, grad in zip(parameters.names, parameters.grads):
@@ -163,7 +166,7 @@ def check_means(parameters: ParameterSet) -> None:
 
 
 @collective()
-def bcast_data(comm: CommunicatorBase, model: chainer.Link) -> None:
+def bcast_data(comm: ArrayCommunicator, model: chainer.Link) -> None:
     """Make the parameters of all ranks equal to rank 0's, in place. Collective.
 
     A parameter that rank 0 has not initialized yet is taken from the lowest rank that has, and
@@ -192,7 +195,7 @@ def bcast_data(comm: CommunicatorBase, model: chainer.Link) -> None:
             _bcast_param(comm, param, sources[name])
 
 
-def _initialize_missing(comm: CommunicatorBase, parameters: ParameterSet) -> dict[str, int]:
+def _initialize_missing(comm: ArrayCommunicator, parameters: ParameterSet) -> dict[str, int]:
     """Initialize what other ranks have initialized; return each parameter's source rank."""
     everyone = [dict(structure) for structure in comm.allgather_obj(parameters.structure)]
     sources: dict[str, int] = {}
@@ -216,7 +219,7 @@ def _initialize_missing(comm: CommunicatorBase, parameters: ParameterSet) -> dic
     return sources
 
 
-def _bcast_param(comm: CommunicatorBase, param: chainer.Parameter, root: int) -> None:
+def _bcast_param(comm: ArrayCommunicator, param: chainer.Parameter, root: int) -> None:
     array = param.array
     work = array if array.flags.c_contiguous and array.flags.writeable else array.copy(order="C")
     before = work.copy() if _fp32_copy(param) is not None else None

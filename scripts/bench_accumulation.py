@@ -77,12 +77,12 @@ def main() -> None:
         for name, (optimizer, times_larger) in contenders.items():
             size = args.batch * times_larger
             comm.mpi_comm.Barrier()
-            before = comm._log.number
+            before = comm.operation_log.number
             started = time.perf_counter()
             for _ in range(STEPS // times_larger):
                 optimizer.update(optimizer.target, x[:size], t[:size])
             elapsed = time.perf_counter() - started
-            collectives[name] = comm._log.number - before
+            collectives[name] = comm.operation_log.number - before
             slowest = max(comm.allgather_obj(elapsed))
             if turn >= WARM_UP:
                 times[name].append(slowest * 1e3 / STEPS)

@@ -12,11 +12,7 @@ from chainer_dist._files import open_regular
 from chainer_dist.checkpoints import generations
 from chainer_dist.checkpoints.generations import COMMON_FILE, File, Manifest, rank_file
 from chainer_dist.checkpoints.state import restore
-from chainer_dist.collectives.agreement import (
-    describe_error,
-    raise_first,
-    together,
-)
+from chainer_dist.collectives.failures import describe_error, raise_first, together
 from chainer_dist.serialization.npz import ArrayFile, PickleRefusedError
 
 if TYPE_CHECKING:

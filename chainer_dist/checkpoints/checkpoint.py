@@ -20,13 +20,8 @@ from chainer_dist.checkpoints.attributes import Attributes
 from chainer_dist.checkpoints.preemption import STATUS, Preempted, Rounds, Signals
 from chainer_dist.checkpoints.state import check_target, collect, prepare
 from chainer_dist.checkpoints.workers import shield
-from chainer_dist.collectives.agreement import (
-    agree,
-    digest,
-    raise_mismatch,
-    rebuild_error,
-    together,
-)
+from chainer_dist.collectives.agreement import agree, digest, raise_mismatch
+from chainer_dist.collectives.failures import rebuild_error, together
 from chainer_dist.serialization.target import consolidate
 
 if TYPE_CHECKING:

@@ -1,54 +1,25 @@
-"""Ranks finding out together whether they agree.
+"""Ranks that compare what they have.
 
-A rank that raises alone leaves its peers waiting in the next collective. An operation avoids that
-with :func:`agree`, :func:`raise_mismatch`, :func:`together` and :func:`raise_together`: all are
-collective, and what they raise they raise everywhere.
-
-That goes for whatever is raised: code of users may call ``sys.exit``, and an interrupt may come at any
-time. These two end the rank that they are of as they would end it without others.
+All of it is collective, and what is raised is raised on every rank; see :mod:`chainer_dist.collectives.failures`.
 """
 
 from __future__ import annotations
 
 import hashlib
 import operator
-import pickle
-from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn, Optional
+from typing import TYPE_CHECKING, NoReturn
 
 import numpy as np
 
-from chainer_dist.collectives.operation import WAITING, Kind, Operation
+from chainer_dist.collectives.failures import AGREE, in_words
+from chainer_dist.collectives.operation import Operation
 from chainer_dist.errors import RankMismatchError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Mapping, Sequence
-    from contextlib import AbstractContextManager
-    from types import TracebackType
+    from collections.abc import Sequence
 
     from chainer_dist.collectives.objects import ObjectCommunicator
 
-
-class ErrorClass(NamedTuple):
-    """The class of an error. Every rank can receive it, whatever the class is.
-
-    Attributes:
-        name: Its name.
-        pickles: Of it and of the classes that it is derived from, nearest first. Empty bytes stand for
-            one that cannot be pickled; one of the others may be unknown to another rank.
-    """
-
-    name: str
-    pickles: list[bytes]
-
-
-# What a rank tells the others of its error: class and text.
-Failure = Optional[tuple[ErrorClass, str]]
-
-# Often the first that ranks do together, so here they wait for the slowest.
-_AGREE = Kind("agreement", WAITING)
-
-# Classes that say nothing of what went wrong.
-_GENERAL = (Exception, BaseException, object)
 
 _MASK = (1 << 62) - 1  # a digest and its negative both fit int64
 
@@ -78,7 +49,7 @@ def agree(comm: ObjectCommunicator, *digests: int) -> tuple[bool, ...]:
     extremes = np.empty(2 * count, dtype=np.int64)
     extremes[:count] = digests
     np.negative(extremes[:count], out=extremes[count:])
-    with Operation(_AGREE, comm):
+    with Operation(AGREE, comm):
         comm.mpi_comm.Allreduce(MPI.IN_PLACE, extremes, MPI.MAX)
     return tuple((extremes[:count] == -extremes[count:]).tolist())
 
@@ -98,7 +69,7 @@ def agreed_rank(comm: ObjectCommunicator, rank: object, name: str) -> int:
     try:
         mine: int | str = operator.index(rank)  # type: ignore[arg-type]  # the error is caught
     except Exception:  # noqa: BLE001 - it may be any object
-        mine = _words(rank, repr)
+        mine = in_words(rank, repr)
     ranks = comm.allgather_obj(mine)
     for number, each in enumerate(ranks):
         if not isinstance(each, int) or not 0 <= each < comm.size:
@@ -143,139 +114,3 @@ def raise_mismatch(comm: ObjectCommunicator, lines: Sequence[tuple[str, str]]) -
     raise RankMismatchError(
         f"ranks disagree, but describe what they have in the same words: {everyone[0]}"
     )
-
-
-def raise_together(comm: ObjectCommunicator, error: BaseException | None) -> None:
-    """Raise on every rank if any rank has an error. Collective: one small allreduce if none has.
-
-    Args:
-        comm: The communicator whose ranks ask.
-        error: What went wrong on this rank, or None.
-
-    Raises:
-        BaseException: What :func:`raise_first` raises of the ranks' errors.
-    """
-    from mpi4py import MPI
-
-    if comm.size == 1:
-        if error is not None:
-            raise error
-        return
-    has_failed = np.array([error is not None])
-    with Operation(_AGREE, comm):
-        comm.mpi_comm.Allreduce(MPI.IN_PLACE, has_failed, MPI.LOR)
-        if not has_failed[0]:
-            return
-        failures = comm.mpi_comm.allgather(describe_error(error))
-    raise_first(dict(enumerate(failures)), error)
-
-
-def together(comm: ObjectCommunicator) -> AbstractContextManager[None]:
-    """Return a context that raises on every rank what is raised on any. Collective at its end.
-
-    Every rank comes into it, and nothing in it waits for ranks that may have left it::
-
-        with together(comm):
-            lines = describe(what_the_user_gave)
-
-    Args:
-        comm: The communicator whose ranks do this together.
-
-    Raises:
-        BaseException: What :func:`raise_first` raises of the ranks' errors; on a single rank what was raised.
-    """
-    return _Together(comm)
-
-
-class _Together:
-    # A generator in contextlib.contextmanager could not raise StopIteration.
-    def __init__(self, comm: ObjectCommunicator) -> None:
-        self._comm = comm
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        if self._comm.size > 1:
-            raise_together(self._comm, error)
-
-
-def describe_error(error: BaseException | None) -> Failure:
-    """Return what other ranks are told of an error, or None. Local."""
-    if error is None:
-        return None
-    kind = type(error)
-    text = _words(error, str) or _words(error, repr)
-    if isinstance(error, SystemExit) and not isinstance(error.code, str):
-        text = f"exit with status {error.code or 0}"
-    return ErrorClass(kind.__name__, [_pickled(each) for each in _lineage(kind)]), text
-
-
-def raise_first(failures: Mapping[int, Failure], error: BaseException | None) -> None:
-    """Raise what the lowest rank that failed described, if any did. Local.
-
-    It is of the same class if that class can be had here and takes a message. Otherwise it is of the
-    nearest class that it is derived from, RuntimeError in the place of Exception, and its text says the
-    name of the class. A rank whose own error is no Exception, such as SystemExit, raises that itself.
-
-    Args:
-        failures: For each rank what :func:`describe_error` returned there.
-        error: What went wrong on this rank, or None; it becomes the cause.
-    """
-    if error is not None and not isinstance(error, Exception):
-        raise error
-    for rank, failure in failures.items():
-        if failure is not None:
-            (name, pickles), text = failure
-            raise _rebuilt(name, map(_unpickled, pickles), text, f"rank {rank}: ") from error
-
-
-def rebuild_error(kind: type[BaseException], text: str) -> BaseException:
-    """Return an error with message ``text``, of the class that :func:`raise_first` would take. Local."""
-    return _rebuilt(kind.__name__, _lineage(kind), text, "")
-
-
-def _rebuilt(name: str, kinds: Iterable[Any], text: str, where: str) -> BaseException:
-    message = where + text
-    for kind in kinds:
-        try:
-            error = kind(message)
-            said = str(error)
-            if isinstance(error, BaseException) and (message in said or repr(message) in said):
-                return error
-        except Exception:  # noqa: BLE001, S110 - a class may want any arguments, or refuse in any way
-            pass
-        message = f"{where}{name}: {text}"
-    return RuntimeError(f"{where}{name}: {text}")
-
-
-def _lineage(kind: type[BaseException]) -> list[type]:
-    """Return a class and those that it is derived from, but for the most general ones."""
-    return [kind, *(each for each in kind.__mro__[1:] if each not in _GENERAL)]
-
-
-def _pickled(kind: type) -> bytes:
-    try:
-        return pickle.dumps(kind)
-    except Exception:  # noqa: BLE001 - such as a class that is made in a function
-        return b""
-
-
-def _unpickled(data: bytes) -> Any:
-    try:
-        return pickle.loads(data)
-    except Exception:  # noqa: BLE001 - its module may be missing here, or raise anything
-        return None
-
-
-def _words(value: object, way: Callable[[object], str]) -> str:
-    """Return what ``str`` or ``repr`` makes of an object, or that it makes nothing."""
-    try:
-        return str.__str__(way(value))  # that of a derived class might not be pickled
-    except Exception as error:  # noqa: BLE001 - methods of users may raise anything
-        return f"(no text: its __{way.__name__}__ raises {type(error).__name__})"

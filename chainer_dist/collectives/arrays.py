@@ -7,7 +7,8 @@ foreign byte order becomes the native one. All ranks learn of one rank's bad inp
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import abc
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -25,13 +26,29 @@ if TYPE_CHECKING:
 SMALL = 64 << 10
 
 
-class ArrayCommunicator(ObjectCommunicator):
+class ArrayCommunicator(ObjectCommunicator, abc.ABC):
     """Sends, broadcasts, gathers, scatters, exchanges and reduces NumPy arrays.
 
     Arrays may be of any bool, integer, float or complex dtype, of any shape (empty and
     0-dimensional too), of any layout, read-only, and of any size. What is received is always a
     new, writable array that no other rank shares.
     """
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if "mean_arrays" in vars(cls):  # every kind has its own
+            watched = collective("arrays")(cls.mean_arrays)
+            cls.mean_arrays = watched  # type: ignore[method-assign]  # the same to its callers
+
+    @abc.abstractmethod
+    def mean_arrays(self, arrays: Sequence[Array]) -> None:
+        """Replace each array by its mean over the ranks, in place. Collective.
+
+        Args:
+            arrays: Writable float arrays of any layout, the same number, shapes and dtypes in the
+                same order on every rank (which the caller has made sure of). Two of them may be
+                one and the same object. float16 is summed in float32.
+        """
 
     @point_to_point
     def send(self, data: ArrayOrTuple | list[Array], dest: int, tag: int) -> None:

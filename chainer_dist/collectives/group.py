@@ -43,7 +43,7 @@ class Group:
 
         self._configs: dict[str, Any] = {"batched_copy": True}
         self._within_config_scope = False
-        self._log = operation.Log()
+        self.operation_log = operation.Log()
         self._derived: dict[str, tuple[Any, Callable[[Any], object]]] = {}
         self._mpi_comm: MPI.Intracomm | None = mpi_comm
         mpi_comm.Set_errhandler(MPI.ERRORS_RETURN)

@@ -15,12 +15,7 @@ import operator
 import pickle
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
-from chainer_dist.collectives.agreement import (
-    Failure,
-    describe_error,
-    raise_first,
-    raise_together,
-)
+from chainer_dist.collectives.failures import Failure, describe_error, raise_first, raise_together
 from chainer_dist.collectives.group import Group
 from chainer_dist.collectives.operation import collective, point_to_point
 

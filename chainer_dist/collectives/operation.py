@@ -17,7 +17,7 @@ import sysconfig
 import threading
 import time
 import traceback
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar, cast
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeVar, cast
 
 import numpy as np
 
@@ -26,8 +26,6 @@ if TYPE_CHECKING:
     from types import FrameType, TracebackType
 
     from typing_extensions import Self
-
-    from chainer_dist.collectives.group import Group
 
     Function = TypeVar("Function", bound=Callable[..., Any])
 
@@ -98,6 +96,16 @@ class Log:
         self.peers: list[Any] = []
 
 
+class Logged(Protocol):
+    """A communicator, as far as operations have to know it.
+
+    Attributes:
+        operation_log: What its collectives have come to.
+    """
+
+    operation_log: Log
+
+
 class Observer:
     """Is told of every operation of every thread; to be derived from."""
 
@@ -149,7 +157,7 @@ class Operation:
     def __init__(
         self,
         kind: Kind,
-        comm: Group | None = None,
+        comm: Logged | None = None,
         args: tuple[Any, ...] = (),
         kwargs: dict[str, Any] | None = None,
         within: str = "",
@@ -171,7 +179,7 @@ class Operation:
                 if outer.comm is comm:
                     break
             else:
-                log = comm._log
+                log = comm.operation_log
                 log.number = self.number = log.number + 1
                 check = log.check
         self.begun = time.perf_counter()
@@ -192,7 +200,7 @@ class Operation:
     ) -> None:
         _own.stack.pop()
         if self.number and self.comm is not None:
-            self.comm._log.recent.append((self.number, self.kind.name))
+            self.comm.operation_log.recent.append((self.number, self.kind.name))
         if observers:
             end = time.perf_counter()
             for each in observers:
@@ -273,7 +281,7 @@ def _decorated(
     )
 
     @functools.wraps(function)
-    def operate(comm: Group, *args: Any, **kwargs: Any) -> Any:
+    def operate(comm: Logged, *args: Any, **kwargs: Any) -> Any:
         with Operation(kind, comm, args, kwargs):
             return function(comm, *args, **kwargs)
 

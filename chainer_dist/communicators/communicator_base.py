@@ -2,48 +2,29 @@
 
 from __future__ import annotations
 
-import abc
 import warnings
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import chainer
 import numpy as np
 
+from chainer_dist import exchange
 from chainer_dist.collectives.agreement import agree, digest, raise_mismatch
 from chainer_dist.collectives.arrays import ArrayCommunicator
-from chainer_dist.collectives.operation import collective
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-
     from typing_extensions import Self
 
     from chainer_dist._typing import Array
 
 
-class CommunicatorBase(ArrayCommunicator, abc.ABC):
+class CommunicatorBase(ArrayCommunicator):
     """A communicator: arrays, objects, and the gradients and parameters of models.
 
-    A new kind of communicator is a subclass in a file of its own that says in :meth:`mean_arrays`
-    how the mean of many arrays is found, and one line in :mod:`chainer_dist.communicators`. What
+    A new kind of communicator is a subclass in a file of its own that says in
+    :meth:`~chainer_dist.collectives.arrays.ArrayCommunicator.mean_arrays` how the mean of many arrays is found, and one line in :mod:`chainer_dist.communicators`. What
     concerns a model lives in :mod:`chainer_dist.exchange`, once for all kinds.
     """
-
-    def __init_subclass__(cls, **kwargs: Any) -> None:
-        super().__init_subclass__(**kwargs)
-        if "mean_arrays" in vars(cls):  # every kind has its own
-            watched = collective("arrays")(cls.mean_arrays)
-            cls.mean_arrays = watched  # type: ignore[method-assign]  # the same to its callers
-
-    @abc.abstractmethod
-    def mean_arrays(self, arrays: Sequence[Array]) -> None:
-        """Replace each array by its mean over the ranks, in place. Collective.
-
-        Args:
-            arrays: Writable float arrays of any layout, the same number, shapes and dtypes in the
-                same order on every rank (which the caller has made sure of). Two of them may be
-                one and the same object. float16 is summed in float32.
-        """
 
     @property
     def has_own_mean(self) -> bool:
@@ -71,8 +52,6 @@ class CommunicatorBase(ArrayCommunicator, abc.ABC):
 
         See :func:`chainer_dist.exchange.bcast_data`.
         """
-        from chainer_dist import exchange
-
         exchange.bcast_data(self, model)
 
     def multi_node_mean_grad(self, model: chainer.Link, zero_fill: bool = False) -> None:
@@ -80,8 +59,6 @@ class CommunicatorBase(ArrayCommunicator, abc.ABC):
 
         See :func:`chainer_dist.exchange.mean_grad`.
         """
-        from chainer_dist import exchange
-
         exchange.mean_grad(self, model, zero_fill=zero_fill)
 
     def broadcast_data(self, model: chainer.Link) -> None:

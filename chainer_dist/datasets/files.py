@@ -12,7 +12,7 @@ import numpy as np
 from chainer.dataset import DatasetMixin
 
 from chainer_dist._files import open_regular
-from chainer_dist.collectives.agreement import rebuild_error
+from chainer_dist.collectives.failures import rebuild_error
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from chainer_dist.collectives.agreement import together
+from chainer_dist.collectives.failures import together
 from chainer_dist.collectives.operation import collective
 from chainer_dist.communicators.shared_memory.memory import default_directories
 from chainer_dist.datasets.node_file import NodeFile

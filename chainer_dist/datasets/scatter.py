@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any, SupportsIndex
 
 import numpy as np
 
-from chainer_dist.collectives.agreement import agreed_rank, together
+from chainer_dist.collectives.agreement import agreed_rank
+from chainer_dist.collectives.failures import together
 from chainer_dist.datasets.intervals import Part, split_evenly
 from chainer_dist.datasets.node_shared import scatter_parts
 from chainer_dist.datasets.scattered import ScatteredDataset

@@ -11,13 +11,8 @@ import heapq
 import os
 from typing import TYPE_CHECKING, Any
 
-from chainer_dist.collectives.agreement import (
-    agree,
-    digest,
-    raise_mismatch,
-    raise_together,
-    together,
-)
+from chainer_dist.collectives.agreement import agree, digest, raise_mismatch
+from chainer_dist.collectives.failures import raise_together, together
 from chainer_dist.datasets.files import FilesDataset, count_samples, names_of, open_arrays
 from chainer_dist.datasets.intervals import split_evenly
 from chainer_dist.datasets.scatter import DataSizeError

@@ -14,13 +14,8 @@ from chainer.training import extension
 from chainer.training.extensions._snapshot import _find_snapshot_files
 
 from chainer_dist._files import read_regular
-from chainer_dist.collectives.agreement import (
-    agree,
-    describe_error,
-    digest,
-    raise_mismatch,
-    together,
-)
+from chainer_dist.collectives.agreement import agree, digest, raise_mismatch
+from chainer_dist.collectives.failures import describe_error, together
 from chainer_dist.serialization.npz import ArrayFile, check_npz
 from chainer_dist.serialization.target import consolidate, load_npz
 

@@ -17,7 +17,8 @@ from chainer.serializers import npz
 from chainer.training import extension
 
 from chainer_dist._files import open_regular, read_regular
-from chainer_dist.collectives.agreement import agree, raise_mismatch, together
+from chainer_dist.collectives.agreement import agree, raise_mismatch
+from chainer_dist.collectives.failures import together
 from chainer_dist.serialization.npz import ArrayFile, check_npz, write_npz
 from chainer_dist.serialization.target import consolidate, load_npz
 

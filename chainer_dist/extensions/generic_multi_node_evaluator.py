@@ -9,12 +9,8 @@ from chainer import backend, configuration, function
 from chainer.dataset import convert
 from chainer.training import extension
 
-from chainer_dist.collectives.agreement import (
-    agree,
-    digest,
-    raise_mismatch,
-    together,
-)
+from chainer_dist.collectives.agreement import agree, digest, raise_mismatch
+from chainer_dist.collectives.failures import together
 from chainer_dist.iterators.multi_node_iterator import _MultiNodeIterator
 
 if TYPE_CHECKING:

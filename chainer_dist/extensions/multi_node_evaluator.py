@@ -13,7 +13,7 @@ from chainer.dataset import convert
 from chainer.training.extensions import Evaluator
 from chainer.training.extensions.evaluator import _IteratorProgressBar
 
-from chainer_dist.collectives.agreement import together
+from chainer_dist.collectives.failures import together
 from chainer_dist.datasets.scattered import own_samples
 from chainer_dist.extensions.generic_multi_node_evaluator import (
     GenericMultiNodeEvaluator,

@@ -14,7 +14,7 @@ from chainer import backend, variable
 from chainer import serializer as serializers
 from chainer.training import extension, util
 
-from chainer_dist.collectives.agreement import describe_error, raise_first
+from chainer_dist.collectives.failures import describe_error, raise_first
 from chainer_dist.extensions._plain_values import pack, unpack
 
 if TYPE_CHECKING:

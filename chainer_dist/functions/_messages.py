@@ -19,14 +19,14 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from chainer_dist.collectives.agreement import describe_error, raise_first
 from chainer_dist.collectives.arrays import SMALL
+from chainer_dist.collectives.failures import describe_error, raise_first
 from chainer_dist.collectives.operation import point_to_point
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-    from chainer_dist.collectives.agreement import Failure
+    from chainer_dist.collectives.failures import Failure
     from chainer_dist.communicators import CommunicatorBase
 
 # Bytes that may be on their way from a rank before its next send() waits for them to arrive.

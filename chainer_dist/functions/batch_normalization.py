@@ -18,7 +18,8 @@ import numpy as np
 from chainer import functions as F
 from chainer.functions.normalization.batch_normalization import _compute_axis
 
-from chainer_dist.collectives.agreement import digest, raise_mismatch, raise_together
+from chainer_dist.collectives.agreement import digest, raise_mismatch
+from chainer_dist.collectives.failures import raise_together
 from chainer_dist.collectives.operation import collective
 from chainer_dist.kernels import channels
 

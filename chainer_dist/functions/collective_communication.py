@@ -19,7 +19,8 @@ import chainer
 import chainer.functions as F
 import numpy as np
 
-from chainer_dist.collectives.agreement import agree, digest, raise_mismatch, raise_together
+from chainer_dist.collectives.agreement import agree, digest, raise_mismatch
+from chainer_dist.collectives.failures import raise_together
 from chainer_dist.functions._node import (
     CommunicationNode,
     checked_array,

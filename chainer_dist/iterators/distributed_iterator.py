@@ -9,12 +9,8 @@ import numpy as np
 from chainer import iterators
 from chainer.dataset import Iterator
 
-from chainer_dist.collectives.agreement import (
-    agree,
-    digest,
-    raise_mismatch,
-    together,
-)
+from chainer_dist.collectives.agreement import agree, digest, raise_mismatch
+from chainer_dist.collectives.failures import together
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -9,7 +9,8 @@ from chainer import serializer as serializers
 from chainer.dataset import Iterator
 from chainer.iterators import MultithreadIterator
 
-from chainer_dist.collectives.agreement import agreed_rank, describe_error, raise_first
+from chainer_dist.collectives.agreement import agreed_rank
+from chainer_dist.collectives.failures import describe_error, raise_first
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -10,12 +10,8 @@ from chainer import iterators
 from chainer import serializer as serializers
 from chainer.dataset import Iterator
 
-from chainer_dist.collectives.agreement import (
-    agree,
-    digest,
-    raise_mismatch,
-    together,
-)
+from chainer_dist.collectives.agreement import agree, digest, raise_mismatch
+from chainer_dist.collectives.failures import together
 
 if TYPE_CHECKING:
     from collections.abc import Callable

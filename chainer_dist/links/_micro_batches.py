@@ -8,7 +8,7 @@ import chainer
 import chainer.functions as F
 import numpy as np
 
-from chainer_dist.collectives.agreement import describe_error, raise_first
+from chainer_dist.collectives.failures import describe_error, raise_first
 from chainer_dist.errors import RankMismatchError
 from chainer_dist.functions import _messages
 

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from chainer_dist.collectives.agreement import digest, together
+from chainer_dist.collectives.agreement import digest
+from chainer_dist.collectives.failures import together
 from chainer_dist.errors import RankMismatchError
 from chainer_dist.optimizers.first_values import share_draws
 from chainer_dist.parameters import ParameterSet, are_identical

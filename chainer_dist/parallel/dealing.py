@@ -16,15 +16,8 @@ import traceback
 import weakref
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from chainer_dist.collectives.agreement import (
-    agree,
-    describe_error,
-    digest,
-    raise_first,
-    raise_mismatch,
-    raise_together,
-    together,
-)
+from chainer_dist.collectives.agreement import agree, digest, raise_mismatch
+from chainer_dist.collectives.failures import describe_error, raise_first, raise_together, together
 from chainer_dist.collectives.operation import raising_line
 from chainer_dist.errors import FailedItem, FailedItemsError
 
@@ -33,7 +26,7 @@ if TYPE_CHECKING:
 
     from mpi4py.util import pkl5
 
-    from chainer_dist.collectives.agreement import Failure
+    from chainer_dist.collectives.failures import Failure
     from chainer_dist.communicators import CommunicatorBase
 
 ON_ERROR = ("raise", "return")

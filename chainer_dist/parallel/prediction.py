@@ -17,13 +17,8 @@ from chainer.dataset import convert
 
 from chainer_dist import _progress
 from chainer_dist._files import replacing
-from chainer_dist.collectives.agreement import (
-    agree,
-    digest,
-    raise_mismatch,
-    raise_together,
-    together,
-)
+from chainer_dist.collectives.agreement import agree, digest, raise_mismatch
+from chainer_dist.collectives.failures import raise_together, together
 from chainer_dist.datasets.scattered import ScatteredDataset
 from chainer_dist.errors import FailedItem, RankMismatchError
 from chainer_dist.extensions.allreduce_persistent import _persistents

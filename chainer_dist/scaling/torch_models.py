@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from chainer.links.rnn.n_step_rnn import NStepRNNBase
 from torch import nn
 
-from chainer_dist.scaling import workloads
+from chainer_dist.scaling import models
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -109,7 +109,7 @@ class MLP(nn.Sequential):  # type: ignore[misc]  # mypy does not read torch
         widths: Numbers of values, from the input to the output.
     """
 
-    def __init__(self, widths: Sequence[int] = workloads.MLP.WIDTHS) -> None:
+    def __init__(self, widths: Sequence[int] = models.MLP.WIDTHS) -> None:
         super().__init__(*[nn.Linear(low, high) for low, high in zip(widths, widths[1:])])
 
     def forward(self, x: Any, t: Any) -> Any:
@@ -200,11 +200,11 @@ class LanguageModel(nn.Module):  # type: ignore[misc]
 
     def __init__(self, kind: str = "lstm") -> None:
         super().__init__()
-        units = workloads.LanguageModel.UNITS
+        units = models.LanguageModel.UNITS
         self.kind = kind
-        self.embed = nn.Embedding(workloads.WORDS, units)
+        self.embed = nn.Embedding(models.WORDS, units)
         self.add_module(kind, getattr(nn, kind.upper())(units, units, 2, batch_first=True))
-        self.decode = nn.Linear(units, workloads.WORDS)
+        self.decode = nn.Linear(units, models.WORDS)
 
     def forward(self, words: Any) -> Any:
         """Return the loss over all words but the first of each sequence."""
@@ -219,7 +219,7 @@ class Transformer(nn.Module):  # type: ignore[misc]
         like: The Chainer model whose sizes it has.
     """
 
-    def __init__(self, like: type[workloads.Transformer] = workloads.Transformer) -> None:
+    def __init__(self, like: type[models.Transformer] = models.Transformer) -> None:
         super().__init__()
         units = like.UNITS
         self.heads = like.HEADS

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 from typing import TYPE_CHECKING, Any, cast
 
@@ -70,14 +71,16 @@ class Replicated(Update):
         if comm.has_own_mean:
             comm.multi_node_mean_grad(optimizer.target, gradients.zero_fill)
         else:
+            mean = None
             if options.compression is not None:
                 options.compression.use_loss_scale(optimizer._loss_scale or 1.0)
+                mean = functools.partial(options.compression.mean, comm)
             exchange.mean_agreed_grad(
                 comm,
                 gradients.parameters,
                 same_grads=gradients.are_matched,
                 zero_fill=gradients.zero_fill,
-                compression=options.compression,
+                mean=mean,
                 means=self._means if gradients.are_averaged else None,
             )
         with randomness.in_use(comm):

@@ -28,7 +28,7 @@ import uuid
 from typing import TYPE_CHECKING, NamedTuple
 
 from chainer_dist.collectives import operation
-from chainer_dist.collectives.agreement import describe_error, raise_first
+from chainer_dist.collectives.failures import describe_error, raise_first
 from chainer_dist.watch import checked_mode
 from chainer_dist.watch.inquiry import own_hosts
 from chainer_dist.watch.settings import Settings, from_environment
@@ -36,7 +36,7 @@ from chainer_dist.watch.timeline import start_at_exit, timeline
 from chainer_dist.watch.watchdog import Watchdog
 
 if TYPE_CHECKING:
-    from chainer_dist.collectives.agreement import Failure
+    from chainer_dist.collectives.failures import Failure
     from chainer_dist.communicators import CommunicatorBase
     from chainer_dist.watch.inquiry import Address
 
@@ -73,7 +73,7 @@ class _Watch:
         mine = self._introduction(comm, _neighbour(comm))
         everyone: list[_Introduction] = comm.mpi_comm.allgather(mine)
         raise_first(dict(enumerate(each.failure for each in everyone)), None)
-        log = comm._log
+        log = comm.operation_log
         log.identity = everyone[0].identity
         log.rank, log.peers = comm.rank, [each.address for each in everyone]
         if any(each.settings.checked for each in everyone):

@@ -47,8 +47,8 @@ def answer(comm: CommunicatorBase | None, *, full: bool) -> dict[str, Any]:
     stacks = operation.stacks()
     found: dict[str, Any] = {"knows": comm is not None, "number": 0, "recent": [], "waits": None}
     if comm is not None:
-        found["number"] = comm._log.number
-        found["recent"] = list(comm._log.recent)
+        found["number"] = comm.operation_log.number
+        found["recent"] = list(comm.operation_log.recent)
     for thread, stack in stacks.items():
         wait = next((each for each in stack if each.comm is comm), None)
         if wait is not None and comm is not None:
@@ -83,7 +83,7 @@ def _now(stack: Sequence[Operation], line: str, now: float) -> str:
 
 def _communicator(wait: Operation) -> str:
     comm: Any = wait.comm
-    return f"the {comm.name} communicator of {len(comm._log.peers)} ranks"
+    return f"the {comm.name} communicator of {len(comm.operation_log.peers)} ranks"
 
 
 def _stacks_text(frames: Mapping[int, Any]) -> str:
@@ -105,7 +105,7 @@ def compose(wait: Operation, answers: Sequence[Any]) -> tuple[str, str]:
         answers: Of all ranks of its communicator; stacks are shown of those that have them.
     """
     comm: Any = wait.comm
-    log = comm._log
+    log = comm.operation_log
     lines = [_line(wait, each) for each in answers]
     peer = None if wait.kind.is_collective else _peer(wait, len(answers))
     if peer is None:

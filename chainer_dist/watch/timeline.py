@@ -16,7 +16,7 @@ import numpy as np
 
 from chainer_dist._files import replacing
 from chainer_dist.collectives import operation
-from chainer_dist.collectives.agreement import raise_together
+from chainer_dist.collectives.failures import raise_together
 from chainer_dist.collectives.operation import CATEGORIES, Observer
 
 if TYPE_CHECKING:

@@ -86,7 +86,7 @@ class Watchdog:
 
     def add(self, comm: CommunicatorBase) -> None:
         """Watch a communicator, whose log knows its identity and its peers. Local."""
-        self._comms[comm._log.identity] = comm
+        self._comms[comm.operation_log.identity] = comm
 
     def close(self) -> None:
         """Watch no more: from now on others are told that this rank has left."""
@@ -126,7 +126,11 @@ class Watchdog:
         current = set()
         for thread, stack in operation.stacks().items():
             wait = report.find_wait(stack)
-            if wait is None or wait.comm is None or wait.comm._log.identity not in self._comms:
+            if (
+                wait is None
+                or wait.comm is None
+                or wait.comm.operation_log.identity not in self._comms
+            ):
                 continue
             key = thread, wait.begun
             current.add(key)
@@ -163,7 +167,7 @@ class Watchdog:
         comm: Any = wait.comm
         abort = self._settings.abort
         ends = abort is not None and age >= abort
-        for rank in range(comm._log.rank):
+        for rank in range(comm.operation_log.rank):
             lower = self._ask(comm, rank, full=False)
             if isinstance(lower, dict) and lower["waits"] and lower["acts"][int(ends)]:
                 return
@@ -172,7 +176,8 @@ class Watchdog:
         with ThreadPoolExecutor(_ASKERS, f"{report.OWN_THREADS}, asking") as askers:
             answers = list(
                 askers.map(
-                    lambda rank: self._ask(comm, rank, full=full), range(len(comm._log.peers))
+                    lambda rank: self._ask(comm, rank, full=full),
+                    range(len(comm.operation_log.peers)),
                 )
             )
         still = report.find_wait(operation.stacks().get(key[0], []))
@@ -191,8 +196,8 @@ class Watchdog:
             _abort()
 
     def _ask(self, comm: CommunicatorBase, rank: int, *, full: bool) -> Any:
-        identity, peers = comm._log.identity, comm._log.peers
-        if rank == comm._log.rank:
+        identity, peers = comm.operation_log.identity, comm.operation_log.peers
+        if rank == comm.operation_log.rank:
             return self._answer(identity, full)
         if peers[rank] is None:
             return inquiry.Silence("is not watched", tells=False)

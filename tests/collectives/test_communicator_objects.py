@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from chainer_dist.collectives import agreement
+from chainer_dist.collectives import agreement, failures
 
 OBJECTS = st.recursive(
     st.none() | st.booleans() | st.integers() | st.text() | st.binary(),
@@ -224,14 +224,14 @@ def test_errors_of_any_class(comm, case):
     mine = error if comm.rank == culprit else None
     if comm.size == 1:
         with pytest.raises(type(error)) as caught:
-            agreement.raise_together(comm, mine)
+            failures.raise_together(comm, mine)
         assert caught.value is error
         return
     is_itself = mine is not None and not isinstance(error, Exception)
     match = None if is_itself else f"rank {culprit}: {text}"
     kind = type(error) if is_itself else kind
     for attempt in (
-        lambda: agreement.raise_together(comm, mine),
+        lambda: failures.raise_together(comm, mine),
         lambda: comm.allgather_obj(Raising(error) if mine else 1),
         lambda: comm.bcast_obj(Raising(error) if mine else None, root=culprit),
     ):
@@ -253,7 +253,7 @@ def test_an_error_made_anew_of_its_class(case):
     """What is raised in the place of another error, with more words, is of its class or the nearest."""
     error, kind, text = strange_errors()[case]
     with pytest.raises((type(error), kind), match="more words"):
-        raise agreement.rebuild_error(type(error), f"more words: {text}") from error
+        raise failures.rebuild_error(type(error), f"more words: {text}") from error
 
 
 @pytest.mark.parametrize("wrong", ["first", "last"])

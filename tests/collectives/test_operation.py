@@ -49,7 +49,7 @@ def outermost(recorder):
 def test_every_collective_has_a_number(any_comm, recorder):
     """It is that of the call, the same on every rank, however many calls are within one."""
     size, x = any_comm.size, np.zeros((3, 4), np.float32)
-    first = any_comm._log.number + 1
+    first = any_comm.operation_log.number + 1
     any_comm.bcast(x, root=size - 1)
     any_comm.gather(x)
     any_comm.allgather(x)
@@ -85,9 +85,9 @@ def test_every_collective_has_a_number(any_comm, recorder):
     ]
     assert outermost(recorder)[:-1] == [(text, first + index) for index, text in enumerate(texts)]
     assert outermost(recorder)[-1] == ("finalize", 1)  # of the communicator that split made
-    number = any_comm._log.number
+    number = any_comm.operation_log.number
     assert set(any_comm.allgather_obj(number)) == {first + len(texts) - 1}
-    recent = list(any_comm._log.recent)[-len(texts) - 1 : -1]
+    recent = list(any_comm.operation_log.recent)[-len(texts) - 1 : -1]
     assert [name for _, name in recent] == [text.partition("(")[0] for text in texts]
 
 
@@ -95,7 +95,7 @@ def test_messages_have_no_number(comm, recorder):
     """Ranks do not send and receive in step, so messages count for nothing."""
     if comm.size == 1:
         pytest.skip("messages need another rank")
-    before = comm._log.number
+    before = comm.operation_log.number
     if comm.rank == 0:
         comm.send(np.zeros(2), dest=1, tag=3)
         comm.send_obj("x", 1)
@@ -107,13 +107,13 @@ def test_messages_have_no_number(comm, recorder):
         1: [("recv(source=0, tag=3)", 0), ("recv_obj(source=0)", 0)],
     }
     assert outermost(recorder) == wanted.get(comm.rank, [])
-    assert comm._log.number == before
+    assert comm.operation_log.number == before
 
 
 def test_an_operation_within_one_of_another_communicator_counts(comm):
     """Numbers are per communicator."""
     part = comm.split(0, comm.rank)
-    outer, inner = comm._log.number, part._log.number
+    outer, inner = comm.operation_log.number, part.operation_log.number
 
     @collective()
     def both(comm):
@@ -122,7 +122,7 @@ def test_an_operation_within_one_of_another_communicator_counts(comm):
         part.allgather_obj(1)
 
     both(comm)
-    assert (comm._log.number, part._log.number) == (outer + 1, inner + 2)
+    assert (comm.operation_log.number, part.operation_log.number) == (outer + 1, inner + 2)
     part.finalize()
 
 
@@ -159,10 +159,10 @@ def test_what_is_broadcast_is_said(comm, recorder):
 
 def test_an_error_ends_an_operation(comm):
     """It is counted, and no operation is left."""
-    before = comm._log.number
+    before = comm.operation_log.number
     with pytest.raises(RankMismatchError if comm.size > 1 else TypeError):
         comm.allreduce("text" if comm.rank == 0 else np.zeros(2))
-    assert comm._log.number == before + 1
+    assert comm.operation_log.number == before + 1
     assert not operation.stacks()
 
 

@@ -13,7 +13,7 @@ from chainer.training import extensions
 
 import chainer_dist
 from chainer_dist.checkpoints import Checkpoint
-from chainer_dist.collectives.agreement import together
+from chainer_dist.collectives.failures import together
 from chainer_dist.datasets import shard_files
 from chainer_dist.extensions import GenericMultiNodeEvaluator, ObservationAggregator
 from chainer_dist.iterators import (

@@ -195,9 +195,9 @@ def test_batches_before_the_last_are_local(comm):
         for number in range(2 * steps):  # what is chosen once is chosen
             optimizer.update(model, *batch(comm.rank, number))
         for number in range(steps):
-            before = comm._log.number
+            before = comm.operation_log.number
             optimizer.update(model, *batch(comm.rank, number))
-            counts[steps, number] = comm._log.number - before
+            counts[steps, number] = comm.operation_log.number - before
     assert counts[1, 0] == counts[4, 3] > 0
     assert [counts[4, number] for number in range(3)] == [0, 0, 0]
 

@@ -143,9 +143,9 @@ def test_ranks_talk_once_a_period(comm):
     optimizer = create_local_sgd_optimizer(optimizers.SGD(), comm, period=3).setup(model)
     counts = []
     for step in range(9):
-        before = comm._log.number
+        before = comm.operation_log.number
         optimizer.update(model, *batch(comm.rank, step))
-        counts.append(comm._log.number > before)
+        counts.append(comm.operation_log.number > before)
     assert counts[3:] == [False, False, True, False, False, True]
 
 

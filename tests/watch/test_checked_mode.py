@@ -88,7 +88,7 @@ def test_ranks_that_differ(checked, kind):
     """Every rank raises the same, and names rank, operation and both source lines."""
     only_with_others(checked)
     one, other, its_text, text = DIFFERENT[kind]
-    number = checked._log.number + 1
+    number = checked.operation_log.number + 1
     with pytest.raises(RankMismatchError) as caught:
         one(checked) if checked.rank == 1 else other(checked)
     message = str(caught.value)
@@ -151,7 +151,7 @@ def test_splits_are_checked_too(checked):
 
 def test_off_by_default(comm):
     """Nothing is compared, and NaN is averaged like any number."""
-    assert comm._log.check is None
+    assert comm.operation_log.check is None
     model = chainer.links.Linear(2, 2)
     model.W.grad = np.full((2, 2), np.nan, np.float32)
     model.b.grad = np.zeros(2, np.float32)

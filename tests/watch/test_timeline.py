@@ -160,7 +160,7 @@ def test_the_same_number_everywhere(comm, tmp_path):
     """Collectives carry their number, by which one is found on all ranks."""
     path = shared_path(comm, tmp_path)
     with timeline(path, comm):
-        number = comm._log.number
+        number = comm.operation_log.number
         comm.allreduce(np.zeros((3, 4), np.float32), op="max")
         comm.bcast_obj("x")
     if comm.rank == 0:

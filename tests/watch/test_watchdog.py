@@ -291,7 +291,7 @@ os.environ.pop("CHAINER_DIST_STALL_WARN")
 if comm.rank == 1:
     os.environ["CHAINER_DIST_STALL_WARN"] = "0"
 late = chainer_dist.create_communicator("naive")
-mine = comm._log.peers[comm.rank]
+mine = comm.operation_log.peers[comm.rank]
 listening = set()
 for line in open("/proc/net/tcp").read().splitlines()[1:]:
     _, where, _, state, *_ = line.split()
@@ -301,8 +301,8 @@ assert listening == {f"0100007F:{mine.port:04X}"}, (listening, mine)
 if comm.rank == last:
     time.sleep(1.2)
 comm.allgather_obj(0)
-print(f"{comm.inter_size} nodes", [each is not None for each in comm._log.peers], flush=True)
-print([bool(each and each.open_port) for each in late._log.peers], flush=True)
+print(f"{comm.inter_size} nodes", [each is not None for each in comm.operation_log.peers], flush=True)
+print([bool(each and each.open_port) for each in late.operation_log.peers], flush=True)
 """
     job = run(code, 3, MPIR_CVAR_NUM_CLIQUES="2")
     assert job.status == 0, job.output
@@ -343,7 +343,7 @@ def test_ranks_answer(comm):
     """Each tells each what it does, without the help of its main thread, which is busy here."""
     if comm.size == 1:
         pytest.skip("there is nobody to ask")
-    log = comm._log
+    log = comm.operation_log
     comm.allgather_obj(None)  # from here on all ranks are in this test
     number = log.number
     for rank in neighbours(comm):
@@ -366,9 +366,9 @@ def test_strangers_get_no_answer(comm):
     """Who does not know the token, or says something else, is told nothing."""
     if comm.size == 1:
         pytest.skip("there is nobody to ask")
-    peer = comm._log.peers[neighbours(comm)[0]]
-    identity = comm._log.identity
-    other = peer._replace(secret=comm._log.peers[comm.rank].secret)
+    peer = comm.operation_log.peers[neighbours(comm)[0]]
+    identity = comm.operation_log.identity
+    other = peer._replace(secret=comm.operation_log.peers[comm.rank].secret)
     found = inquiry.ask(other, identity, 20, near=True, full=True)
     assert isinstance(found, Silence)
     assert not found.tells
@@ -387,7 +387,7 @@ def test_strangers_hold_nobody_up(comm):
     """However many connect and say nothing, ranks are asked and answered, and the watchdog looks."""
     if comm.size == 1:
         pytest.skip("there is nobody to ask")
-    log = comm._log
+    log = comm.operation_log
     for rank in neighbours(comm):
         strangers = [
             socket.create_connection(("127.0.0.1", log.peers[rank].port), 20)
@@ -408,7 +408,7 @@ def test_a_stall_is_reported_while_strangers_are_connected():
 for rank in range(comm.size):
     if rank == comm.rank:
         continue
-    def bother(pause, port=comm._log.peers[rank].port):
+    def bother(pause, port=comm.operation_log.peers[rank].port):
         while True:
             try:
                 with socket.create_connection(("127.0.0.1", port)) as stranger:
@@ -619,18 +619,18 @@ def test_processes_are_known_by_their_start(comm):
     """A process that has the number of another one is not taken for it."""
     if comm.size == 1:
         pytest.skip("there are no addresses")
-    own = comm._log.peers[comm.rank]
+    own = comm.operation_log.peers[comm.rank]
     assert own.pid == os.getpid()
     assert inquiry.process_state(own) in {"R", "S"}
     started, _, namespace = own.started.partition(" ")
     gone = own._replace(started=f"{int(started) + 1} {namespace}")
     assert inquiry.process_state(gone) == "X"
-    found = inquiry.ask(gone, comm._log.identity, 5, near=True, full=False)
+    found = inquiry.ask(gone, comm.operation_log.identity, 5, near=True, full=False)
     assert found == Silence("has ended: there is no such process any more")
     # One in another container on this node can be asked, but its number says nothing here.
     elsewhere = own._replace(started=f"{started} pid:[1]")
     assert inquiry.process_state(elsewhere) == "?"
-    assert inquiry.ask(elsewhere, comm._log.identity, 5, near=True, full=False)["knows"]
+    assert inquiry.ask(elsewhere, comm.operation_log.identity, 5, near=True, full=False)["knows"]
 
 
 @pytest.mark.mpi_skip
@@ -667,7 +667,7 @@ def test_a_rank_that_waits_answers(comm):
     """The first collectives of a communicator leave Python's lock alone while they wait."""
     if comm.size == 1:
         pytest.skip("there is nobody to wait for")
-    log = comm._log
+    log = comm.operation_log
     for number, wait in enumerate((lambda: comm.gather_obj(0), lambda: comm.allgather_obj(0)), 1):
         if comm.rank == comm.size - 1:
             came, deadline = 0, time.monotonic() + 20

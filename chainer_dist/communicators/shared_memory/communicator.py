@@ -10,7 +10,7 @@ from chainer_dist.collectives.agreement import agree, raise_mismatch
 from chainer_dist.collectives.operation import collective
 from chainer_dist.communicators.communicator_base import CommunicatorBase
 from chainer_dist.communicators.shared_memory.exchange import Ring
-from chainer_dist.communicators.shared_memory.tuning import Tuning, tune
+from chainer_dist.communicators.shared_memory.tuning import tune
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
     from chainer_dist._typing import Array
     from chainer_dist.communicators.shared_memory.between_nodes import Code
+    from chainer_dist.communicators.shared_memory.layout import Tuning
 
 
 class SharedMemoryCommunicator(CommunicatorBase):
@@ -72,7 +73,7 @@ class SharedMemoryCommunicator(CommunicatorBase):
             raise_mismatch(self, [("nbytes", str(nbytes))])
         if nbytes < 1:
             raise ValueError(f"nbytes is {nbytes}, expected 1 or more")
-        return tune(self, nbytes) if self.size > 1 else self.ring.tuning
+        return tune(self, self.ring, nbytes) if self.size > 1 else self.ring.tuning
 
     def mean_arrays(self, arrays: Sequence[Array], *, code: Code | None = None) -> None:
         """See :meth:`CommunicatorBase.mean_arrays`.

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, cast
 import numpy as np
 
 from chainer_dist.collectives import reduction
-from chainer_dist.collectives.agreement import describe_error, raise_first
+from chainer_dist.collectives.failures import describe_error, raise_first
 from chainer_dist.collectives.operation import (
     EXCHANGE,
     PACK,
@@ -33,9 +33,8 @@ from chainer_dist.communicators.shared_memory.between_nodes import (
     DirectSum,
     PartOfEach,
 )
-from chainer_dist.communicators.shared_memory.layout import Block, Slice, cut
+from chainer_dist.communicators.shared_memory.layout import Block, Slice, Tuning, cut
 from chainer_dist.communicators.shared_memory.memory import barrier, share_memory
-from chainer_dist.communicators.shared_memory.tuning import Tuning
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -43,7 +42,7 @@ if TYPE_CHECKING:
     from mpi4py import MPI
 
     from chainer_dist._typing import Array
-    from chainer_dist.communicators.communicator_base import CommunicatorBase
+    from chainer_dist.collectives.arrays import ArrayCommunicator
     from chainer_dist.communicators.shared_memory.between_nodes import Code
 
     # See Ring.run.
@@ -104,7 +103,7 @@ class Ring:
             has the core and Python's lock.
     """
 
-    def __init__(self, comm: CommunicatorBase) -> None:
+    def __init__(self, comm: ArrayCommunicator) -> None:
         from mpi4py import MPI
 
         node = comm.node_comm

@@ -15,6 +15,18 @@ if TYPE_CHECKING:
     from chainer_dist._typing import Array
 
 
+class Tuning(NamedTuple):
+    """How a communicator passes blocks.
+
+    Attributes:
+        block_bytes: Bytes of a block.
+        in_flight: How many sums between nodes are under way at a time; 0 on one node.
+    """
+
+    block_bytes: int
+    in_flight: int
+
+
 class Slice(NamedTuple):
     """Consecutive elements of a block: all of some arrays, or of the first and the last a part."""
 

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, Literal, SupportsIndex, cast
 
 import numpy as np
 
-from chainer_dist.collectives.agreement import raise_together
+from chainer_dist.collectives.failures import raise_together
 from chainer_dist.collectives.operation import collective
 
 if TYPE_CHECKING:
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from mpi4py import MPI
 
     from chainer_dist._typing import Array
-    from chainer_dist.communicators.communicator_base import CommunicatorBase
+    from chainer_dist.collectives.arrays import ArrayCommunicator
 
 _SHARED_MEMORY = Path("/dev/shm")  # noqa: S108 - mkstemp makes the files private
 
@@ -35,7 +35,7 @@ _TOKEN_BYTES = 16  # written at the beginning for a moment, to know the memory b
 
 
 @collective()
-def share_memory(comm: CommunicatorBase, nbytes: int) -> Array:
+def share_memory(comm: ArrayCommunicator, nbytes: int) -> Array:
     """Return zeroed memory that the ranks of this node share. Collective.
 
     Args:

@@ -6,37 +6,33 @@ import itertools
 import statistics
 import sys
 import time
-from typing import TYPE_CHECKING, NamedTuple, cast
+from typing import TYPE_CHECKING, cast
 
 import numpy as np
 
+from chainer_dist.communicators.shared_memory.layout import Tuning
+
 if TYPE_CHECKING:
-    from chainer_dist.communicators.shared_memory.communicator import SharedMemoryCommunicator
+    from chainer_dist.collectives.arrays import ArrayCommunicator
+    from chainer_dist.communicators.shared_memory.exchange import Ring
 
 _FEWEST_BYTES = 64 << 10
 _ROUNDS = 5
 
 
-class Tuning(NamedTuple):
-    """How a communicator passes blocks.
-
-    Attributes:
-        block_bytes: Bytes of a block.
-        in_flight: How many sums between nodes are under way at a time; 0 on one node.
-    """
-
-    block_bytes: int
-    in_flight: int
-
-
-def tune(comm: SharedMemoryCommunicator, nbytes: int) -> Tuning:
+def tune(comm: ArrayCommunicator, ring: Ring, nbytes: int) -> Tuning:
     """Measure, and let the ring of a communicator use what is fastest. Collective.
 
-    See :meth:`SharedMemoryCommunicator.tune`.
+    Args:
+        comm: Averages arrays by that ring.
+        ring: The ring.
+        nbytes: Bytes of the model's parameters.
+
+    Returns:
+        The fastest.
     """
     from mpi4py import MPI
 
-    ring = comm.ring
     most = ring.most
     sizes = [most.block_bytes]
     while sizes[-1] // 2 >= _FEWEST_BYTES:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, cast
 import numpy as np
 
 from chainer_dist.collectives import reduction
-from chainer_dist.collectives.agreement import together
+from chainer_dist.collectives.failures import together
 from chainer_dist.collectives.operation import EXCHANGE, Kind, Operation
 from chainer_dist.parameters import are_identical
 from chainer_dist.updates.base import Exchange
