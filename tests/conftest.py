@@ -117,9 +117,9 @@ def nodes():
 @pytest.fixture
 def small_blocks(monkeypatch):
     """Let small models take many blocks, and parameters end anywhere in one."""
-    from chainer_dist.communicators.shared_memory import exchange as ring
+    from chainer_dist.communicators.shared_memory import slots
 
-    monkeypatch.setattr(ring, "BLOCK_BYTES", 1024)
+    monkeypatch.setattr(slots, "BLOCK_BYTES", 1024)
 
 
 @pytest.fixture(params=NODES)

@@ -5,7 +5,7 @@ network. Backward comes to the last layers first; their gradients are final long
 so they are sent while it goes on. They are cut into blocks in the order in which they became final
 on rank 0, and a block is exchanged as soon as all that is in it is there. As PyTorch's
 DistributedDataParallel (Li et al., VLDB 2020), but without buckets of its own: the blocks of the
-ring are those.
+exchange are those.
 
 MPI goes on with what is under way only while it is called, so it is polled after each function of
 backward. A thread that polls in between was tried, every 0.3 to 5 ms: less was left to exchange
@@ -24,6 +24,7 @@ import numpy as np
 
 from chainer_dist.collectives.agreement import agree, digest
 from chainer_dist.collectives.operation import EXCHANGE, Kind, Operation
+from chainer_dist.communicators.shared_memory.exchange import Exchange
 from chainer_dist.optimizers.final_gradients import FinalGradients
 from chainer_dist.updates.sharding.layout import positions
 
@@ -33,12 +34,12 @@ if TYPE_CHECKING:
     import chainer
 
     from chainer_dist._typing import Array
-    from chainer_dist.communicators.shared_memory.between_nodes import Code
+    from chainer_dist.communicators.shared_memory.between_nodes import Codec
     from chainer_dist.communicators.shared_memory.communicator import SharedMemoryCommunicator
-    from chainer_dist.communicators.shared_memory.exchange import Run
     from chainer_dist.communicators.shared_memory.layout import Block
+    from chainer_dist.communicators.shared_memory.pipeline import Pipeline
     from chainer_dist.parameters import ParameterSet
-    from chainer_dist.updates.base import EarlyExchanges, Exchange
+    from chainer_dist.updates.base import EarlyExchanges, GradientExchange
 
 __all__ = ["Overlap"]
 
@@ -59,7 +60,7 @@ class Overlap:
         was_used: Whether the last gradients were averaged during backward; the same on every rank.
     """
 
-    def __init__(self, comm: SharedMemoryCommunicator, code: Code | None = None) -> None:
+    def __init__(self, comm: SharedMemoryCommunicator, code: Codec | None = None) -> None:
         self.comm = comm
         self._code = code
         self._order: list[int] = []  # of the last backward, as far as gradients were reported
@@ -170,9 +171,9 @@ class _EarlyExchange:
     def __init__(
         self,
         comm: SharedMemoryCommunicator,
-        exchanges: list[Exchange],
+        exchanges: list[GradientExchange],
         parameters: ParameterSet,
-        code: Code | None,
+        code: Codec | None,
         absent: frozenset[int],
     ) -> None:
         self._comm = comm
@@ -184,7 +185,7 @@ class _EarlyExchange:
             index: queue for queue in self._queues for index in queue.exchange.indices
         }
         self._rest = iter(self._queues)
-        self._run: Run | None = None
+        self._run: Pipeline | None = None
         self._begin_next()
 
     def _begin_next(self) -> None:
@@ -192,15 +193,17 @@ class _EarlyExchange:
         self._run = None
         if queue is not None:
             exchange = queue.exchange
-            self._run = self._comm.ring.begin(
-                exchange.blocks,
-                exchange.dtype,
-                queue.sources,
-                exchange.deliver,
-                exchange.targets,
-                code=self._code,
-                absent=queue.absent,
-                is_ready=queue.is_ready,
+            self._run = self._comm.transport.begin(
+                Exchange(
+                    exchange.layout,
+                    exchange.dtype,
+                    queue.sources,
+                    exchange.deliver,
+                    exchange.targets,
+                    codec=self._code,
+                    absent=queue.absent,
+                    is_ready=queue.is_ready,
+                )
             )
 
     def take(self, index: int, grad: Array) -> None:
@@ -245,7 +248,9 @@ class _EarlyExchange:
 class _Queue:
     """The gradients of an exchange on their way into its blocks."""
 
-    def __init__(self, exchange: Exchange, arrays: Sequence[Array], absent: frozenset[int]) -> None:
+    def __init__(
+        self, exchange: GradientExchange, arrays: Sequence[Array], absent: frozenset[int]
+    ) -> None:
         self.exchange = exchange
         self.sources: list[Array | None] = [None] * len(exchange.indices)
         self.absent: frozenset[int] = frozenset()  # at which positions

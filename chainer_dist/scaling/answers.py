@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, NamedTuple
 
-from chainer_dist.communicators.shared_memory.exchange import BLOCK_BYTES, n_slots, sums_in_flight
+from chainer_dist.communicators.shared_memory.slots import BLOCK_BYTES, n_slots, sums_in_flight
 from chainer_dist.compression import TopK
 from chainer_dist.scaling.simulate import DESIGNS, NETWORKS, Cluster, closed_form
 

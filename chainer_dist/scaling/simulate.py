@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from chainer_dist.communicators.shared_memory.between_nodes import MOST_NODES
-from chainer_dist.communicators.shared_memory.exchange import BLOCK_BYTES, sums_in_flight
+from chainer_dist.communicators.shared_memory.slots import BLOCK_BYTES, sums_in_flight
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator

@@ -19,13 +19,13 @@ if TYPE_CHECKING:
     from chainer_dist._typing import Array
     from chainer_dist.communicators import CommunicatorBase
     from chainer_dist.communicators.shared_memory.exchange import Deliver
-    from chainer_dist.communicators.shared_memory.layout import Block
+    from chainer_dist.communicators.shared_memory.layout import Layout
     from chainer_dist.parameters import ParameterSet
     from chainer_dist.updates.comparison import Lines
     from chainer_dist.updates.options import Options
     from chainer_dist.updates.randomness import Randomness
 
-__all__ = ["Context", "EarlyExchanges", "Exchange", "Gradients", "Update"]
+__all__ = ["Context", "EarlyExchanges", "GradientExchange", "Gradients", "Update"]
 
 
 class Context(NamedTuple):
@@ -61,12 +61,12 @@ class Gradients(NamedTuple):
     are_averaged: bool
 
 
-class Exchange(NamedTuple):
-    """Gradients of one dtype, and the arguments of :meth:`Ring.begin` that average them.
+class GradientExchange(NamedTuple):
+    """Gradients of one dtype, and what :class:`shared_memory.exchange.Exchange` wants to average them.
 
     Attributes:
         indices: Numbers of their parameters, in the order of the exchange.
-        blocks: Blocks that they are exchanged in.
+        layout: Layout of the blocks that they are exchanged in.
         dtype: Type in which they are summed.
         deliver: Function that takes the sum of this rank's slice of a block.
         targets: Arrays that take the slices of the other ranks; None for none.
@@ -74,7 +74,7 @@ class Exchange(NamedTuple):
     """
 
     indices: list[int]
-    blocks: list[Block]
+    layout: Layout
     dtype: np.dtype[Any]
     deliver: Deliver
     targets: list[Array] | None
@@ -90,7 +90,7 @@ class EarlyExchanges(NamedTuple):
             same parameters as that of the last backward.
     """
 
-    exchanges: list[Exchange]
+    exchanges: list[GradientExchange]
     is_for_all: bool
 
 

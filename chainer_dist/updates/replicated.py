@@ -10,7 +10,8 @@ import numpy as np
 
 from chainer_dist import exchange
 from chainer_dist.collectives import reduction
-from chainer_dist.updates.base import EarlyExchanges, Exchange, Update
+from chainer_dist.communicators.shared_memory.exchange import mean_to
+from chainer_dist.updates.base import EarlyExchanges, GradientExchange, Update
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -55,10 +56,10 @@ class Replicated(Update):
             sizes = [parameters.arrays[index].size for index in indices]
             means = np.split(np.empty(sum(sizes), dtype), list(itertools.accumulate(sizes))[:-1])
             wire = reduction.wire_dtype(dtype)
-            blocks = comm.ring.cut(sizes, wire, seldom=True)
+            layout = comm.transport.layout(sizes, wire, seldom=True)
             self._means.update(zip([parameters.names[index] for index in indices], means))
-            deliver = comm.ring.mean_to(blocks, means)
-            exchanges.append(Exchange(indices, blocks, wire, deliver, means))
+            deliver = mean_to(layout, means)
+            exchanges.append(GradientExchange(indices, layout, wire, deliver, means))
         self._early = EarlyExchanges(exchanges, is_for_all=False)
 
     def early(self) -> EarlyExchanges | None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -50,5 +52,24 @@ def test_two_nodes(ranks):
     """Averaging and scattering between nodes, with as many ranks on each and with more on one."""
     env = mpi_job.environment(MPIR_CVAR_NUM_CLIQUES="2")
     job = mpi_job.run([sys.executable, "-c", CODE], ranks, timeout=60, env=env)
+    assert job.status == 0, job.output
+    assert job.output.count("fine") == ranks
+
+
+FAILURE = """
+import chainer_dist, numpy as np, test_exchange_failures as cases
+with chainer_dist.create_communicator("shared_memory") as comm:
+    for failing in (0, 1):
+        cases.fail_in_the_second_exchange(comm, failing)
+    print("fine")
+"""
+
+
+@pytest.mark.parametrize("ranks", [2, 3, 4])
+def test_an_error_on_one_of_two_nodes(ranks):
+    """It is raised on the ranks of both."""
+    path = f"{Path(__file__).parent}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"
+    env = mpi_job.environment(MPIR_CVAR_NUM_CLIQUES="2", PYTHONPATH=path)
+    job = mpi_job.run([sys.executable, "-c", FAILURE], ranks, timeout=60, env=env)
     assert job.status == 0, job.output
     assert job.output.count("fine") == ranks

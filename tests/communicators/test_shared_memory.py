@@ -8,15 +8,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from chainer_dist import RankMismatchError, create_communicator
-from chainer_dist.communicators.shared_memory import exchange as ring
-from chainer_dist.communicators.shared_memory import layout as blocks
-from chainer_dist.communicators.shared_memory import tuning
+from chainer_dist.communicators.shared_memory import between_nodes, slots, tuning
+from chainer_dist.communicators.shared_memory.layout import Tuning, partition
 
 
 @pytest.fixture(autouse=True)
 def small_blocks(monkeypatch):
     """Let few elements take many blocks."""
-    monkeypatch.setattr(ring, "BLOCK_BYTES", 512)
+    monkeypatch.setattr(slots, "BLOCK_BYTES", 512)
 
 
 def values(rank, sizes, dtype):
@@ -50,7 +49,7 @@ def test_any_sizes_on_any_nodes(grouped_kinds, sizes, dtype):
 def test_blocks(sizes, capacity, reducers, whole):
     """They have each element once, in order, and if wanted no part of an array beside another one."""
     arrays = np.split(np.arange(sum(sizes)), np.cumsum(sizes)[:-1]) if sizes else []
-    found = blocks.cut(sizes, capacity, reducers, whole=whole)
+    found = partition(sizes, capacity, reducers, whole=whole)
     elements = []
     for block in found:
         views = [view for each in block.slices for view in each.views(arrays)]
@@ -65,7 +64,7 @@ def test_blocks(sizes, capacity, reducers, whole):
 @pytest.mark.parametrize("most", [1, 8], ids=["by MPI", "directly"])
 def test_sums_between_nodes(grouped, monkeypatch, most):
     """Whoever sums up: from where the arrays are, in whatever order they are in memory."""
-    monkeypatch.setattr(ring, "MOST_NODES", most)
+    monkeypatch.setattr(between_nodes, "MOST_NODES", most)
     sizes = [3, 1, 900, 5000, 2, 260]
     arrays = values(grouped.rank, sizes, np.float32)
     strided = np.zeros(1200, np.float32)
@@ -129,7 +128,7 @@ def test_the_same_array_twice(grouped):
 
 def test_few_slots(grouped, monkeypatch):
     """On a node of very many ranks each has fewer blocks under way."""
-    monkeypatch.setattr(ring, "_NODE_BYTES", 1)
+    monkeypatch.setattr(slots, "_NODE_BYTES", 1)
     x = np.arange(5000.0) * (1 + grouped.rank)
     grouped.mean_arrays([x])
     np.testing.assert_allclose(x, np.arange(5000.0) * (1 + grouped.size) / 2)
@@ -140,13 +139,13 @@ def test_tuning(grouped, monkeypatch, capsys):
     monkeypatch.setattr(tuning, "_FEWEST_BYTES", 128)
     chosen = grouped.tune(5000)
     assert grouped.allgather_obj(chosen) == [chosen] * grouped.size
-    assert chosen == grouped.ring.tuning
+    assert chosen == grouped.transport.tuning
     assert chosen.block_bytes in {512, 256, 128}
     assert (chosen.in_flight > 0) == (grouped.inter_size > 1)
     said = capsys.readouterr().err
     assert ("tuned for 5,000 bytes" in said) == (grouped.rank == 0 and grouped.size > 1)
-    for each in (chosen, tuning.Tuning(128, min(1, chosen.in_flight)), grouped.ring.most):
-        grouped.ring.tuning = each
+    for each in (chosen, Tuning(128, min(1, chosen.in_flight)), grouped.transport.most):
+        grouped.transport.tuning = each
         x = np.arange(5000.0) + grouped.rank
         grouped.mean_arrays([x])
         np.testing.assert_allclose(x, np.arange(5000.0) + (grouped.size - 1) / 2)

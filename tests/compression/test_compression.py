@@ -23,7 +23,7 @@ from chainer_dist import (
     create_communicator,
     create_multi_node_optimizer,
 )
-from chainer_dist.communicators.shared_memory import exchange as ring
+from chainer_dist.communicators.shared_memory import slots
 from rounding import rounded_mean
 
 WAYS = {
@@ -100,7 +100,7 @@ def test_fewer_bits(comm, way, dtype):
 @pytest.mark.parametrize("dtype", [np.float16, np.float32])
 def test_rounded_once_or_twice(comm, way, dtype, monkeypatch):
     """Sums are float32; each number is rounded on its way to another node, and nowhere else."""
-    monkeypatch.setattr(ring, "BLOCK_BYTES", 256)
+    monkeypatch.setattr(slots, "BLOCK_BYTES", 256)
     shapes = {"a": (7, 50), "b": (1,), "c": (123,)}
     everyone = [grads_of(rank, shapes=shapes, dtype=dtype) for rank in range(comm.size)]
     grads = everyone[comm.rank]
@@ -521,7 +521,7 @@ def test_snapshots_of_other_ways(comm, ways):
 
 def test_rounding_leaves_everything_else_as_it_is(comm, monkeypatch):
     """Sharded or not, during backward or after it, parameters are the same to the bit, on all ranks."""
-    monkeypatch.setattr(ring, "BLOCK_BYTES", 256)
+    monkeypatch.setattr(slots, "BLOCK_BYTES", 256)
     several = comm.inter_size > 1
     found = []
     for options in (

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 import chainer_dist
 from chainer_dist.collectives import operation
-from chainer_dist.communicators.shared_memory import exchange as ring
+from chainer_dist.communicators.shared_memory import slots
 from chainer_dist.scaling import answers, predict, predicted, schedule, simulate, validation
 from chainer_dist.scaling.predict import REPORT, Scenario
 from chainer_dist.scaling.schedule import Schedule
@@ -218,7 +218,7 @@ def test_nodes_of_many_ranks_wait_for_each_block():
         simulate.closed_form(STEP, Cluster(4, ranks, slow), DESIGNS["multi-leader"])
         for ranks in (4, 64)
     )
-    assert ring.sums_in_flight(64) == 1 < ring.sums_in_flight(4)
+    assert slots.sums_in_flight(64) == 1 < slots.sums_in_flight(4)
     assert many > few + 20 * slow.latency
 
 

@@ -20,7 +20,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from chainer_dist import RankMismatchError, create_communicator, create_multi_node_optimizer
-from chainer_dist.communicators.shared_memory import exchange as ring
+from chainer_dist.communicators.shared_memory import sums
 from optimizer_cases import OPTIMIZERS
 
 SHARDED = [name for name in OPTIMIZERS if name != "MSVAG"]
@@ -282,13 +282,13 @@ class Branches(chainer.Chain):
 
 def exchanged(monkeypatch):
     """Return a list that gets the size of whatever is summed between nodes from now on."""
-    sizes, begin = [], ring.Run._begin_sum
+    sizes, begin = [], sums.direct_sum
 
-    def count(run, peers, number, total):
+    def count(peers, own, total, *, tag):
         sizes.append(total.size)
-        return begin(run, peers, number, total)
+        return begin(peers, own, total, tag=tag)
 
-    monkeypatch.setattr(ring.Run, "_begin_sum", count)
+    monkeypatch.setattr(sums, "direct_sum", count)
     return sizes
 
 

@@ -1,30 +1,38 @@
-"""Sums over nodes by messages between their ranks: fewer steps than MPI's, fewer bytes, or a part for each node."""
+"""Sums over nodes by messages between their ranks: fewer steps than MPI's, fewer bytes, or a slice for each node.
+
+A nonblocking collective would have to be begun in the same order on all ranks, but here one step follows
+when another is over. So these are messages between two ranks. Each way is a generator: it yields the
+requests that its next step waits for, and no other code changes its arrays until it has ended.
+"""
 
 from __future__ import annotations
 
-import collections
 import functools
 import operator
 from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
+from chainer_dist.collectives import reduction
+
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Iterator, Sequence
 
     from mpi4py import MPI
 
     from chainer_dist._typing import Array
 
-MOST_NODES = 8  # of a DirectSum; on more the messages become many and small
+    Requests = Iterator[list[MPI.Request]]
+
+MOST_NODES = 8  # of a direct sum; on more the messages become many and small
 _TWO = 2  # nodes, each of which sends everything to the other
 
 
-class Code(Protocol):
+class Codec(Protocol):
     """How numbers are sent: each of them by itself, in so many bytes.
 
     Attributes:
-        sent: Bytes that were given to MPI to send to other nodes; added to by who sends.
+        sent: Number of bytes that were given to MPI to send to other nodes; whoever sends adds to it.
     """
 
     sent: int
@@ -33,237 +41,244 @@ class Code(Protocol):
         """Return float32 values of shape ``(rows, n)`` as bytes, ``(rows, m)`` uint8. Local."""
 
     def decode(self, code: Array) -> Array:
-        """Return what :meth:`encode` encoded, as new float32 of shape ``(rows, n)``. Local."""
+        """Return the values that :meth:`encode` encoded, as new float32 of shape ``(rows, n)``. Local."""
 
 
-class _Steps:
-    """Messages between ranks, and what follows when they are there, one step after the other.
-
-    A nonblocking collective would have to be begun in the same order on all ranks, but here one step
-    follows when another is over. So these are messages between two ranks.
+class Steps:
+    """A generator of requests, gone on with whenever those that it has yielded are done. Local.
 
     Args:
-        peers: The ranks, one a node.
-        tag: Of the messages, and the next number; used by nobody else meanwhile.
+        requests: The generator; its first step is made at once.
     """
 
-    def __init__(self, peers: MPI.Intracomm, tag: int) -> None:
+    def __init__(self, requests: Requests) -> None:
         from mpi4py import MPI
 
         self._are_done = MPI.Request.Testall  # importing MPI takes as long as a call
-        self._peers, self._tag = peers, tag
-        self._others = [rank for rank in range(peers.size) if rank != peers.rank]
-        self._requests: list[MPI.Request] = []
-        self._steps: collections.deque[Callable[[], None]] = collections.deque()
+        self._steps = requests
+        self._requests = next(requests, None)
 
     def test(self) -> bool:
-        """Do what can be done without waiting; return whether that was all. Local."""
-        while self._are_done(self._requests):
-            self._requests = []
-            if not self._steps:
-                return True
-            self._steps.popleft()()
-        return False
+        """Do all that can be done without waiting; return whether that was the end."""
+        while self._requests is not None and self._are_done(self._requests):
+            self._requests = next(self._steps, None)
+        return self._requests is None
 
-    def _exchange(self, sent: Sequence[Array], received: Sequence[Array]) -> int:
-        """Begin to send to, and to receive from, each of the others; return how many bytes are sent.
 
-        Nobody touches the arrays until the next step.
+class Peers:
+    """The ranks of equal number on all nodes, one for each node.
+
+    Args:
+        mpi_comm: Communicator of these ranks only, in the order of the nodes.
+
+    Attributes:
+        by_mpi: Whether plain sums are MPI's, because there are many nodes.
+    """
+
+    def __init__(self, mpi_comm: MPI.Intracomm) -> None:
+        self.mpi_comm = mpi_comm
+        self.rank, self.size = mpi_comm.rank, mpi_comm.size
+        self.by_mpi = self.size > MOST_NODES
+        self._others = [rank for rank in range(self.size) if rank != self.rank]
+
+    def post(
+        self, sent: Sequence[Array], received: Sequence[Array], tag: int, codec: Codec | None = None
+    ) -> list[MPI.Request]:
+        """Begin to send to, and to receive from, each of the others. Local.
+
+        Args:
+            sent: One array for each rank.
+            received: One array for each rank.
+            tag: Tag of the messages, which no others have meanwhile.
+            codec: Counts the bytes that are sent; None if they are not counted.
         """
-        others, tag = self._others, self._tag
-        self._tag += 1
-        self._requests = [self._peers.Irecv(received[rank], rank, tag) for rank in others]
-        self._requests += [self._peers.Isend(sent[rank], rank, tag) for rank in others]
-        return sum(sent[rank].nbytes for rank in others)
+        comm, others = self.mpi_comm, self._others
+        requests = [comm.Irecv(received[rank], rank, tag) for rank in others]
+        requests += [comm.Isend(sent[rank], rank, tag) for rank in others]
+        if codec is not None:
+            codec.sent += sum(sent[rank].nbytes for rank in others)
+        return requests
+
+    def ask_all(self, flag: Array) -> Requests:
+        """Find out whether a flag is true on any of the ranks. Collective, begun in the same order as others.
+
+        Args:
+            flag: One bool; it becomes the answer.
+        """
+        from mpi4py import MPI
+
+        yield [self.mpi_comm.Iallreduce(MPI.IN_PLACE, flag, MPI.LOR)]
 
 
-def _one_each(size: int, nodes: int) -> list[slice]:
+def mpi_sum(peers: Peers, total: Array) -> Requests:
+    """Sum an array over nodes by MPI's allreduce. Collective, begun in the same order as others.
+
+    Args:
+        peers: The ranks that have the array.
+        total: 1-dimensional, C-contiguous, not empty; it becomes the sum.
+    """
+    yield [reduction.begin_sum(peers.mpi_comm, total)]
+
+
+def _equal_slices(size: int, nodes: int) -> list[slice]:
     """Return which of so many elements each node sums up."""
     edges = [size * node // nodes for node in range(nodes + 1)]
     return [slice(*edge) for edge in zip(edges, edges[1:])]
 
 
-class DirectSum(_Steps):
-    """A sum over a few nodes on its way; nobody touches the arrays until it is there.
+def direct_sum(peers: Peers, own: Array, total: Array, *, tag: int) -> Requests:
+    """Sum an array over a few nodes. Collective.
 
-    Two nodes send each other everything. Of more, each sums up a part and sends that to the others. So
+    Two nodes send each other everything. Of more, each sums up a slice and sends that to the others. So
     there are two steps at most, where an allreduce of MPI has two for each doubling of the nodes; and
     each step waits until MPI is called, which during backward is seldom. Sums are in the order of the
     nodes.
 
     Args:
-        peers: The ranks, one a node, that have the array.
-        own: What this rank adds: 1-dimensional, C-contiguous, not empty. It is only read.
+        peers: The ranks that have the array.
+        own: The summand of this rank: 1-dimensional, C-contiguous, not empty. It is only read.
         total: Of the same size and dtype, takes the sum; it may be ``own``, but not overlap it
             otherwise.
-        tag: Of the messages, and the next number; used by nobody else meanwhile.
+        tag: Tag of the messages, and the next number; used by no others meanwhile.
+    """
+    nodes = peers.size
+    if nodes == _TWO:
+        received = np.empty_like(own) if own is total else total
+        yield peers.post([own] * nodes, [received] * nodes, tag)
+        np.add(own, received, out=total)
+        return
+    slices = _equal_slices(own.size, nodes)
+    mine = own[slices[peers.rank]]
+    summands = list(np.empty((nodes, mine.size), own.dtype))
+    summands[peers.rank] = mine
+    yield peers.post([own[each] for each in slices], summands, tag)
+    mine = total[slices[peers.rank]]
+    mine[...] = functools.reduce(operator.iadd, summands[1:], summands[0].copy())
+    yield peers.post([mine] * nodes, [total[each] for each in slices], tag + 1)
+
+
+class _Wire:
+    """How the numbers of an array are sent: by a codec, or as they are.
+
+    Args:
+        codec: The codec, or None.
+        total: The array, not empty.
+
+    Attributes:
+        code: The array as bytes, one row for each number.
     """
 
-    def __init__(self, peers: MPI.Intracomm, own: Array, total: Array, *, tag: int) -> None:
-        super().__init__(peers, tag)
-        self._own, self._total = own, total
-        nodes = peers.size
-        if nodes == _TWO:
-            received = np.empty_like(own) if own is total else total
-            self._received = [received] * nodes
-            self._exchange([own] * nodes, self._received)
-            self._steps.append(self._add_other)
-            return
-        self._parts = _one_each(own.size, nodes)
-        part = own[self._parts[peers.rank]]
-        self._received = list(np.empty((nodes, part.size), own.dtype))
-        self._received[peers.rank] = part
-        self._exchange([own[each] for each in self._parts], self._received)
-        self._steps.append(self._send_back)
+    def __init__(self, codec: Codec | None, total: Array) -> None:
+        self._codec, self._dtype = codec, total.dtype
+        code = self._encode(total)
+        self._width = code.size // total.size
+        self.code = code.reshape(-1, self._width)
 
-    def _add_other(self) -> None:
-        np.add(self._own, self._received[0], out=self._total)
-
-    def _send_back(self) -> None:
-        """Send the sum of the own part to everybody."""
-        part = self._total[self._parts[self._peers.rank]]
-        part[...] = functools.reduce(operator.iadd, self._received[1:], self._received[0].copy())
-        self._exchange([part] * self._peers.size, [self._total[each] for each in self._parts])
-
-
-class _Parts(_Steps):
-    """An array on its way, each part of it to the rank that sums it up."""
-
-    def __init__(
-        self,
-        peers: MPI.Intracomm,
-        total: Array,
-        parts: Sequence[slice],
-        *,
-        scale: float,
-        code: Code | None,
-        tag: int,
-    ) -> None:
-        super().__init__(peers, tag)
-        self._total, self._parts, self._scale, self._code = total, parts, scale, code
-        self._own = parts[peers.rank]
-
-    def _scatter(self) -> None:
-        """Send all parts."""
-        if self._code is not None:
-            np.multiply(self._total, self._scale, out=self._total)
-        encoded = self._encode(self._total)
-        self._bytes = encoded.size // self._total.size  # of a number
-        self._sent = encoded.reshape(-1, self._bytes)
-        own = self._sent[self._own]
-        self._received = np.empty((self._peers.size, *own.shape), np.uint8)
-        self._received[self._peers.rank] = own  # what is sent is decoded here, too
-        self._send([self._sent[part] for part in self._parts], list(self._received))
-
-    def _send(self, sent: Sequence[Array], received: Sequence[Array]) -> None:
-        nbytes = self._exchange(sent, received)
-        if self._code is not None:
-            self._code.sent += nbytes
-
-    def _add_up(self) -> Array:
-        """Return the sum of the own part, in the order of the nodes."""
-        first, *others = self._received
-        total = self._decode(first)
-        for each in others:
-            total += self._decode(each)
-        return total
+    def encode(self, values: Array) -> Array:
+        """Return values as bytes, one row for each number."""
+        return self._encode(values).reshape(-1, self._width)
 
     def _encode(self, values: Array) -> Array:
-        if self._code is None:
+        if self._codec is None:
             return values.view(np.uint8)
-        return self._code.encode(values.astype(np.float32, copy=False)[np.newaxis])
+        return self._codec.encode(values.astype(np.float32, copy=False)[np.newaxis])
 
-    def _decode(self, code: Array) -> Array:
+    def decode(self, code: Array) -> Array:
+        """Return a new array of the values of some rows."""
         values: Array
-        if self._code is None:
-            values = code.reshape(-1).view(self._total.dtype).copy()
+        if self._codec is None:
+            values = code.reshape(-1).view(self._dtype).copy()
         else:
-            values = self._code.decode(code.reshape(1, -1))[0]
+            values = self._codec.decode(code.reshape(1, -1))[0]
         return values
 
+    def add_up(self, received: Array) -> Array:
+        """Return the sum of what was received of each rank, in the order of the nodes."""
+        first, *others = received
+        total = self.decode(first)
+        for each in others:
+            total += self.decode(each)
+        return total
 
-class CodedMean(_Parts):
-    """A mean over nodes on its way in a code; nobody touches the array until it is there.
+
+def _scatter(
+    peers: Peers, code: Array, slices: Sequence[slice], tag: int, codec: Codec | None
+) -> tuple[Array, list[MPI.Request]]:
+    """Begin to send each slice of an encoded array to its rank; return where its own come to, one row a node."""
+    own = code[slices[peers.rank]]
+    received = np.empty((peers.size, *own.shape), np.uint8)
+    received[peers.rank] = own  # it is decoded here, too, as everywhere
+    return received, peers.post([code[each] for each in slices], list(received), tag, codec)
+
+
+def coded_mean(peers: Peers, total: Array, *, scale: float, codec: Codec, tag: int) -> Requests:
+    """Average an array over nodes by the numbers of a codec. Collective.
 
     Every rank decodes what it has sent itself as well, so that all of them come to the same bits. Two
     nodes send each other everything, and each number is rounded once; on the way between more of
-    them, where each sums up a part for the others, a second time. Sums are in the order of the nodes.
+    them, where each sums up a slice for the others, a second time. Sums are in the order of the nodes.
 
     Args:
-        peers: The ranks, one a node, that have the array.
+        peers: The ranks that have the array.
         total: 1-dimensional, not empty, float32 or float64. It becomes the mean.
-        scale: What makes the sum over ``peers`` a mean.
-        code: How numbers are sent.
-        tag: Of the messages, and the next number; used by nobody else meanwhile.
+        scale: Factor that makes the sum over ``peers`` a mean.
+        codec: How numbers are sent.
+        tag: Tag of the messages, and the next number; used by no others meanwhile.
     """
-
-    def __init__(
-        self, peers: MPI.Intracomm, total: Array, *, scale: float, code: Code, tag: int
-    ) -> None:
-        nodes = peers.size
-        is_whole = nodes == _TWO
-        parts = [slice(0, total.size)] * nodes if is_whole else _one_each(total.size, nodes)
-        super().__init__(peers, total, parts, scale=scale, code=code, tag=tag)
-        self._scatter()
-        self._steps.extend(
-            [self._take_sum] if is_whole else [self._send_back, self._take_everything]
-        )
-
-    def _take_sum(self) -> None:
-        self._total[...] = self._add_up()
-
-    def _send_back(self) -> None:
-        """Send the sum of the own part to everybody."""
-        own = self._encode(self._add_up()).reshape(-1, self._bytes)
-        self._received = np.empty_like(self._sent)
-        self._received[self._own] = own
-        self._sent = own
-        self._send([own] * self._peers.size, [self._received[part] for part in self._parts])
-
-    def _take_everything(self) -> None:
-        self._total[...] = self._decode(self._received)
+    nodes = peers.size
+    is_whole = nodes == _TWO
+    slices = [slice(0, total.size)] * nodes if is_whole else _equal_slices(total.size, nodes)
+    np.multiply(total, scale, out=total)
+    wire = _Wire(codec, total)
+    received, requests = _scatter(peers, wire.code, slices, tag, codec)
+    yield requests
+    if is_whole:
+        total[...] = wire.add_up(received)
+        return
+    mine = wire.encode(wire.add_up(received))
+    means = np.empty_like(wire.code)
+    means[slices[peers.rank]] = mine
+    yield peers.post([mine] * nodes, [means[each] for each in slices], tag + 1, codec)
+    total[...] = wire.decode(means)
 
 
-class PartOfEach(_Parts):
-    """A sum over nodes of which each node gets a part, and gives what it makes of that to the others.
+def slice_of_each(
+    peers: Peers,
+    total: Array,
+    slices: Sequence[slice],
+    work: Callable[[], None],
+    *,
+    sums: bool,
+    returns: bool,
+    scale: float,
+    codec: Codec | None,
+    tag: int,
+) -> Requests:
+    """Sum an array over nodes, a slice for each node, which gives what it makes of that to the others. Collective.
 
     Args:
-        peers: The ranks, one a node, that have the array.
-        total: 1-dimensional, not empty. Its own part becomes the sum, in the order of the nodes; with
-            a code the mean. Then ``work`` makes of it what the others get.
-        parts: Of ``total``, one a node.
+        peers: The ranks that have the array.
+        total: 1-dimensional, not empty. Its own slice becomes the sum, in the order of the nodes; with
+            a codec the mean. Then ``work`` makes of it what the others get.
+        slices: Slices of ``total``, one for each node.
         work: Called when the sum is there.
-        sums: Whether there is anything to sum; if not, ``work`` is called at once.
+        sums: Whether there is anything to sum.
         returns: Whether the others get what was made.
-        scale: What makes the sum over ``peers`` a mean.
-        code: How numbers are sent to who sums them up; None as they are.
-        tag: Of the messages, and the next number; used by nobody else meanwhile.
+        scale: Factor that makes the sum over ``peers`` a mean.
+        codec: How numbers are sent to the rank that sums them up; None as they are.
+        tag: Tag of the messages, and the next number; used by no others meanwhile.
     """
-
-    def __init__(
-        self,
-        peers: MPI.Intracomm,
-        total: Array,
-        parts: Sequence[slice],
-        work: Callable[[], None],
-        *,
-        sums: bool,
-        returns: bool,
-        scale: float,
-        code: Code | None,
-        tag: int,
-    ) -> None:
-        super().__init__(peers, total, parts, scale=scale, code=code, tag=tag)
-        if sums:
-            self._scatter()
-            self._steps.append(self._take_sum)
-        self._steps.append(work)
-        if returns:
-            self._steps.append(self._return)
-
-    def _take_sum(self) -> None:
-        self._total[self._own] = self._add_up()
-
-    def _return(self) -> None:
-        own = self._total[self._own]
-        self._exchange([own] * self._peers.size, [self._total[part] for part in self._parts])
+    own = slices[peers.rank]
+    if sums:
+        if codec is not None:
+            np.multiply(total, scale, out=total)
+        wire = _Wire(codec, total)
+        received, requests = _scatter(peers, wire.code, slices, tag, codec)
+        yield requests
+        total[own] = wire.add_up(received)
+    else:
+        yield []
+    work()
+    if returns:
+        mine = total[own]
+        yield peers.post([mine] * peers.size, [total[each] for each in slices], tag + 1)

@@ -1,4 +1,4 @@
-"""The communicator whose ranks meet in shared memory: no messages within a node."""
+"""The communicator whose ranks exchange through shared memory: no messages within a node."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ from chainer_dist.collectives import reduction
 from chainer_dist.collectives.agreement import agree, raise_mismatch
 from chainer_dist.collectives.operation import collective
 from chainer_dist.communicators.communicator_base import CommunicatorBase
-from chainer_dist.communicators.shared_memory.exchange import Ring
+from chainer_dist.communicators.shared_memory.exchange import Exchange, mean_to
+from chainer_dist.communicators.shared_memory.transport import Transport
 from chainer_dist.communicators.shared_memory.tuning import tune
 
 if TYPE_CHECKING:
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
     from chainer_dist._typing import Array
-    from chainer_dist.communicators.shared_memory.between_nodes import Code
+    from chainer_dist.communicators.shared_memory.between_nodes import Codec
     from chainer_dist.communicators.shared_memory.layout import Tuning
 
 
@@ -37,13 +38,12 @@ class SharedMemoryCommunicator(CommunicatorBase):
     _patient = False
 
     @property
-    def ring(self) -> Ring:
-        """The shared memory through which the ranks of the node pass blocks. Collective at first."""
-        ring: Ring | None = self.__dict__.get("_ring")
-        if ring is None:
-            ring = self._ring = Ring(self)
-            ring.patient = self._patient
-        return ring
+    def transport(self) -> Transport:
+        """The way on which the ranks exchange blocks. Collective at first."""
+        transport: Transport | None = self.__dict__.get("_transport")
+        if transport is None:
+            transport = self._transport = Transport(self, patient=self._patient)
+        return transport
 
     def background(self) -> Self:
         """See :meth:`CommunicatorBase.background`."""
@@ -73,9 +73,9 @@ class SharedMemoryCommunicator(CommunicatorBase):
             raise_mismatch(self, [("nbytes", str(nbytes))])
         if nbytes < 1:
             raise ValueError(f"nbytes is {nbytes}, expected 1 or more")
-        return tune(self, self.ring, nbytes) if self.size > 1 else self.ring.tuning
+        return tune(self, self.transport, nbytes) if self.size > 1 else self.transport.tuning
 
-    def mean_arrays(self, arrays: Sequence[Array], *, code: Code | None = None) -> None:
+    def mean_arrays(self, arrays: Sequence[Array], *, code: Codec | None = None) -> None:
         """See :meth:`CommunicatorBase.mean_arrays`.
 
         Args:
@@ -91,20 +91,20 @@ class SharedMemoryCommunicator(CommunicatorBase):
             group = [array for array in distinct if len(dtypes) == 1 or array.dtype == dtype]
             self._mean(reduction.wire_dtype(dtype), group, code)
 
-    def _mean(self, dtype: np.dtype[Any], arrays: list[Array], code: Code | None) -> None:
+    def _mean(self, dtype: np.dtype[Any], arrays: list[Array], code: Codec | None) -> None:
         """Average arrays of one dtype, none of them twice there."""
-        ring = self.ring
+        transport = self.transport
         # In C order, and a copy where that is not the layout.
         flat = [array if array.ndim == 1 else array.reshape(-1) for array in arrays]
-        blocks = ring.cut([array.size for array in flat], dtype)
-        ring.run(blocks, dtype, flat, ring.mean_to(blocks, flat), flat, code=code)
+        layout = transport.layout([array.size for array in flat], dtype)
+        transport.run(Exchange(layout, dtype, flat, mean_to(layout, flat), flat, codec=code))
         for array, copy in zip(arrays, flat):
             if not array.flags.c_contiguous:
                 array[...] = copy.reshape(array.shape)
 
     def finalize(self) -> None:
         """Give shared memory and MPI communicators back. Collective; a second call does nothing."""
-        ring: Ring | None = self.__dict__.pop("_ring", None)
-        if ring is not None:
-            ring.free()
+        transport: Transport | None = self.__dict__.pop("_transport", None)
+        if transport is not None:
+            transport.free()
         super().finalize()

@@ -27,8 +27,26 @@ class Tuning(NamedTuple):
     in_flight: int
 
 
+class Place(NamedTuple):
+    """Where a rank is.
+
+    Attributes:
+        rank: Its number on its node.
+        ranks: How many ranks the node has.
+        node: The number of the node.
+        nodes: How many nodes there are.
+        reducers: How many ranks of each node reduce: as many as the node of fewest ranks has.
+    """
+
+    rank: int
+    ranks: int
+    node: int
+    nodes: int
+    reducers: int
+
+
 class Slice(NamedTuple):
-    """Consecutive elements of a block: all of some arrays, or of the first and the last a part."""
+    """Consecutive elements of a block: whole arrays, of the first and the last of which some may be missing."""
 
     start: int  # in the block
     stop: int
@@ -38,7 +56,7 @@ class Slice(NamedTuple):
     inside: list[slice]  # where each of them is, counted from ``start``
 
     def views(self, arrays: Sequence[Array]) -> list[Array]:
-        """Return what of 1-dimensional arrays is in the slice."""
+        """Return the elements of 1-dimensional arrays that are in the slice."""
         views = list(arrays[self.arrays])
         if views:
             views[-1] = views[-1][: self.end]
@@ -61,11 +79,11 @@ class Slice(NamedTuple):
 
 
 class Block(NamedTuple):
-    """What is reduced in one go."""
+    """Consecutive elements of all arrays: the unit of the exchange."""
 
-    start: int  # of its first element, counted through all arrays
+    start: int  # number of its first element, counted through all arrays
     stop: int
-    slices: list[Slice]  # one a reducing rank
+    slices: list[Slice]  # one for each rank that reduces
 
     @property
     def arrays(self) -> range:
@@ -74,17 +92,55 @@ class Block(NamedTuple):
         return range(some[0].start, some[-1].stop)
 
 
+class Layout(NamedTuple):
+    """Blocks of arrays, and which slice of each block which rank reduces. Its methods are local.
+
+    Attributes:
+        blocks: The blocks, in the order of the exchange; the same on every rank.
+        across: Whether each rank of the communicator has a slice of its own, rather than each rank of a
+            node. The ranks of equal number on the nodes have consecutive ones.
+        place: Where this rank is.
+    """
+
+    blocks: list[Block]
+    across: bool
+    place: Place
+
+    def local_slice(self, block: Block) -> Slice:
+        """Return the slice of a block that this rank reduces; it may be empty."""
+        slices = self.slices_of(self.place.rank, block)
+        return slices[self.place.node if len(slices) > 1 else 0]
+
+    def slices_of(self, rank: int, block: Block) -> list[Slice]:
+        """Return the slices that a rank of this node sums up over the node.
+
+        That is one for each node if slices are across nodes, and otherwise one, which is for all of them.
+        """
+        reducers = self.place.reducers
+        if rank < reducers:
+            count = len(block.slices) // reducers
+            return block.slices[rank * count : (rank + 1) * count]
+        size = block.stop - block.start
+        return [Slice(size, size, slice(0, 0), 0, 0, [])]
+
+    def slices_of_others(self, block: Block) -> list[tuple[int, Slice]]:
+        """Return the slices that other ranks of the node reduce, each with the number of that rank."""
+        count = len(block.slices) // self.place.reducers
+        ranks = [number // count for number in range(len(block.slices))]
+        return [each for each in zip(ranks, block.slices) if each[0] != self.place.rank]
+
+
 @functools.lru_cache(maxsize=64)
-def cut(
+def partition(
     sizes: tuple[int, ...], capacity: int, reducers: int, *, whole: bool = False
 ) -> list[Block]:
     """Cut arrays, one behind the other, into blocks of ``capacity`` elements. Local.
 
     Args:
-        sizes: Elements of each array.
-        capacity: Elements of a block; the last one may have less.
+        sizes: Number of elements of each array.
+        capacity: Number of elements of a block; the last block may have fewer.
         reducers: How many slices each block has.
-        whole: Whether blocks are of one array each, or of several whole ones; then many have less.
+        whole: Whether each block has elements of one array, or several whole arrays; then many have fewer elements.
     """
     edges = list(itertools.accumulate(sizes, initial=0))
     ends = _ends(edges, capacity) if whole else [*range(capacity, edges[-1], capacity), edges[-1]]
@@ -96,15 +152,15 @@ def cut(
 
 
 def _ends(edges: list[int], capacity: int) -> list[int]:
-    """Return where blocks end that have a part of one array, or whole ones."""
+    """Return where blocks end that have elements of one array, or whole arrays."""
     ends = [0]
     for start, stop in zip(edges, edges[1:]):
         if stop - ends[-1] > capacity:  # no room beside those that wait for others
             if start > ends[-1]:
                 ends.append(start)
-            parts = -(-(stop - start) // capacity)
-            if parts > 1:
-                ends += [start + (stop - start) * part // parts for part in range(1, parts + 1)]
+            count = -(-(stop - start) // capacity)
+            if count > 1:
+                ends += [start + (stop - start) * i // count for i in range(1, count + 1)]
     return [*ends[1:], edges[-1]]
 
 

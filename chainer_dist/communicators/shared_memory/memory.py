@@ -1,4 +1,4 @@
-"""Memory that the ranks of a node share for as long as anybody has an array in it.
+"""Memory that the ranks of a node share for as long as any rank has an array in it.
 
 MPI's own shared windows vanish under the arrays that view them when they are freed, and freeing them
 is collective. This memory has no name while it is used, so nothing of it outlives the ranks, however
@@ -95,11 +95,11 @@ def read_only(array: Array) -> Array:
 
 
 @functools.cache
-def barrier() -> Callable[[], None]:
+def memory_fence() -> Callable[[], None]:
     """Return a function after which other ranks see what this one wrote before it. Local.
 
-    And after which this rank sees what they wrote. Between stores to data and a store that tells of
-    them this has to be called, and between a load that tells of data and loads of it.
+    And after which this rank sees what they wrote: a full fence. It has to be called between stores to data and the
+    store that tells of them, and between the load that tells of data and loads of the data.
     """
     from mpi4py import MPI
 

@@ -14,18 +14,18 @@ from chainer_dist.communicators.shared_memory.layout import Tuning
 
 if TYPE_CHECKING:
     from chainer_dist.collectives.arrays import ArrayCommunicator
-    from chainer_dist.communicators.shared_memory.exchange import Ring
+    from chainer_dist.communicators.shared_memory.transport import Transport
 
 _FEWEST_BYTES = 64 << 10
 _ROUNDS = 5
 
 
-def tune(comm: ArrayCommunicator, ring: Ring, nbytes: int) -> Tuning:
-    """Measure, and let the ring of a communicator use what is fastest. Collective.
+def tune(comm: ArrayCommunicator, transport: Transport, nbytes: int) -> Tuning:
+    """Measure, and let a communicator use what is fastest. Collective.
 
     Args:
-        comm: Averages arrays by that ring.
-        ring: The ring.
+        comm: The communicator that is tuned.
+        transport: The way on which it does.
         nbytes: Bytes of the model's parameters.
 
     Returns:
@@ -33,19 +33,19 @@ def tune(comm: ArrayCommunicator, ring: Ring, nbytes: int) -> Tuning:
     """
     from mpi4py import MPI
 
-    most = ring.most
+    most = transport.most
     sizes = [most.block_bytes]
     while sizes[-1] // 2 >= _FEWEST_BYTES:
         sizes.append(sizes[-1] // 2)
     flights = [1 << power for power in range(most.in_flight.bit_length())] or [0]
     # What is first wins if another is as fast.
     others = [Tuning(*each) for each in itertools.product(sizes, flights[::-1])]
-    candidates = [*dict.fromkeys([ring.untuned, *others])]
+    candidates = [*dict.fromkeys([transport.untuned, *others])]
     data = np.zeros(max(nbytes // 4, 1), dtype=np.float32)
     seconds: dict[Tuning, list[float]] = {each: [] for each in candidates}
     for turn in range(_ROUNDS + 1):
         for each in candidates:
-            ring.tuning = each
+            transport.tuning = each
             comm.mpi_comm.Barrier()
             began = time.perf_counter()
             comm.mean_arrays([data])
@@ -54,13 +54,13 @@ def tune(comm: ArrayCommunicator, ring: Ring, nbytes: int) -> Tuning:
             if turn:  # the first is a warm-up
                 seconds[each].append(lasted)
     medians = {each: statistics.median(values) for each, values in seconds.items()}
-    chosen = ring.tuning = min(candidates, key=lambda each: medians[each])
+    chosen = transport.tuning = min(candidates, key=lambda each: medians[each])
     if comm.rank == 0:
         flight = f", {chosen.in_flight} under way at a time" if chosen.in_flight else ""
         what = f"blocks of {chosen.block_bytes >> 10} KiB{flight}"
         sys.stderr.write(
-            f"chainer_dist: tuned for {nbytes:,} bytes: {'as untuned' if chosen == ring.untuned else what}, "
-            f"{medians[chosen] * 1e3:.3g} ms (untuned {medians[ring.untuned] * 1e3:.3g} ms)\n"
+            f"chainer_dist: tuned for {nbytes:,} bytes: {'as untuned' if chosen == transport.untuned else what}, "
+            f"{medians[chosen] * 1e3:.3g} ms (untuned {medians[transport.untuned] * 1e3:.3g} ms)\n"
         )
         sys.stderr.flush()
     return chosen

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from chainer_dist.collectives import reduction
-from chainer_dist.communicators.shared_memory.layout import cut
+from chainer_dist.communicators.shared_memory.layout import Layout as BlockLayout
+from chainer_dist.communicators.shared_memory.layout import Place, partition
 from chainer_dist.communicators.shared_memory.memory import read_only, share_memory
 from chainer_dist.updates.sharding.chunk import Chunk
 
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
 
     from chainer_dist._typing import Array
     from chainer_dist.communicators.shared_memory.communicator import SharedMemoryCommunicator
-    from chainer_dist.communicators.shared_memory.layout import Block, Slice
+    from chainer_dist.communicators.shared_memory.layout import Slice
     from chainer_dist.updates.sharding.state import RuleStates
 
 __all__ = ["Group", "Layout", "LayoutPlan", "LocalSlice", "Memory", "elements_of", "positions"]
@@ -49,13 +50,13 @@ class Group(NamedTuple):
     Attributes:
         indices: Their numbers, in the order of the exchange.
         dtype: Type in which their gradients are summed.
-        blocks: Blocks in which they are exchanged.
+        layout: Layout of the blocks in which they are exchanged.
         slices: This rank's slice of each block.
     """
 
     indices: list[int]
     dtype: np.dtype[Any]
-    blocks: list[Block]
+    layout: BlockLayout
     slices: list[LocalSlice]
 
 
@@ -165,10 +166,11 @@ class LayoutPlan:
         """Cut the parameters of one dtype into blocks, and this rank's slices into chunks."""
         dtype = arrays[indices[0]].dtype
         wire = reduction.wire_dtype(dtype)
-        blocks, slices = self._cut([arrays[index].size for index in indices], wire)
-        group = Group(indices, wire, blocks, [])
+        layout = self._cut([arrays[index].size for index in indices], wire)
+        slices = [layout.local_slice(block) for block in layout.blocks]
+        group = Group(indices, wire, layout, [])
         scratch = self._scratch(slices, dtype, wire)
-        for block, piece in zip(blocks, slices):
+        for block, piece in zip(layout.blocks, slices):
             size, start = piece.stop - piece.start, block.start + piece.start
             if means is not None:
                 mean = means[start : start + size]
@@ -187,20 +189,20 @@ class LayoutPlan:
             group.slices.append(local)
         return group
 
-    def _cut(self, sizes: list[int], wire: np.dtype[Any]) -> tuple[list[Block], list[Slice]]:
-        """Return blocks, and this rank's slice of each; on a single rank that is all of it."""
+    def _cut(self, sizes: list[int], wire: np.dtype[Any]) -> BlockLayout:
+        """Return the blocks, and who reduces which slice; a single rank has all of each."""
         if self._comm.size == 1:
-            blocks = cut(tuple(sizes), _CHUNK_BYTES // wire.itemsize, 1)
-            return blocks, [block.slices[0] for block in blocks]
-        ring = self._comm.ring
-        blocks = ring.cut(sizes, wire, seldom=self._is_early, across=self._across_nodes)
-        return blocks, [ring.own(block) for block in blocks]
+            blocks = partition(tuple(sizes), _CHUNK_BYTES // wire.itemsize, 1)
+            return BlockLayout(blocks, across=False, place=Place(0, 1, 0, 1, 1))
+        return self._comm.transport.layout(
+            sizes, wire, seldom=self._is_early, across=self._across_nodes
+        )
 
     def _scratch(self, slices: list[Slice], dtype: np.dtype[Any], wire: np.dtype[Any]) -> Array:
         """Return what takes the means of one slice after the other: if possible, where sums are already."""
         if self._comm.size == 1 or dtype != wire:
             return np.empty(max(each.stop - each.start for each in slices), dtype)
-        return self._comm.ring.scratch.view(dtype)
+        return self._comm.transport.scratch.view(dtype)
 
 
 def elements_of(indices: Sequence[int], piece: Slice) -> Iterator[tuple[int, slice, slice]]:

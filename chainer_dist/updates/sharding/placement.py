@@ -107,8 +107,8 @@ class NodeParameters(Placement):
         """
         self._elements = [[] for _ in self._params]
         for group in layout.groups:
-            for block in group.blocks:
-                for piece in self._comm.ring.of_rank(block, self._comm.intra_rank):
+            for block in group.layout.blocks:
+                for piece in group.layout.slices_of(self._comm.intra_rank, block):
                     for index, elements, _ in elements_of(group.indices, piece):
                         self._elements[index].append(elements)
         for index, param in enumerate(self._params):

@@ -14,8 +14,9 @@ import numpy as np
 from chainer_dist.collectives import reduction
 from chainer_dist.collectives.failures import together
 from chainer_dist.collectives.operation import EXCHANGE, Kind, Operation
+from chainer_dist.communicators.shared_memory.exchange import Exchange
 from chainer_dist.parameters import are_identical
-from chainer_dist.updates.base import Exchange
+from chainer_dist.updates.base import GradientExchange
 from chainer_dist.updates.sharding.eligibility import is_elementwise, obstacle_in_arrays
 from chainer_dist.updates.sharding.layout import LayoutPlan, Memory, positions
 from chainer_dist.updates.sharding.placement import NodeParameters, OwnParameters
@@ -137,7 +138,7 @@ class Shards:
         return are_identical(arrays, parameters.arrays) or not obstacle_in_arrays(parameters)
 
     @property
-    def exchanges(self) -> list[Exchange]:
+    def exchanges(self) -> list[GradientExchange]:
         """How to exchange the gradients before :meth:`update`; only with an ``order``."""
 
         def deliver_to(group: Group) -> Deliver:
@@ -148,8 +149,8 @@ class Shards:
             return deliver
 
         return [
-            Exchange(
-                group.indices, group.blocks, group.dtype, deliver_to(group), None, self._unwanted
+            GradientExchange(
+                group.indices, group.layout, group.dtype, deliver_to(group), None, self._unwanted
             )
             for group in self.layout.groups
         ]
@@ -234,15 +235,17 @@ class Shards:
             if results is not None:
                 local.slice.gather(results, out)
 
-        self._comm.ring.run(
-            group.blocks,
-            group.dtype,
-            sources,
-            deliver,
-            targets,
-            code=self._code,
-            absent=positions(group.indices, absent | self._unwanted),
-            from_nodes=from_nodes,
+        self._comm.transport.run(
+            Exchange(
+                group.layout,
+                group.dtype,
+                sources,
+                deliver,
+                targets,
+                codec=self._code,
+                absent=positions(group.indices, absent | self._unwanted),
+                from_nodes=from_nodes,
+            )
         )
 
     def _clip(self, threshold: float) -> None:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 import numpy as np
 
+from chainer_dist.communicators.shared_memory.exchange import Exchange
 from chainer_dist.communicators.shared_memory.memory import read_only
 from chainer_dist.parameters import are_identical
 from chainer_dist.updates.sharding.chunk import state_keys
@@ -245,7 +246,9 @@ class JobStates(RuleStates):
                 chunk.read_state(key, out[inside])
             local.slice.scatter(out, arrays)
 
-        self._comm.ring.run(group.blocks, group.dtype, None, deliver, None, from_nodes=arrays)
+        self._comm.transport.run(
+            Exchange(group.layout, group.dtype, None, deliver, from_nodes=arrays)
+        )
 
     def spread(self) -> None:
         """See the base class."""
