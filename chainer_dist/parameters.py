@@ -26,7 +26,7 @@ _cached_digest = functools.lru_cache(maxsize=256)(digest)
 
 
 class _Layout:
-    """What of a :class:`ParameterSet` stays as it is while no array is replaced."""
+    """The parts of a :class:`ParameterSet` that stay as they are while no array is replaced."""
 
     def __init__(
         self, model: chainer.Link, walked: list[chainer.Parameter], found: list[Array | None]

@@ -12,6 +12,7 @@ from chainer_dist._files import open_regular
 from chainer_dist.checkpoints import generations
 from chainer_dist.checkpoints.generations import COMMON_FILE, File, Manifest, rank_file
 from chainer_dist.checkpoints.state import restore
+from chainer_dist.collectives.agreement import shared
 from chainer_dist.collectives.failures import describe_error, raise_first, together
 from chainer_dist.serialization.npz import ArrayFile, PickleRefusedError
 
@@ -239,16 +240,7 @@ class Archive:
 
     def _ask_rank_0(self, act: Callable[[], Any]) -> Any:
         """Return what something returns on rank 0, or raise what it raises there. Collective."""
-        error: BaseException | None = None
-        result: Any = None
-        try:
-            if self._comm.rank == 0:
-                result = act()
-        except BaseException as caught:  # noqa: BLE001 - file systems may raise anything
-            error = caught
-        failure, result = self._comm.bcast_obj((describe_error(error), result))
-        raise_first({0: failure}, error)
-        return result
+        return shared(self._comm, 0, act)
 
 
 def _wait_for(path: Path) -> bool:

@@ -20,7 +20,7 @@ from chainer_dist.checkpoints.attributes import Attributes
 from chainer_dist.checkpoints.preemption import STATUS, Preempted, Rounds, Signals
 from chainer_dist.checkpoints.state import check_target, collect, prepare
 from chainer_dist.checkpoints.workers import shield
-from chainer_dist.collectives.agreement import agree, digest, raise_mismatch
+from chainer_dist.collectives.agreement import check_same
 from chainer_dist.collectives.failures import rebuild_error, together
 from chainer_dist.serialization.target import consolidate
 
@@ -142,8 +142,7 @@ class Checkpoint(extension.Extension):  # type: ignore[misc]  # Chainer has no t
         with together(comm):
             self.directory = Path(directory).absolute()
             lines = _describe_options(keep, asynchronous, on_error, preemption, allow_pickle)
-        if not all(agree(comm, digest(lines))):
-            raise_mismatch(comm, lines)
+        check_same(comm, lines)
         self.comm = comm
         self.keep = operator.index(keep)
         self.asynchronous = bool(asynchronous)
@@ -379,8 +378,7 @@ class Checkpoint(extension.Extension):  # type: ignore[misc]  # Chainer has no t
         """Return an iteration that is the same valid one on every rank. Collective."""
         with together(self.comm):
             number = _iteration(iteration)
-        if not all(agree(self.comm, number)):
-            raise_mismatch(self.comm, [("iteration", str(number))])
+        check_same(self.comm, [("iteration", str(number))])
         return number
 
     def _settle(self) -> None:

@@ -7,19 +7,21 @@ from __future__ import annotations
 
 import hashlib
 import operator
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar, cast
 
 import numpy as np
 
-from chainer_dist.collectives.failures import AGREE, in_words
+from chainer_dist.collectives.failures import AGREE, describe_error, in_words, raise_first
 from chainer_dist.collectives.operation import Operation
 from chainer_dist.errors import RankMismatchError
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
     from chainer_dist.collectives.objects import ObjectCommunicator
 
+
+Made = TypeVar("Made")
 
 _MASK = (1 << 62) - 1  # a digest and its negative both fit int64
 
@@ -82,6 +84,46 @@ def agreed_rank(comm: ObjectCommunicator, rank: object, name: str) -> int:
             )
     agreed: int = ranks[0]
     return agreed
+
+
+def check_same(comm: ObjectCommunicator, lines: Sequence[tuple[str, str]]) -> None:
+    """Raise on every rank if ranks describe what they have in different words. Collective: one small allreduce.
+
+    Args:
+        comm: The communicator whose ranks compare.
+        lines: Pairs of this rank; see :func:`raise_mismatch`.
+
+    Raises:
+        RankMismatchError: See :func:`raise_mismatch`.
+    """
+    if not all(agree(comm, digest(lines))):
+        raise_mismatch(comm, lines)
+
+
+def shared(comm: ObjectCommunicator, root: int, make: Callable[[], Made]) -> Made:
+    """Return on every rank what a function returns on one, or raise on every rank what it raises there. Collective.
+
+    Args:
+        comm: The communicator whose ranks share the result.
+        root: The rank on which the function is called, the same on every rank.
+        make: The function; what it returns can be pickled.
+
+    Returns:
+        The result itself on ``root``, copies elsewhere.
+
+    Raises:
+        BaseException: What ``make`` raised, see :func:`~chainer_dist.collectives.failures.raise_first`.
+    """
+    error: BaseException | None = None
+    result: Any = None
+    if comm.rank == root:
+        try:
+            result = make()
+        except BaseException as caught:  # noqa: BLE001 - it is raised on every rank
+            error = caught
+    failure, result = comm.bcast_obj((describe_error(error), result), root=root)
+    raise_first({root: failure}, error)
+    return cast("Made", result)
 
 
 def raise_mismatch(comm: ObjectCommunicator, lines: Sequence[tuple[str, str]]) -> NoReturn:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from chainer_dist.collectives import reduction
-from chainer_dist.collectives.agreement import agree, digest, raise_mismatch
+from chainer_dist.collectives.agreement import check_same
 from chainer_dist.collectives.objects import ObjectCommunicator
 from chainer_dist.collectives.operation import collective, point_to_point
 
@@ -151,7 +151,7 @@ class ArrayCommunicator(ObjectCommunicator, abc.ABC):
 
     @collective("root")
     def scatter(self, xs: Array | Sequence[Array] | None, root: int = 0) -> Array:
-        """Give each rank one array of those that rank ``root`` has. Collective.
+        """Give each rank one of the arrays that rank ``root`` has. Collective.
 
         Args:
             xs: On root, ``size`` arrays, or one array of shape ``(size, ...)`` whose rows are
@@ -192,8 +192,7 @@ class ArrayCommunicator(ObjectCommunicator, abc.ABC):
             description = f"{array.shape} {array.dtype} for {op}"
         except (TypeError, ValueError) as caught:
             error = caught
-        if not all(agree(self, digest(description))):
-            raise_mismatch(self, [("the argument of allreduce", description)])
+        check_same(self, [("the argument of allreduce", description)])
         if error is not None:
             raise error
         return reduction.allreduce(self.mpi_comm, array, op)

@@ -24,7 +24,7 @@ class Group:
     """Ranks, nodes, configuration and lifetime of a communicator.
 
     Creating one is collective over ``mpi_comm``, which is duplicated: messages of this
-    communicator never meet those of user code, and errors are raised rather than fatal.
+    communicator never meet messages of user code, and errors are raised rather than fatal.
 
     Args:
         mpi_comm: mpi4py intracommunicator.
@@ -37,7 +37,7 @@ class Group:
         self._adopt(mpi_comm.Dup())
 
     def _adopt(self, mpi_comm: MPI.Intracomm) -> None:
-        """Take over a communicator that nobody else uses, and find its nodes. Collective."""
+        """Take over a communicator that has no other user, and find its nodes. Collective."""
         from mpi4py import MPI
         from mpi4py.util import pkl5
 
@@ -134,7 +134,7 @@ class Group:
     def derived(self, name: str, make: Callable[[], Made], free: Callable[[Made], object]) -> Made:
         """Return something that is made once and goes with this group. Collective at first.
 
-        That is for whoever needs another communicator over these ranks. MPI has only some thousand, and
+        That is for code that needs another communicator over these ranks. MPI has only some thousand, and
         one is freed by all of its ranks together, which garbage collectors would not do; so it is the
         same for all who ask, and is given back with this group.
 

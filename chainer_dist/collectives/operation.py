@@ -1,10 +1,10 @@
 """What each thread of this rank is doing now: which operation, on which communicator, since when.
 
 Every collective and every blocking message of a communicator is an :class:`Operation` while it runs,
-and so are the stages of an update. Who wants to know reads :func:`stacks` from another thread (the
-watchdog), is called at the beginning and the end of each (:data:`observers`), or compares them over
+and so are the stages of an update. To know it, read :func:`stacks` from another thread (the
+watchdog), be told of the end of each (:data:`observers`), or compare them over
 the ranks (:attr:`Log.check`). Nothing of that is here: this costs about a microsecond and a half an
-operation, and all text is made when somebody asks for it.
+operation, and text is made only when it is asked for.
 """
 
 from __future__ import annotations
@@ -82,7 +82,7 @@ class Log:
         recent: Numbers and names of the last ones that ended.
         check: Called within each one, before anything is exchanged; None does nothing.
         identity: The same on every rank, other than that of other communicators. This and what
-            follows is set by :mod:`chainer_dist.watch`, so that nobody has to ask MPI for it.
+            follows is set by :mod:`chainer_dist.watch`, so that MPI need not be asked for it.
         rank: This rank.
         peers: How to reach each rank, or None for one that does not listen.
     """

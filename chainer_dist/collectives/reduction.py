@@ -59,7 +59,7 @@ def begin_sum(mpi_comm: MPI.Intracomm, x: Array) -> MPI.Request:
 
     Args:
         mpi_comm: Over whose ranks.
-        x: Of less than ``MAX_COUNT`` elements; nobody touches it until the request is done.
+        x: An array of less than ``MAX_COUNT`` elements, which no other code touches until the request is done.
     """
     from mpi4py import MPI
 

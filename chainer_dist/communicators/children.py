@@ -2,7 +2,7 @@
 
 What multiprocessing starts by ``spawn`` or ``forkserver`` imports the script first. If that has no
 ``if __name__ == "__main__"``, it comes to ``create_communicator`` in the child, where MPI would wait for ever
-for the other ranks, and the rank for the child. So it raises there; and as nobody may be asking after the
+for the other ranks, and the rank for the child. So it raises there; and as perhaps no code waits for the end of the
 child, the rank is sent a signal, on which it raises as well. A forked child has a copy of the rank's MPI, with
 which it must do nothing.
 

@@ -9,7 +9,7 @@ import chainer
 import numpy as np
 
 from chainer_dist import exchange
-from chainer_dist.collectives.agreement import agree, digest, raise_mismatch
+from chainer_dist.collectives.agreement import check_same
 from chainer_dist.collectives.arrays import ArrayCommunicator
 
 if TYPE_CHECKING:
@@ -96,8 +96,7 @@ class CommunicatorBase(ArrayCommunicator):
             (name, "None" if array is None else f"{array.shape} {array.dtype}")
             for name, array in (("what is sent", array_a), ("what is received", array_b))
         ]
-        if not all(agree(self, digest(described))):
-            raise_mismatch(self, described)
+        check_same(self, described)
 
     def _ensure_all_finite(self, array: Array) -> None:
         """Raise ValueError if an array has NaN or infinity. Local."""

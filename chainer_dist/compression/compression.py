@@ -216,7 +216,7 @@ class Kept:
         return None if array is None or array.shape != shape else array
 
     def keep(self, name: str, array: Array) -> None:
-        """Keep an array, which nobody changes from now on. Local."""
+        """Keep an array, which is not changed from now on. Local."""
         self.arrays[name] = array
 
     def multiply(self, factor: float) -> None:

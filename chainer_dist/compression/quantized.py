@@ -95,7 +95,7 @@ class Rounded(Quantized):
             super().mean(comm, grads)
 
 
-def as_code(compression: Compression | None) -> Rounded | None:
+def as_codec(compression: Compression | None) -> Rounded | None:
     """Return a way of compressing if all it does is to round, or None. Local.
 
     A subclass that averages in a way of its own does more.

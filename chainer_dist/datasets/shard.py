@@ -11,7 +11,7 @@ import heapq
 import os
 from typing import TYPE_CHECKING, Any
 
-from chainer_dist.collectives.agreement import agree, digest, raise_mismatch
+from chainer_dist.collectives.agreement import check_same
 from chainer_dist.collectives.failures import raise_together, together
 from chainer_dist.datasets.files import FilesDataset, count_samples, names_of, open_arrays
 from chainer_dist.datasets.intervals import split_evenly
@@ -63,10 +63,10 @@ def shard_array(
     except BaseException as caught:  # noqa: BLE001 - a file may have anything in it
         error = caught
     # A wrong path is told as such, not as the file that is missing because of it.
-    _raise_unless_equal(comm, lines[:2])
+    check_same(comm, lines[:2])
     raise_together(comm, error)
     assert whole is not None  # noqa: S101 - for the type checker
-    _raise_unless_equal(comm, lines)
+    check_same(comm, lines)
     if len(whole) == 0:
         raise DataSizeError(f"there is nothing to shard: the array in {name} has no rows")
     part = split_evenly(len(whole), comm.size, force_equal_length=force_equal_length)[comm.rank]
@@ -119,7 +119,7 @@ def shard_files(
         names = names_of(paths)
         if max_open < 1:
             raise ValueError(f"max_open is {max_open}, expected 1 or more")
-    _raise_unless_equal(
+    check_same(
         comm,
         [
             ("force_equal_length", repr(bool(force_equal_length))),
@@ -173,8 +173,3 @@ def _balance(lengths: Sequence[int], size: int) -> list[list[int]]:
         owned[rank].append(number)
         heapq.heapreplace(loads, (load + lengths[number], rank))
     return [sorted(numbers) for numbers in owned]
-
-
-def _raise_unless_equal(comm: CommunicatorBase, lines: list[tuple[str, str]]) -> None:
-    if not all(agree(comm, digest(lines))):
-        raise_mismatch(comm, lines)

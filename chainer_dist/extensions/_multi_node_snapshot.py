@@ -14,7 +14,7 @@ from chainer.training import extension
 from chainer.training.extensions._snapshot import _find_snapshot_files
 
 from chainer_dist._files import read_regular
-from chainer_dist.collectives.agreement import agree, digest, raise_mismatch
+from chainer_dist.collectives.agreement import check_same
 from chainer_dist.collectives.failures import describe_error, together
 from chainer_dist.serialization.npz import ArrayFile, check_npz
 from chainer_dist.serialization.target import consolidate, load_npz
@@ -102,8 +102,7 @@ class _MultiNodeSnapshot(extension.Extension):  # type: ignore[misc]  # Chainer 
             _check_snapshot(snapshot)
             sets = _parse_replica_sets(replica_sets, comm.size)
         lines = [("replica_sets", str([*map(sorted, sets)])), ("autoload", str(snapshot.autoload))]
-        if not all(agree(comm, digest(lines))):
-            raise_mismatch(comm, lines)
+        check_same(comm, lines)
 
         (self.replica_set,) = (each for each in sets if comm.rank in each)
         self.master = min(self.replica_set)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from chainer.training import extension
 
-from chainer_dist.collectives.agreement import agree, digest, raise_mismatch
+from chainer_dist.collectives.agreement import check_same
 
 if TYPE_CHECKING:
     import chainer
@@ -49,8 +49,7 @@ class AllreducePersistent(extension.Extension):  # type: ignore[misc]  # Chainer
         del trainer
         persistents = sorted(_persistents(self.model), key=lambda item: item[0])
         lines = [(name, _kind(link.__dict__[key])) for name, link, key in persistents]
-        if not all(agree(self.comm, digest(lines))):
-            raise_mismatch(self.comm, lines)
+        check_same(self.comm, lines)
         means, arrays = [], []
         for name, link, key in persistents:
             value = link.__dict__[key]

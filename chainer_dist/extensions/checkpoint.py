@@ -17,7 +17,7 @@ from chainer.serializers import npz
 from chainer.training import extension
 
 from chainer_dist._files import open_regular, read_regular
-from chainer_dist.collectives.agreement import agree, raise_mismatch
+from chainer_dist.collectives.agreement import check_same
 from chainer_dist.collectives.failures import together
 from chainer_dist.serialization.npz import ArrayFile, check_npz, write_npz
 from chainer_dist.serialization.target import consolidate, load_npz
@@ -183,8 +183,7 @@ class _MultiNodeCheckpointer(extension.Extension):  # type: ignore[misc]  # Chai
             values[_ORIGIN] = np.array([self.comm.size, self._job], dtype=np.int64)
             write_npz(file, values, allow_pickle=self.allow_pickle)
             self._seconds.append(time.perf_counter() - started)
-        if not all(agree(self.comm, iteration)):
-            raise_mismatch(self.comm, [("iteration", str(iteration))])
+        check_same(self.comm, [("iteration", str(iteration))])
         self._complete = [each for each in self._complete if each != iteration] + [iteration]
         self._n_saves += 1
         if self._n_saves % self.gc_interval == 0:

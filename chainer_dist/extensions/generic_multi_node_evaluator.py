@@ -9,7 +9,7 @@ from chainer import backend, configuration, function
 from chainer.dataset import convert
 from chainer.training import extension
 
-from chainer_dist.collectives.agreement import agree, digest, raise_mismatch
+from chainer_dist.collectives.agreement import check_same
 from chainer_dist.collectives.failures import together
 from chainer_dist.iterators.multi_node_iterator import _MultiNodeIterator
 
@@ -87,8 +87,7 @@ class GenericMultiNodeEvaluator(extension.Extension):  # type: ignore[misc]  # C
         comm = self.comm
         if comm is None:
             return self.aggregate(self._evaluate_local())
-        if not all(agree(comm, digest(self.root))):
-            raise_mismatch(comm, [("root", str(self.root))])
+        check_same(comm, [("root", str(self.root))])
         total = None
         with together(comm):
             own = self._evaluate_local()

@@ -9,7 +9,7 @@ import numpy as np
 from chainer import iterators
 from chainer.dataset import Iterator
 
-from chainer_dist.collectives.agreement import agree, digest, raise_mismatch
+from chainer_dist.collectives.agreement import check_same
 from chainer_dist.collectives.failures import together
 
 if TYPE_CHECKING:
@@ -93,8 +93,7 @@ class DistributedIterator(Iterator):  # type: ignore[misc]  # Chainer has no typ
                 ("shuffle", str(bool(shuffle))),
                 ("seed", str(seed)),
             ]
-        if not all(agree(comm, digest(lines))):
-            raise_mismatch(comm, lines)
+        check_same(comm, lines)
         if seed is None:
             drawn = np.random.randint(_SEEDS, dtype=np.int64)  # noqa: NPY002 - as Chainer draws
             seed = comm.bcast_obj(int(drawn))

@@ -9,8 +9,7 @@ from chainer import serializer as serializers
 from chainer.dataset import Iterator
 from chainer.iterators import MultithreadIterator
 
-from chainer_dist.collectives.agreement import agreed_rank
-from chainer_dist.collectives.failures import describe_error, raise_first
+from chainer_dist.collectives.agreement import agreed_rank, shared
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -114,22 +113,17 @@ class _MultiNodeIterator(Iterator):  # type: ignore[misc]  # Chainer has no type
 
     def _share(self, act: Callable[[], Any]) -> Any:
         """Return on every rank what ``act`` returns, or raise what it raises, on the master."""
-        is_master = self.communicator.rank == self.rank_master
-        error: BaseException | None = None
-        result, stop, state = None, False, {}
-        if is_master:
+
+        def act_on_master() -> tuple[Any, bool, dict[str, Any]]:
+            result, stop = None, False
             try:
-                try:
-                    result = act()
-                except StopIteration:
-                    stop = True
-                state = self._state_of_master()
-            except BaseException as caught:  # noqa: BLE001 - datasets may raise anything
-                error, result = caught, None
-        message = (describe_error(error), stop, result, state)
-        failure, stop, result, state = self.communicator.bcast_obj(message, root=self.rank_master)
-        raise_first({self.rank_master: failure}, error)
-        if is_master:
+                result = act()
+            except StopIteration:
+                stop = True
+            return result, stop, self._state_of_master()
+
+        result, stop, state = shared(self.communicator, self.rank_master, act_on_master)
+        if self.communicator.rank == self.rank_master:
             self._sent_order = state.get("order", self._sent_order)
         else:
             self._known.update(state)

@@ -10,7 +10,7 @@ from chainer import iterators
 from chainer import serializer as serializers
 from chainer.dataset import Iterator
 
-from chainer_dist.collectives.agreement import agree, digest, raise_mismatch
+from chainer_dist.collectives.agreement import check_same
 from chainer_dist.collectives.failures import together
 
 if TYPE_CHECKING:
@@ -143,8 +143,7 @@ def create_synchronized_iterator(
     """
     with together(communicator):
         lines = _describe(actual_iterator)
-    if not all(agree(communicator, digest(lines))):
-        raise_mismatch(communicator, lines)
+    check_same(communicator, lines)
 
     # The draw that ChainerMN makes; only rank 0's random state counts and moves on.
     drawn = int(np.random.randint(2**32 - 1, dtype=np.int64)) if communicator.rank == 0 else 0  # noqa: NPY002
@@ -154,8 +153,7 @@ def create_synchronized_iterator(
         lines = [
             ("the first order of samples (is its generator seeded alike?)", _first(actual_iterator))
         ]
-    if not all(agree(communicator, digest(lines))):
-        raise_mismatch(communicator, lines)
+    check_same(communicator, lines)
     return _SynchronizedIterator(actual_iterator, communicator)
 
 

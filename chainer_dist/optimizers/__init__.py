@@ -6,7 +6,7 @@ import operator
 from typing import TYPE_CHECKING, Literal, cast
 
 from chainer_dist.communicators.shared_memory.communicator import SharedMemoryCommunicator
-from chainer_dist.compression.quantized import as_code
+from chainer_dist.compression.quantized import as_codec
 from chainer_dist.optimizers.double_buffering import DoubleBufferingOptimizer
 from chainer_dist.optimizers.foreign import is_foreign, wrap_foreign
 from chainer_dist.optimizers.join import Join
@@ -154,7 +154,7 @@ def create_multi_node_optimizer(
     apart = None  # what exchanges gradients in its own way
     if double_buffering:
         apart = "double_buffering"
-    elif compression is not None and as_code(compression) is None:
+    elif compression is not None and as_codec(compression) is None:
         apart = f"compression by {type(compression).__name__}"
     if sharded_update and apart:
         raise ValueError(f"{apart} updates on every rank; leave sharded_update out")

@@ -16,7 +16,7 @@ import traceback
 import weakref
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from chainer_dist.collectives.agreement import agree, digest, raise_mismatch
+from chainer_dist.collectives.agreement import check_same
 from chainer_dist.collectives.failures import describe_error, raise_first, raise_together, together
 from chainer_dist.collectives.operation import raising_line
 from chainer_dist.errors import FailedItem, FailedItemsError
@@ -147,8 +147,7 @@ def check(comm: CommunicatorBase, describe: Callable[[], list[tuple[str, str]]])
         )
     with together(comm):
         lines = describe()
-    if not all(agree(comm, digest(lines))):
-        raise_mismatch(comm, lines)
+    check_same(comm, lines)
 
 
 def check_on_error(on_error: str) -> None:

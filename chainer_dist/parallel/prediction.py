@@ -17,7 +17,7 @@ from chainer.dataset import convert
 
 from chainer_dist import _progress
 from chainer_dist._files import replacing
-from chainer_dist.collectives.agreement import agree, digest, raise_mismatch
+from chainer_dist.collectives.agreement import check_same
 from chainer_dist.collectives.failures import raise_together, together
 from chainer_dist.datasets.scattered import ScatteredDataset
 from chainer_dist.errors import FailedItem, RankMismatchError
@@ -216,8 +216,7 @@ class _Prediction:
         """Find out whether the ranks have the same model, and which have the dataset. Collective."""
         comm = self._comm
         lines = _checksums(self._model) if isinstance(self._model, chainer.Link) else []
-        if not all(agree(comm, digest(lines))):
-            raise_mismatch(comm, lines)
+        check_same(comm, lines)
         lengths = comm.allgather_obj(self._own_length)
         for rank, each in enumerate(lengths):
             if each not in (None, lengths[0]):

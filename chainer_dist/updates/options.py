@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import TYPE_CHECKING, NamedTuple
 
-from chainer_dist.compression.quantized import as_code
+from chainer_dist.compression.quantized import as_codec
 
 if TYPE_CHECKING:
     from chainer_dist.compression import Compression, Rounded
@@ -57,4 +57,4 @@ class Options(NamedTuple):
     @property
     def code(self) -> Rounded | None:
         """How gradients that are exchanged in the ordinary way are sent between nodes."""
-        return as_code(self.compression)
+        return as_codec(self.compression)

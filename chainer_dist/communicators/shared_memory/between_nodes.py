@@ -32,7 +32,7 @@ class Codec(Protocol):
     """How numbers are sent: each of them by itself, in so many bytes.
 
     Attributes:
-        sent: Number of bytes that were given to MPI to send to other nodes; whoever sends adds to it.
+        sent: Number of bytes that were given to MPI to send to other nodes; the sender adds to it.
     """
 
     sent: int

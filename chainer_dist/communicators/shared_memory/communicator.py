@@ -6,7 +6,7 @@ import operator
 from typing import TYPE_CHECKING, Any
 
 from chainer_dist.collectives import reduction
-from chainer_dist.collectives.agreement import agree, raise_mismatch
+from chainer_dist.collectives.agreement import check_same
 from chainer_dist.collectives.operation import collective
 from chainer_dist.communicators.communicator_base import CommunicatorBase
 from chainer_dist.communicators.shared_memory.exchange import Exchange, mean_to
@@ -69,8 +69,7 @@ class SharedMemoryCommunicator(CommunicatorBase):
             RankMismatchError: On every rank, if it differs.
         """
         nbytes = operator.index(nbytes)
-        if not all(agree(self, nbytes)):
-            raise_mismatch(self, [("nbytes", str(nbytes))])
+        check_same(self, [("nbytes", str(nbytes))])
         if nbytes < 1:
             raise ValueError(f"nbytes is {nbytes}, expected 1 or more")
         return tune(self, self.transport, nbytes) if self.size > 1 else self.transport.tuning

@@ -82,7 +82,7 @@ class Slots:
         shared = share_memory(comm, node.size * (data_bytes + own_bytes))
         data, counters = np.split(shared, [node.size * data_bytes])
         self._data = list(data.reshape(node.size, -1))
-        # Elements of a memoryview are read and written faster than those of an array.
+        # Elements of a memoryview are read and written faster than elements of an array.
         self._counters = [each.data.cast("q") for each in counters.reshape(node.size, -1)]
         self._fence = memory_fence()
         self.scratch = np.empty(self.block_bytes, dtype=np.uint8)

@@ -59,7 +59,7 @@ class Transport:
         self._slots = Slots(comm)
         in_flight = sums_in_flight(node.size) if nodes > 1 else 0
         self.most = Tuning(self._slots.block_bytes, in_flight)
-        # More messages only wait for one another, where those of a block are all under way at once.
+        # More messages only wait for one another, where the messages of a block are all under way at once.
         few = in_flight if nodes > between_nodes.MOST_NODES else min(in_flight, _DIRECT_IN_FLIGHT)
         self.tuning = self.untuned = Tuning(self._slots.block_bytes, few)
 
