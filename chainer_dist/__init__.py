@@ -1,6 +1,10 @@
 """Distributed training for Chainer: MPI-based data parallelism on CPU cores and cluster nodes.
 
-Two lines make an ordinary Chainer script distributed::
+One line makes an ordinary Chainer trainer distributed::
+
+    chainer_dist.distribute(trainer)
+
+and two lines a loop of one's own::
 
     comm = chainer_dist.create_communicator()
     optimizer = chainer_dist.create_multi_node_optimizer(optimizer, comm)
@@ -33,6 +37,7 @@ from chainer_dist import (
     links,
     optimizers,
     parallel,
+    training,
     updaters,
     watch,
 )
@@ -57,6 +62,7 @@ from chainer_dist.optimizers import (
     create_multi_node_optimizer,
 )
 from chainer_dist.parallel import pmap, predict
+from chainer_dist.training import distribute, on_rank_zero
 from chainer_dist.updaters import create_multi_node_updater
 
 __all__ = [
@@ -82,6 +88,7 @@ __all__ = [
     "create_multi_node_optimizer",
     "create_multi_node_updater",
     "datasets",
+    "distribute",
     "errors",
     "exchange",
     "extensions",
@@ -91,6 +98,7 @@ __all__ = [
     "kernels",
     "launch",
     "links",
+    "on_rank_zero",
     "optimizers",
     "parallel",
     "pmap",
@@ -98,6 +106,7 @@ __all__ = [
     "replace_chainermn",
     "scatter_dataset",
     "scatter_index",
+    "training",
     "updaters",
     "watch",
 ]

@@ -48,6 +48,7 @@ LAYERS = [
     ["serialization"],
     ["extensions"],
     ["updaters", "checkpoints", "parallel"],
+    ["training"],
     ["chainermn", "integrations"],
     ["__init__"],  # what users see; it has names from all layers
     ["launcher", "scaling", "__main__"],

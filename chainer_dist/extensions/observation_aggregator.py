@@ -70,7 +70,7 @@ class ObservationAggregator(extension.Extension):  # type: ignore[misc]  # Chain
         self.comm_trigger = util.get_trigger(comm_trigger)
         self.observation_history: list[Any] = []  # numbers and arrays, which can be saved
         self._dtype: Any = None  # of what was observed last, if that was a Variable
-        self.aggregator = aggregator or _mean
+        self.aggregator = aggregator or mean_of_all
 
     def compute_summary(self, trainer: chainer.training.Trainer) -> Any:
         """Take in the observation; return the summary where it is time for it. Collective.
@@ -174,7 +174,7 @@ def plain_value(value: Any) -> Any:
     return value
 
 
-def _mean(everyone: list[list[Any]]) -> Any:
+def mean_of_all(everyone: list[list[Any]]) -> Any:
     """Return the mean of all ranks' values, or None if there are none."""
     every = [value for values in everyone for value in values]
     pairs = [value if isinstance(value, tuple) else (plain_value(value), 1) for value in every]

@@ -13,6 +13,7 @@ from chainer.serializers import NpzDeserializer
 
 from chainer_dist._files import open_regular
 from chainer_dist.iterators.distributed_iterator import DistributedIterator
+from chainer_dist.iterators.divided import DividedIterator
 from chainer_dist.iterators.multi_node_iterator import _MultiNodeIterator
 from chainer_dist.iterators.synchronized_iterator import _SynchronizedIterator
 from chainer_dist.optimizers.multi_node_optimizer import MultiNodeOptimizer
@@ -23,7 +24,12 @@ if TYPE_CHECKING:
 
 
 # Their state is the same on all ranks, and means the same on any number of ranks.
-RANK_FREE_ITERATORS = (DistributedIterator, _MultiNodeIterator, _SynchronizedIterator)
+RANK_FREE_ITERATORS = (
+    DistributedIterator,
+    DividedIterator,
+    _MultiNodeIterator,
+    _SynchronizedIterator,
+)
 
 
 def load_npz(

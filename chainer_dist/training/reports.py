@@ -1,0 +1,310 @@
+"""What becomes of the extensions of a trainer: reports are of all ranks, and rank 0 writes them."""
+
+from __future__ import annotations
+
+import io
+import types
+from collections import OrderedDict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import chainer
+import numpy as np
+from chainer.training import extension, extensions, triggers
+from chainer.training.extensions import _snapshot
+
+from chainer_dist._files import read_regular
+from chainer_dist.collectives.agreement import together
+from chainer_dist.extensions.observation_aggregator import mean_of_all, plain_value
+from chainer_dist.serialization.target import consolidate, load_npz
+from chainer_dist.training import samples
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from chainer_dist.communicators import CommunicatorBase
+
+__all__ = ["agreed", "prepare_extensions"]
+
+_AFTER_WRITERS = extension.PRIORITY_EDITOR + 0.5
+
+_REPORTS = (
+    extensions.LogReport,
+    extensions.PlotReport,
+    extensions.PrintReport,
+    extensions.VariableStatisticsPlot,
+    extensions.ProgressBar,
+    extensions.DumpGraph,
+)
+# They fire by what is the same on all ranks.
+_ALIKE = (
+    triggers.IntervalTrigger,
+    triggers.ManualScheduleTrigger,
+    triggers.OnceTrigger,
+    triggers.EarlyStoppingTrigger,
+    triggers.BestValueTrigger,
+    triggers.MaxValueTrigger,
+    triggers.MinValueTrigger,
+)
+# Attributes, without underscores around them, of what writes somewhere.
+_PLACES = frozenset(
+    {
+        *("directory", "dirname", "folder", "log_dir", "logdir", "out", "out_dir", "path"),
+        *("file", "file_name", "filename", "log_name", "stream", "summary_writer", "writer"),
+    }
+)
+# What a function that writes calls, or where it finds the trainer's folder.
+_WRITES = frozenset(
+    {
+        *("add_figure", "add_histogram", "add_image", "add_scalar", "write_image"),
+        *("imsave", "imwrite", "save", "save_hdf5", "save_npz", "savefig", "savetxt"),
+        *("savez", "savez_compressed", "dump", "to_csv"),
+        *("makedirs", "mkdir", "open", "out", "write", "write_bytes", "write_text"),
+    }
+)
+
+
+def prepare_extensions(trainer: chainer.training.Trainer, comm: CommunicatorBase) -> None:
+    """Make a trainer's reports those of all ranks, and let rank 0 write. Collective, once, before it runs.
+
+    Args:
+        trainer: Its extensions are changed in place.
+        comm: Communicator.
+
+    Raises:
+        RankMismatchError: On every rank, if the trainers have other extensions.
+    """
+    entries = trainer._extensions
+    order = sorted(entries, key=lambda name: entries[name].priority, reverse=True)
+    samples.compare(
+        comm,
+        [("the extensions of the trainer", str(order))],
+        "extend the trainers of all ranks alike: rank 0 alone writes in any case",
+    )
+    for name, entry in entries.items():
+        entry.trigger = agreed(entry.trigger, comm)
+        own = entry.extension
+        if isinstance(own, _snapshot._Snapshot):
+            entry.extension = _Snapshot(own, comm)
+        elif isinstance(own, extensions.DumpGraph):
+            entry.priority = extension.PRIORITY_WRITER  # averages have no graph
+        elif isinstance(own, extensions.LogReport) and not _has_own_call(own, extensions.LogReport):
+            own._trigger = agreed(own._trigger, comm)
+        with together(comm):
+            silent = comm.rank != 0 and _writes(own)
+        if not silent:
+            continue
+        if isinstance(own, extensions.LogReport) and not _has_own_call(own, extensions.LogReport):
+            own._log_name = None  # so its log is there, for who looks at it
+        elif not isinstance(entry.extension, _Snapshot):
+            entry.extension = _Silent(own, name)
+    trainer.stop_trigger = agreed(trainer.stop_trigger, comm)
+    if comm.size > 1:
+        _add_averages(trainer, comm)
+
+
+def agreed(trigger: Any, comm: CommunicatorBase) -> Any:
+    """Return a trigger that fires on all ranks when rank 0's does; itself, where it does so already. Local."""
+    return trigger if _fires_alike(trigger) else _RankZerosTrigger(trigger, comm)
+
+
+def _fires_alike(trigger: Any) -> bool:
+    if isinstance(trigger, _RankZerosTrigger):
+        return True
+    if type(trigger) in _ALIKE:
+        inner = (vars(trigger).get(name) for name in ("_interval_trigger", "_max_trigger"))
+        return all(each is None or _fires_alike(each) for each in inner)
+    where = getattr(trigger, "__module__", None) or type(trigger).__module__
+    # Functions and methods, of Chainer's extensions or of ours; by time, Chainer's class fires as it likes.
+    return isinstance(trigger, (types.FunctionType, types.MethodType)) and _is_known(where)
+
+
+def _is_known(module: str) -> bool:
+    return module.partition(".")[0] in ("chainer", "chainermn", "chainer_dist")
+
+
+class _RankZerosTrigger:
+    """Fires on all ranks when rank 0's trigger does; everything else is the wrapped trigger's own."""
+
+    def __init__(self, actual_trigger: Any, comm: CommunicatorBase) -> None:
+        self.actual_trigger = actual_trigger
+        self._comm = comm
+
+    def __call__(self, trainer: chainer.training.Trainer) -> bool:
+        due = bool(self.actual_trigger(trainer))
+        return bool(self._comm.bcast_obj(due))
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "actual_trigger":  # while being unpickled
+            raise AttributeError(name)
+        return getattr(self.actual_trigger, name)
+
+
+class _Silent:
+    """An extension that another rank calls; its attributes are there, for who looks at them."""
+
+    def __init__(self, actual_extension: Any, name: str) -> None:
+        self.actual_extension = actual_extension
+        self.name = name
+
+    def __call__(self, trainer: chainer.training.Trainer) -> None:
+        pass
+
+    def initialize(self, trainer: chainer.training.Trainer) -> None:
+        pass
+
+    def on_error(self, trainer: chainer.training.Trainer, exc: Any, tb: Any) -> None:
+        pass
+
+    def finalize(self) -> None:
+        pass
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "actual_extension":  # while being unpickled
+            raise AttributeError(name)
+        return getattr(self.actual_extension, name)
+
+
+class _Snapshot:
+    """A snapshot that rank 0 saves, and that all ranks load; its names are as in one process."""
+
+    def __init__(self, actual_extension: Any, comm: CommunicatorBase) -> None:
+        self.actual_extension = actual_extension
+        self._comm = comm
+
+    def initialize(self, trainer: chainer.training.Trainer) -> None:
+        comm, snapshot = self._comm, self.actual_extension
+        target = trainer if snapshot._target is None else snapshot._target
+        data = None
+        with together(comm):
+            if comm.rank == 0:
+                autoload, snapshot.autoload = snapshot.autoload, False
+                try:
+                    snapshot.initialize(trainer)  # it prepares n_retains
+                finally:
+                    snapshot.autoload = autoload
+                if autoload and Path(trainer.out).is_dir():
+                    name = _snapshot._find_latest_snapshot(snapshot.filename, trainer.out)
+                    data = None if name is None else read_regular(Path(trainer.out) / name)
+        data = comm.bcast_obj(data)
+        if data is not None:
+            with together(comm):
+                load_npz(io.BytesIO(data), target, restart_epoch=False)
+
+    def __call__(self, trainer: chainer.training.Trainer) -> None:
+        consolidate(trainer)
+        with together(self._comm):
+            if self._comm.rank == 0:
+                self.actual_extension(trainer)
+
+    def on_error(self, trainer: chainer.training.Trainer, exc: Any, tb: Any) -> None:
+        if self._comm.rank == 0:
+            self.actual_extension.on_error(trainer, exc, tb)
+
+    def finalize(self) -> None:
+        if self._comm.rank == 0:
+            self.actual_extension.finalize()
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "actual_extension":  # while being unpickled
+            raise AttributeError(name)
+        return getattr(self.actual_extension, name)
+
+
+class _Average(extension.Extension):  # type: ignore[misc]  # Chainer has no types
+    """Replaces all observations by their means over the ranks. Collective."""
+
+    trigger = 1, "iteration"
+    priority = _AFTER_WRITERS
+
+    def __init__(self, comm: CommunicatorBase, before: _Average | None = None) -> None:
+        self._comm = comm
+        self._before = before  # what it has averaged is left alone
+        self.averaged: dict[str, Any] = {}
+
+    def __call__(self, trainer: chainer.training.Trainer) -> None:
+        observation = trainer.observation
+        done = {} if self._before is None else self._before.averaged
+        own = {}
+        for name, value in observation.items():
+            if name not in done or done[name] is not value:
+                dtype = value.dtype if isinstance(value, chainer.Variable) else None
+                own[name] = plain_value(value), dtype
+        everyone = self._comm.allgather_obj(own)
+        self.averaged = {}
+        for name in dict.fromkeys(name for each in everyone for name in each):
+            values = [each[name][0] for each in everyone if name in each]
+            if not _can_be_averaged(values):
+                continue
+            mean = mean_of_all([values])
+            if isinstance(values[0], tuple):
+                mean = mean, sum(weight for _, weight in values)
+            dtypes = [each[name][1] for each in everyone if name in each]
+            if dtypes[0] is not None:
+                mean = chainer.Variable(np.asarray(mean, dtype=dtypes[0]))
+            observation[name] = self.averaged[name] = mean
+
+
+def _can_be_averaged(values: list[Any]) -> bool:
+    """Tell whether all ranks' values are numbers, arrays of one shape, or such with a weight. Local."""
+    parts = [value if isinstance(value, tuple) else (value,) for value in values]
+    lengths = {(isinstance(value, tuple), len(part)) for value, part in zip(values, parts)}
+    if lengths not in ({(False, 1)}, {(True, 2)}):
+        return False
+    if not all(_is_number(part) for each in parts for part in each):
+        return False
+    return len({np.shape(each[0]) for each in parts}) == 1
+
+
+def _is_number(value: Any) -> bool:
+    if isinstance(value, np.ndarray):
+        return value.dtype.kind in "biufc"
+    return isinstance(value, (bool, int, float, complex, np.number, np.bool_))
+
+
+def _add_averages(trainer: chainer.training.Trainer, comm: CommunicatorBase) -> None:
+    """Let observations be averaged when they have been made, and again what is reported later. Local."""
+    first = _Average(comm)
+    trainer.extend(first, name="chainer_dist.average")
+    entries = trainer._extensions
+    order = sorted(entries, key=lambda name: entries[name].priority, reverse=True)
+    reports = [name for name in order if isinstance(entries[name].extension, _REPORTS[:2])]
+    late = order[
+        order.index("chainer_dist.average") + 1 : order.index(reports[0]) if reports else 0
+    ]
+    if all(_is_known(type(entries[name].extension).__module__) for name in late):
+        return
+    priority = entries[reports[0]].priority
+    trainer.extend(_Average(comm, first), name="chainer_dist.average_late", priority=priority)
+    moved = entries.pop("chainer_dist.average_late")
+    items = [*entries.items()]
+    items.insert([*entries].index(reports[0]), ("chainer_dist.average_late", moved))
+    trainer._extensions = OrderedDict(items)
+
+
+def _writes(own: Any) -> bool:
+    """Tell whether an extension writes, so that one rank is to call it. Local."""
+    said = getattr(own, "on_rank_zero", None)
+    if said is not None:
+        return bool(said)
+    if isinstance(own, _REPORTS):
+        return True
+    module = own.__module__ if isinstance(own, types.FunctionType) else type(own).__module__
+    if _is_known(module):
+        return False
+    names = {name.strip("_") for name in getattr(own, "__dict__", {})}
+    return bool(names & _PLACES) or bool(_WRITES & {*_names_in(own)})
+
+
+def _names_in(own: Any) -> Iterator[str]:
+    """Yield the names of what the code of an extension calls or looks at."""
+    call = own if isinstance(own, (types.FunctionType, types.MethodType)) else type(own).__call__
+    codes = [getattr(call, "__code__", None)]
+    for code in codes:
+        if code is not None:
+            yield from code.co_names
+            codes += [each for each in code.co_consts if isinstance(each, types.CodeType)]
+
+
+def _has_own_call(own: Any, kind: Any) -> bool:
+    return type(own).__call__ is not kind.__call__
