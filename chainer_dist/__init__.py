@@ -63,6 +63,7 @@ from chainer_dist.optimizers import (
 )
 from chainer_dist.parallel import pmap, predict
 from chainer_dist.training import distribute, on_rank_zero
+from chainer_dist.training.script import install as _distribute_if_asked
 from chainer_dist.updaters import create_multi_node_updater
 
 __all__ = [
@@ -113,3 +114,4 @@ __all__ = [
 
 kernels.use_default()
 global_except_hook._add_hook_if_enabled()
+_distribute_if_asked()

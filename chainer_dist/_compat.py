@@ -7,6 +7,11 @@ it, because ``chainer_dist.pth`` loads it by its location (see ``_startup.py``).
 
 from __future__ import annotations
 
+import atexit
+import contextlib
+import importlib
+import json
+import os
 import sys
 from copy import copy
 from types import ModuleType
@@ -117,6 +122,58 @@ def patch_chainer(chainer: Any) -> None:
     if _numpy_version() >= (2, 0):
         chainer.distributions.Categorical.log_prob = _categorical_log_prob
     _raise_errors_of_workers(chainer.iterators.multiprocess_iterator)
+    notes = os.environ.get("CHAINER_DIST_NOTES")
+    if notes:
+        _take_notes(chainer, notes)
+    distribute = os.environ.get("CHAINER_DIST_DISTRIBUTE", "0") not in ("0", "")
+    if distribute and "chainer_dist" not in sys.modules:  # otherwise it does so itself
+        importlib.import_module("chainer_dist")
+
+
+def _take_notes(chainer: Any, file: str) -> None:
+    """Note for ``chainer-dist run`` which reports a script writes, and whether it has not begun to communicate.
+
+    The reader knows which process is the script: each has a file of its own.
+    """
+    pid = os.getpid()
+    notes: dict[str, Any] = {"files": [], "alone": False}
+    kind = chainer.training.Trainer
+    run = kind.run
+    if run.__module__ == __name__:
+        return
+
+    def write() -> None:
+        with contextlib.suppress(OSError), open(f"{file}.{pid}", "w", encoding="ascii") as told:  # noqa: PTH123 - quick
+            json.dump(notes, told)
+
+    def note_and_run(self: Any, *args: Any, **kwargs: Any) -> None:
+        found = _files_of(chainer, self)
+        if found and os.getpid() == pid:
+            notes["files"] = sorted({*notes["files"], *found})
+            write()
+        run(self, *args, **kwargs)
+
+    def note_end() -> None:
+        notes["alone"] = "mpi4py.MPI" not in sys.modules
+        if os.getpid() == pid:
+            write()
+
+    kind.run = note_and_run
+    atexit.register(note_end)
+
+
+def _files_of(chainer: Any, trainer: Any) -> list[str]:
+    """Return the paths to which the logs and snapshots of a trainer go, as far as they are said by name."""
+    extensions = chainer.training.extensions
+    found = []
+    for entry in trainer._extensions.values():
+        own = entry.extension
+        if isinstance(own, extensions.LogReport):
+            found.append(own._log_name)
+        elif isinstance(own, extensions._snapshot._Snapshot):
+            found.append(own.filename)
+    named = [name for name in found if isinstance(name, str)]
+    return [os.path.realpath(os.path.join(trainer.out, name)) for name in named]  # noqa: PTH118 - quick
 
 
 def _raise_errors_of_workers(module: Any) -> None:

@@ -164,8 +164,8 @@ def test_environment_variables_are_written_once():
             ):
                 found.setdefault(node.value, set()).add(path.relative_to(ROOT).parts[0])
     assert set(found) == set(_environment._NAMES)
-    # The start-up file stands alone, and kernels know nothing of the rest of the package.
-    alone = {"_environment.py", "_startup.py", "kernels"}
+    # What Python runs at its start stands alone, and kernels know nothing of the rest of the package.
+    alone = {"_environment.py", "_startup.py", "_compat.py", "kernels"}
     assert {name: where - alone for name, where in found.items() if where - alone} == {}
 
 

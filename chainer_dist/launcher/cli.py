@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, NoReturn
 from chainer_dist import _environment
 from chainer_dist.launcher import output, wire
 from chainer_dist.launcher.errors import LaunchError
-from chainer_dist.launcher.options import Parser, divide, make_parser
+from chainer_dist.launcher.options import Parser, distribution, divide, make_parser
 
 if TYPE_CHECKING:
     import argparse
@@ -247,6 +247,7 @@ def _added_environment(options: argparse.Namespace) -> dict[str, str]:
                 f"--env {item!r}: {name or 'this'} is not set here; give NAME=VALUE"
             )
         added[name] = value if equals else os.environ[name]
+    added.update(distribution(options))
     if options.no_pin:
         added[_environment.PIN] = "0"
     if options.timeline:

@@ -309,6 +309,7 @@ class Job:
         else:
             self._show_mpiexec()
             status, reason, final = 0, "", True
+            self._monitors.say_if_alone()
         if self._signal and not self._verdict:
             reason = f"ended after {self._signal.name}" + (f"; {reason}" if reason else "")
             final = True

@@ -35,6 +35,7 @@ class Monitor:
         parent: Connection to the process that mpiexec knows.
         progress: File that the script may write its progress to.
         cause: File in which the script may say why it ends.
+        notes: File in which it may note what it has to do with other ranks, without its process's number.
         has_input: Whether the script gets the launcher's standard input.
     """
 
@@ -44,6 +45,7 @@ class Monitor:
         parent: socket.socket,
         progress: Path,
         cause: Path,
+        notes: Path,
         *,
         has_input: bool,
     ) -> None:
@@ -51,6 +53,7 @@ class Monitor:
         self._parent = parent
         self._progress = progress
         self._cause = cause
+        self._notes = notes
         self._received = b""
         self._selector = selectors.DefaultSelector()
         self._has_input = has_input
@@ -65,6 +68,7 @@ class Monitor:
         self._asked = False  # whether it got one
         self._alone = False  # whether nobody waits for this monitor any more
         self._told = b""  # of its progress
+        self._noted = b""
 
     def run(self, command: Sequence[str], cpus: Sequence[int] | None) -> int:
         """Run a command, and return when it has ended and the launcher knows. Local.
@@ -81,6 +85,7 @@ class Monitor:
             self._look(SECONDS_BETWEEN_LOOKS)
             processes.bury_orphans(self._pid)
             self._tell_progress()
+            self._tell_notes()
             self._send_due_signals()
         status = script.returncode
         cause = self._read_cause()
@@ -89,6 +94,7 @@ class Monitor:
             self._tell(wire.FAILED, json.dumps({"status": status, "cause": cause}).encode())
         self._clean_up()
         self._tell_progress()
+        self._tell_notes()
         self._tell(wire.END, json.dumps({"status": status}).encode())
         while status and not self._alone:
             # When one rank leaves with an error mpiexec kills the others. The launcher comes first.
@@ -203,6 +209,17 @@ class Monitor:
         if progress != self._told:
             self._told = progress
             self._tell(wire.PROGRESS, progress[:100])
+
+    def _tell_notes(self) -> None:
+        try:
+            noted = self._notes.with_name(f"{self._notes.name}.{self._pid}").read_bytes()
+            if noted == self._noted:
+                return
+            json.loads(noted)
+        except (OSError, ValueError):  # there are none, or they are being written
+            return
+        self._noted = noted
+        self._tell(wire.NOTES, noted)
 
     def _receive(self) -> None:
         try:

@@ -28,6 +28,11 @@ __all__ = ["MORE_FILES", "Monitors"]
 SECONDS_TO_SAY_HELLO = 10
 MORE_FILES = 100  # that may be open, beside a connection to each rank
 MOST_STRANGERS = 50  # connections of them
+_ALONE = (
+    "{} independent copies of the script have run: no rank made a communicator. chainer-dist run --distribute makes them "
+    "one training; so do two lines of the script: comm = chainer_dist.create_communicator() and "
+    "optimizer = chainer_dist.create_multi_node_optimizer(optimizer, comm)"
+)
 
 
 class Monitors:
@@ -61,6 +66,10 @@ class Monitors:
         self._secret = secrets.token_bytes(32)
         self._talks: set[asyncio.Task[None]] = set()  # keeps them alive, too
         self._listens = True
+        self._writers: dict[
+            tuple[str, str], int
+        ] = {}  # by host and path: the first rank to write there
+        self._has_warned = False
         self._reception = Reception(
             self._secret, most=n_ranks + MOST_STRANGERS, seconds=SECONDS_TO_SAY_HELLO
         )
@@ -78,6 +87,11 @@ class Monitors:
         """Send a message with a number to all ranks that have not ended."""
         for rank in self.alive():
             rank.send(kind, b"%d" % number)
+
+    def say_if_alone(self) -> None:
+        """Say that ranks had nothing to do with one another, where there are several."""
+        if self._n_ranks > 1 and all(rank.alone for rank in self.ranks.values()):
+            output.say(_ALONE.format(self._n_ranks))
 
     def listen(self, reach: Sequence[str]) -> str:
         """Listen where the ranks can reach this host, nowhere else.
@@ -193,11 +207,27 @@ class Monitors:
                 output.say(
                     f"rank {rank.number} wrote {content!r} as its progress, which is no integer"
                 )
+        elif kind == wire.NOTES:
+            notes = json.loads(content)
+            rank.alone = bool(notes["alone"])
+            self._compare_files(rank, notes["files"])
         elif kind == wire.WANT:
             self._stdin.ask(self._loop, functools.partial(rank.send, wire.IN))
         elif kind == wire.END:
             rank.status = json.loads(content)["status"]
             self._has_ended(rank)
+
+    def _compare_files(self, rank: Rank, files: Sequence[str]) -> None:
+        """Warn once where two ranks write to one file."""
+        for file in files:
+            other = self._writers.setdefault((rank.host, file), rank.number)
+            if other != rank.number and not self._has_warned:
+                self._has_warned = True
+                first, second = sorted([other, rank.number])
+                output.say(
+                    f"warning: rank {first} and rank {second} both write {file}; let rank 0 alone report: "
+                    "chainer_dist.on_rank_zero(trainer, comm)"
+                )
 
     def _blame(self, rank: Rank) -> None:
         if self.blames and rank not in self.failed:

@@ -6,9 +6,11 @@ import argparse
 import difflib
 import math
 import re
+import secrets
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
+from chainer_dist import _environment
 from chainer_dist._arguments import count, positive, seconds, text
 from chainer_dist._version import __version__
 from chainer_dist.launcher import output
@@ -17,7 +19,7 @@ from chainer_dist.launcher.other_launchers import MEANT, NEEDLESS
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-__all__ = ["Parser", "divide", "make_parser"]
+__all__ = ["Parser", "distribution", "divide", "make_parser"]
 
 USAGE_ERROR = 2
 _ADDRESS = re.compile(r"\w[\w.-]*|[0-9A-Fa-f:.]+(%[\w.-]+)?", re.ASCII)
@@ -95,6 +97,7 @@ def make_parser(others: dict[str, str]) -> tuple[Parser, Parser]:
         help="set an environment variable, or take one to other hosts; may be repeated",
     )
     places.add_argument("--no-pin", action="store_true", help="do not bind ranks to cores")
+    _add_training(run.add_argument_group("training"))
     _add_output(run.add_argument_group("output"))
     _add_ends(run.add_argument_group("failures and time limits"))
     _add_watching(run.add_argument_group("watching"))
@@ -149,6 +152,17 @@ def divide(words: Sequence[str], run: Parser) -> tuple[list[str], list[str]]:
         option = known.get(name)
         n += 2 if option is not None and option.nargs is None and not has_value else 1
     return [*words[:n]], [*words[n:]]
+
+
+def distribution(options: argparse.Namespace) -> dict[str, str]:
+    """Return the environment that lets ranks distribute an unmodified script. Local."""
+    if options.distribute_batch and not options.distribute:
+        options.parser.error("--distribute-batch needs --distribute")
+    if not options.distribute:
+        return {}
+    # One seed for all ranks, and for the job when it is started again.
+    seed = secrets.randbelow(1 << 32)
+    return {_environment.DISTRIBUTE: f"{options.distribute_batch or 'rank'},{seed}"}
 
 
 def _add_places(parser: argparse._ActionsContainer, default: str) -> None:
@@ -206,6 +220,19 @@ def _add_places(parser: argparse._ActionsContainer, default: str) -> None:
         type=_file,
         metavar="FILE",
         help="private key for ssh (default: ssh's own)",
+    )
+
+
+def _add_training(parser: argparse._ActionsContainer) -> None:
+    parser.add_argument(
+        "--distribute",
+        action="store_true",
+        help="make an unmodified Chainer script data-parallel",
+    )
+    parser.add_argument(
+        "--distribute-batch",
+        choices=["rank", "global"],
+        help="with it, whether the script's batch size is that of a rank or of all (default: rank)",
     )
 
 

@@ -14,6 +14,7 @@ MEANT = {
     "-machinefile": "--hostfile",
     "-p": "--ssh-port",
     "-x": "--env",
+    "--batch": "--distribute-batch",
     "--machinefile": "--hostfile",
     "--max-np": "--max-ranks",
     "--min-np": "--min-ranks",

@@ -84,6 +84,9 @@ def _run_monitored(
     progress = Path(os.environ.setdefault(_environment.PROGRESS, str(folder / "progress")))
     cause = folder / "cause"
     os.environ[_environment.CAUSE] = str(cause)
+    notes = folder / "notes"
+    if _environment.CALL not in os.environ:  # functions may have nothing to do with one another
+        os.environ[_environment.NOTES] = str(notes)
     ours, its = socket.socketpair()
     pid = os.fork()
     if pid == 0:
@@ -92,7 +95,7 @@ def _run_monitored(
         processes.adopt_orphans()
         signal.pthread_sigmask(signal.SIG_UNBLOCK, wire.FORWARDED)
         status = 1
-        monitor = Monitor(launcher, its, progress, cause, has_input=has_input)
+        monitor = Monitor(launcher, its, progress, cause, notes, has_input=has_input)
         try:
             try:
                 status = monitor.run(command, cpus)

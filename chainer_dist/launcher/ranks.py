@@ -42,6 +42,7 @@ class Rank:
         self.ended_at = math.inf
         self.status: int | None = None  # None if it is not known
         self.cause: dict[str, Any] = {}  # what the script has told of its end
+        self.alone = False  # whether it has ended without having begun to communicate
         self.unpaid = 0  # bytes of output that came, and no more was asked for
 
     def send(self, kind: bytes, content: bytes = b"") -> None:

@@ -17,12 +17,16 @@ from chainer_dist.training import samples
 from chainer_dist.training.iterators import SAMPLES_ADVICE, plain_kind, rebuild
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from chainer_dist.communicators import CommunicatorBase
 
 __all__ = ["distribute_evaluator"]
 
 
-def distribute_evaluator(evaluator: Evaluator, comm: CommunicatorBase) -> None:
+def distribute_evaluator(
+    evaluator: Evaluator, comm: CommunicatorBase, before: Callable[[], None] = lambda: None
+) -> None:
     """Make an evaluator evaluate the whole set, of which each rank has a part, in place. Collective.
 
     Where batches of the set do not stand alone, every rank evaluates all of it, as one process would: with an
@@ -32,10 +36,22 @@ def distribute_evaluator(evaluator: Evaluator, comm: CommunicatorBase) -> None:
     Args:
         evaluator: One of a trainer. One that ``create_multi_node_evaluator`` made is left as it is.
         comm: Communicator.
+        before: Called before each evaluation.
 
     Raises:
         RankMismatchError: On every rank, if ranks have other samples.
     """
+    _distribute(evaluator, comm)
+    evaluate = evaluator.evaluate
+
+    def prepare_and_evaluate(_: Evaluator) -> Any:
+        before()
+        return evaluate()
+
+    evaluator.evaluate = types.MethodType(prepare_and_evaluate, evaluator)
+
+
+def _distribute(evaluator: Evaluator, comm: CommunicatorBase) -> None:
     is_done = hasattr(evaluator, "_mn_communicator")
     own = getattr(evaluator, "_iterators", {})
     is_part = any(_is_part(iterator) for iterator in own.values())

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import functools
 import weakref
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 from chainer_dist.optimizers import create_multi_node_optimizer
 
@@ -18,34 +18,29 @@ if TYPE_CHECKING:
 
     from chainer_dist.communicators import CommunicatorBase
 
-__all__ = ["distribute_optimizer", "is_distributed"]
+__all__ = ["distribute_optimizer", "distribute_when_it_updates", "is_distributed"]
 
-
-class _Served(NamedTuple):
-    """What stands behind an optimizer of the script."""
-
-    optimizer: Any  # the multi-node optimizer
-    before: Callable[[], None]  # called before each update
-
-
-_served: weakref.WeakKeyDictionary[Any, _Served] = weakref.WeakKeyDictionary()
+# By the optimizer of the script: what stands behind it, or what says by which communicator it is to.
+_served: weakref.WeakKeyDictionary[Any, Any] = weakref.WeakKeyDictionary()
+_waiting: weakref.WeakKeyDictionary[Any, Callable[[], CommunicatorBase]] = (
+    weakref.WeakKeyDictionary()
+)
 _twins: weakref.WeakSet[Any] = weakref.WeakSet()
 
 
 def is_distributed(optimizer: Any) -> bool:
-    """Tell whether an optimizer is a multi-node optimizer, or has become or belongs to one. Local."""
-    return hasattr(optimizer, "actual_optimizer") or optimizer in _served or optimizer in _twins
+    """Tell whether an optimizer is a multi-node optimizer, or is or belongs to what becomes one. Local."""
+    if hasattr(optimizer, "actual_optimizer"):
+        return True
+    return any(optimizer in each for each in (_served, _waiting, _twins))
 
 
-def distribute_optimizer(
-    optimizer: Any, comm: CommunicatorBase, before: Callable[[], None] = lambda: None
-) -> Any:
+def distribute_optimizer(optimizer: Any, comm: CommunicatorBase) -> Any:
     """Make an optimizer update by the mean of all ranks' gradients, in place. Collective.
 
     Args:
         optimizer: Any that :func:`~chainer_dist.create_multi_node_optimizer` takes, or made by it.
         comm: Communicator.
-        before: Called before each update that the script itself asks for.
 
     Returns:
         The multi-node optimizer.
@@ -53,45 +48,53 @@ def distribute_optimizer(
     if hasattr(optimizer, "actual_optimizer"):
         return optimizer
     if optimizer in _served:
-        return _served[optimizer].optimizer
+        return _served[optimizer]
+    _waiting.pop(optimizer, None)
+    own: Any = getattr(type(optimizer), "_class_of_script", type(optimizer))
     # Of the same class with the same attributes, all that change, too: the state is in one place.
-    own: Any = type(optimizer)
     twin = object.__new__(own)
     twin.__dict__ = optimizer.__dict__
     _twins.add(twin)
     served = create_multi_node_optimizer(twin, comm)
-    _served[optimizer] = _Served(served, before)
+    _served[optimizer] = served
     optimizer.__class__ = _derived(own)
     return served
+
+
+def distribute_when_it_updates(optimizer: Any, begin: Callable[[], CommunicatorBase]) -> None:
+    """Make an optimizer one of all ranks when it is first asked to update. Local.
+
+    Args:
+        optimizer: Any that is set up, and no multi-node optimizer.
+        begin: Called before that update; returns the communicator.
+    """
+    own: Any = type(optimizer)
+    optimizer.__class__ = _derived(own)
+    _waiting[optimizer] = begin
 
 
 @functools.cache
 def _derived(own: type) -> type:
     names = {"__module__": own.__module__, "__qualname__": own.__qualname__}
-    return type(own.__name__, (_PassesOn, own), names)
+    return type(own.__name__, (_PassesOn, own), {**names, "_class_of_script": own})
 
 
 class _PassesOn:
-    """What an optimizer of the script becomes."""
+    """What an optimizer of the script becomes. A copy of it updates by itself."""
 
     def setup(self, link: chainer.Link) -> Any:
         served = _served.get(self)
-        if served is None:  # a copy
+        if served is None:
             return super().setup(link)  # type: ignore[misc]
-        served.optimizer.setup(link)
+        served.setup(link)
         return self
 
     def update(self, lossfun: Any = None, *args: Any, **kwds: Any) -> None:
-        served = _served.get(self)
-        if served is None:
-            super().update(lossfun, *args, **kwds)  # type: ignore[misc]
-            return
-        served.before()
-        served.optimizer.update(lossfun, *args, **kwds)
+        if self in _waiting:
+            distribute_optimizer(self, _waiting[self]())
+        served: Any = _served.get(self, super())
+        served.update(lossfun, *args, **kwds)
 
     def serialize(self, serializer: Any) -> None:
-        served = _served.get(self)
-        if served is None:
-            super().serialize(serializer)  # type: ignore[misc]
-            return
-        served.optimizer.serialize(serializer)
+        served: Any = _served.get(self, super())
+        served.serialize(serializer)

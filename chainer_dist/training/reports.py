@@ -20,7 +20,7 @@ from chainer_dist.serialization.target import consolidate, load_npz
 from chainer_dist.training import samples
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
     from chainer_dist.communicators import CommunicatorBase
 
@@ -64,12 +64,17 @@ _WRITES = frozenset(
 )
 
 
-def prepare_extensions(trainer: chainer.training.Trainer, comm: CommunicatorBase) -> None:
+def prepare_extensions(
+    trainer: chainer.training.Trainer,
+    comm: CommunicatorBase,
+    before: Callable[[], None] = lambda: None,
+) -> None:
     """Make a trainer's reports those of all ranks, and let rank 0 write. Collective, once, before it runs.
 
     Args:
         trainer: Its extensions are changed in place.
         comm: Communicator.
+        before: Called on every rank before a snapshot is taken.
 
     Raises:
         RankMismatchError: On every rank, if the trainers have other extensions.
@@ -85,7 +90,7 @@ def prepare_extensions(trainer: chainer.training.Trainer, comm: CommunicatorBase
         entry.trigger = agreed(entry.trigger, comm)
         own = entry.extension
         if isinstance(own, _snapshot._Snapshot):
-            entry.extension = _Snapshot(own, comm)
+            entry.extension = _Snapshot(own, comm, before)
         elif isinstance(own, extensions.DumpGraph):
             entry.priority = extension.PRIORITY_WRITER  # averages have no graph
         elif isinstance(own, extensions.LogReport) and not _has_own_call(own, extensions.LogReport):
@@ -168,9 +173,12 @@ class _Silent:
 class _Snapshot:
     """A snapshot that rank 0 saves, and that all ranks load; its names are as in one process."""
 
-    def __init__(self, actual_extension: Any, comm: CommunicatorBase) -> None:
+    def __init__(
+        self, actual_extension: Any, comm: CommunicatorBase, before: Callable[[], None]
+    ) -> None:
         self.actual_extension = actual_extension
         self._comm = comm
+        self._before = before
 
     def initialize(self, trainer: chainer.training.Trainer) -> None:
         comm, snapshot = self._comm, self.actual_extension
@@ -192,6 +200,7 @@ class _Snapshot:
                 load_npz(io.BytesIO(data), target, restart_epoch=False)
 
     def __call__(self, trainer: chainer.training.Trainer) -> None:
+        self._before()
         consolidate(trainer)
         with together(self._comm):
             if self._comm.rank == 0:

@@ -13,6 +13,7 @@ from chainer.training import extensions, updaters
 
 from chainer_dist.collectives.agreement import agree, digest, together
 from chainer_dist.communicators import CommunicatorBase, create_communicator
+from chainer_dist.extensions import AllreducePersistent
 from chainer_dist.training import samples
 from chainer_dist.training.evaluators import distribute_evaluator
 from chainer_dist.training.iterators import BATCHES, distribute_iterator
@@ -52,7 +53,8 @@ def distribute(
       ``scatter_dataset``, stays as it is.
     - Each evaluator gives the score of the whole set on every rank, every sample counting once. Where batches
       do not stand alone (``evaluate`` overridden, an ``eval_hook``, an iterator of another class, a model
-      with a ``reset_state``), every rank evaluates all of it.
+      with a ``reset_state``), every rank evaluates all of it. Running statistics, as those of batch
+      normalization, are averaged before an evaluation and before a snapshot.
     - Reports are as by :func:`on_rank_zero`.
     - Where ``numpy.random`` or ``random`` stands alike on all ranks when training begins, each rank but 0 gets
       numbers of its own, for dropout and augmentation.
@@ -172,13 +174,20 @@ def _prepare_when_run(
 
     def prepare_and_run(self: Any, *args: Any, **options: Any) -> None:
         del self.run  # the class's own, from now on
-        if evaluators:
-            for entry in self._extensions.values():
-                if isinstance(entry.extension, extensions.Evaluator):
-                    distribute_evaluator(entry.extension, comm)
-        prepare_extensions(self, comm)
-        if evaluators:
-            separate_random_numbers(comm)
+        if not evaluators:
+            prepare_extensions(self, comm)
+            run(*args, **options)
+            return
+
+        def average_persistents() -> None:
+            for optimizer in self.updater.get_all_optimizers().values():
+                AllreducePersistent(optimizer.target, comm)()
+
+        for entry in self._extensions.values():
+            if isinstance(entry.extension, extensions.Evaluator):
+                distribute_evaluator(entry.extension, comm, average_persistents)
+        prepare_extensions(self, comm, average_persistents)
+        separate_random_numbers(comm)
         run(*args, **options)
 
     trainer.run = types.MethodType(prepare_and_run, trainer)

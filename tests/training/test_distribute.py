@@ -569,6 +569,29 @@ def test_evaluators_whose_batches_do_not_stand_alone(comm, out):
     assert log.log[-1]["state/main/loss"] == float(state()["state/main/loss"])
 
 
+def test_running_statistics_are_of_all_ranks(comm, out):
+    """They are averaged before an evaluation, which is then that of what is saved."""
+    np.random.seed(3)
+    model = L.Classifier(
+        chainer.Sequential(L.Linear(5, 8), L.BatchNormalization(8), L.Linear(8, 3))
+    )
+    trainer = make_trainer(iterators.SerialIterator(make_data(N), 4), model, out)
+    trainer.extend(make_evaluator(model))
+    trainer.extend(extensions.snapshot_object(model, "model"), trigger=(1, "epoch"))
+    log = extensions.LogReport()
+    trainer.extend(log)
+    chainer_dist.distribute(trainer, comm)
+    trainer.run()
+    means = comm.allgather_obj(model.predictor[1].avg_mean)
+    assert all(np.array_equal(means[0], each) for each in means)
+    comm.mpi_comm.Barrier()
+    chainer.serializers.load_npz(f"{out}/model", model)
+    x, t = chainer.dataset.concat_examples(make_data(N_VALIDATION, 1)[:])
+    with chainer.using_config("train", value=False), chainer.no_backprop_mode():
+        expected = float(model(x, t).array)
+    assert log.log[-1]["validation/main/loss"] == pytest.approx(expected, rel=1e-5)
+
+
 def test_dump_graph_has_the_graph(comm, out):
     """It needs rank 0's own loss, with what it was computed from."""
     trainer = make_trainer(

@@ -1,0 +1,56 @@
+"""Calls whose arguments are in the wrong places are refused in one line.
+
+To be called first, before anything is communicated: such a mistake is in the script, on every rank.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+__all__ = ["check_call", "is_communicator"]
+
+_LONGEST = 60  # characters of what stands in a place
+
+
+def is_communicator(value: Any) -> bool:
+    """Tell whether something has what the ranks of a communicator are addressed by. Local."""
+    return not isinstance(value, type) and all(
+        hasattr(value, name) for name in ("rank", "size", "bcast_obj")
+    )
+
+
+def check_call(call: str, comm: Any, *others: Any, needs: str | None = None) -> None:
+    """Refuse a call without a communicator in its place, or with one in another's. Local.
+
+    Args:
+        call: The call as it is written, with the name of the communicator's parameter first or last among those
+            that ``others`` has values of, such as ``"scatter_dataset(dataset, comm)"``.
+        comm: What stands in the place of the communicator.
+        others: What stands in the other places, in their order.
+        needs: A method or attribute that the first of the others must have.
+
+    Raises:
+        TypeError: Says what stands in which place.
+    """
+    lacks = needs is not None and not hasattr(others[0], needs)
+    if is_communicator(comm) and not lacks and not any(map(is_communicator, others)):
+        return
+    names = call.rstrip(")").partition("(")[2].split(", ")
+    values = [comm, *others] if names[0].startswith("comm") else [*others, comm]
+    given = ", ".join(f"{name}={_brief(value)}" for name, value in zip(names, values))
+    hint = ""
+    if any(map(is_communicator, others)) and not is_communicator(comm):
+        hint = "; the arguments stand in the wrong order"
+    elif not is_communicator(comm):
+        hint = "; a communicator is what chainer_dist.create_communicator() returns"
+    raise TypeError(f"the call is {call}, and this one has {given}{hint}")
+
+
+def _brief(value: Any) -> str:
+    if is_communicator(value):
+        return "a communicator"
+    if value is None or isinstance(value, (str, int, float)):
+        return repr(value) if len(repr(value)) <= _LONGEST else f"{repr(value)[:_LONGEST]}..."
+    if isinstance(value, type):
+        return f"the class {value.__name__}"
+    return f"an object of {type(value).__name__}"
