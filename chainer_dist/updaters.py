@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from chainer_dist.collectives.calls import check_call
 from chainer_dist.optimizers.join import Join
 
 if TYPE_CHECKING:
@@ -116,4 +117,10 @@ def create_multi_node_updater(
     Raises:
         ValueError: If no rank has any data, or the optimizers are of another kind.
     """
+    check_call(
+        "create_multi_node_updater(actual_updater, communicator)",
+        communicator,
+        actual_updater,
+        needs="get_all_optimizers",
+    )
     return _MultiNodeUpdater(actual_updater, communicator)

@@ -21,6 +21,7 @@ from chainer_dist.checkpoints.preemption import STATUS, Preempted, Rounds, Signa
 from chainer_dist.checkpoints.state import check_target, collect, prepare
 from chainer_dist.checkpoints.workers import shield
 from chainer_dist.collectives.agreement import check_same
+from chainer_dist.collectives.calls import check_call
 from chainer_dist.collectives.failures import rebuild_error, together
 from chainer_dist.serialization.target import consolidate
 
@@ -139,6 +140,7 @@ class Checkpoint(extension.Extension):  # type: ignore[misc]  # Chainer has no t
         preemption: bool = True,
         allow_pickle: bool = False,
     ) -> None:
+        check_call("Checkpoint(comm, directory)", comm, directory)
         with together(comm):
             self.directory = Path(directory).absolute()
             lines = _describe_options(keep, asynchronous, on_error, preemption, allow_pickle)

@@ -32,7 +32,7 @@ def check_call(call: str, comm: Any, *others: Any, needs: str | None = None) -> 
     Raises:
         TypeError: Says what stands in which place.
     """
-    lacks = needs is not None and not hasattr(others[0], needs)
+    lacks = needs is not None and (isinstance(others[0], type) or not hasattr(others[0], needs))
     if is_communicator(comm) and not lacks and not any(map(is_communicator, others)):
         return
     names = call.rstrip(")").partition("(")[2].split(", ")
@@ -41,6 +41,9 @@ def check_call(call: str, comm: Any, *others: Any, needs: str | None = None) -> 
     hint = ""
     if any(map(is_communicator, others)) and not is_communicator(comm):
         hint = "; the arguments stand in the wrong order"
+    elif lacks:
+        first = names[1] if names[0].startswith("comm") else names[0]
+        hint = f"; {first} must be an object with {needs}()"
     elif not is_communicator(comm):
         hint = "; a communicator is what chainer_dist.create_communicator() returns"
     raise TypeError(f"the call is {call}, and this one has {given}{hint}")

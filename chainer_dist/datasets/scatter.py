@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, SupportsIndex
 import numpy as np
 
 from chainer_dist.collectives.agreement import agreed_rank
+from chainer_dist.collectives.calls import check_call
 from chainer_dist.collectives.failures import together
 from chainer_dist.datasets.intervals import Part, split_evenly
 from chainer_dist.datasets.node_shared import scatter_parts
@@ -69,6 +70,7 @@ def scatter_dataset(  # noqa: PLR0917 - ChainerMN's positional parameters
         OSError: On every rank, if a node has no room for its ranks' parts.
         Exception: On every rank, if the dataset cannot be pickled.
     """
+    check_call("scatter_dataset(dataset, comm)", comm, dataset)
     del max_buf_len
     root = agreed_rank(comm, root, "root")
     order, parts = None, []
@@ -112,6 +114,7 @@ def scatter_index(
             rank or not the same on all ranks.
         TypeError: On every rank, if root's ``n_total_samples`` is not an integer.
     """
+    check_call("scatter_index(n_total_samples, comm)", comm, n_total_samples)
     root = agreed_rank(comm, root, "root")
     intervals = None
     with together(comm):

@@ -12,6 +12,7 @@ import os
 from typing import TYPE_CHECKING, Any
 
 from chainer_dist.collectives.agreement import check_same
+from chainer_dist.collectives.calls import check_call
 from chainer_dist.collectives.failures import raise_together, together
 from chainer_dist.datasets.files import FilesDataset, count_samples, names_of, open_arrays
 from chainer_dist.datasets.intervals import split_evenly
@@ -53,6 +54,7 @@ def shard_array(
         OSError, ValueError, TypeError: On every rank, naming rank and file, if it is not there, is
             truncated, or is something else.
     """
+    check_call("shard_array(path, comm)", comm, path)
     error: BaseException | None = None
     whole, lines = None, []
     try:
@@ -114,6 +116,7 @@ def shard_files(
         RankMismatchError: On every rank, if lists of files or options differ.
         Exception: On every rank, naming rank and file, if a file cannot be opened.
     """
+    check_call("shard_files(paths, comm)", comm, paths)
     open_file = open_arrays if open_file is None else open_file
     with together(comm):
         names = names_of(paths)

@@ -15,6 +15,7 @@ from chainer.training.extensions._snapshot import _find_snapshot_files
 
 from chainer_dist._files import read_regular
 from chainer_dist.collectives.agreement import check_same
+from chainer_dist.collectives.calls import check_call
 from chainer_dist.collectives.failures import describe_error, together
 from chainer_dist.serialization.npz import ArrayFile, check_npz
 from chainer_dist.serialization.target import consolidate, load_npz
@@ -81,6 +82,7 @@ def multi_node_snapshot(
         RuntimeError: On every rank, when training begins, if there are files to load from but
             none that all sets have and that is whole.
     """
+    check_call("multi_node_snapshot(comm, snapshot, replica_sets)", comm, snapshot, replica_sets)
     return _MultiNodeSnapshot(comm, snapshot, replica_sets, allow_pickle=allow_pickle)
 
 

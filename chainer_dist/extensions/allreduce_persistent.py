@@ -8,6 +8,7 @@ import numpy as np
 from chainer.training import extension
 
 from chainer_dist.collectives.agreement import check_same
+from chainer_dist.collectives.calls import check_call
 
 if TYPE_CHECKING:
     import chainer
@@ -36,6 +37,7 @@ class AllreducePersistent(extension.Extension):  # type: ignore[misc]  # Chainer
     priority = extension.PRIORITY_WRITER + 1
 
     def __init__(self, model: chainer.Link, comm: CommunicatorBase) -> None:
+        check_call("AllreducePersistent(model, comm)", comm, model, needs="namedlinks")
         self.model = model
         self.comm = comm
 

@@ -10,6 +10,7 @@ from chainer.dataset import convert
 from chainer.training import extension
 
 from chainer_dist.collectives.agreement import check_same
+from chainer_dist.collectives.calls import check_call
 from chainer_dist.collectives.failures import together
 from chainer_dist.iterators.multi_node_iterator import _MultiNodeIterator
 
@@ -60,6 +61,9 @@ class GenericMultiNodeEvaluator(extension.Extension):  # type: ignore[misc]  # C
         *,
         progress_hook: Callable[[Any], Any] | None = None,
     ) -> None:
+        if comm is not None:
+            call = "GenericMultiNodeEvaluator(comm, iterator, target)"
+            check_call(call, comm, iterator, target)
         size = 1 if comm is None else comm.size
         if not 0 <= root < size:
             raise ValueError(f"root is {root}, expected a rank: 0 to {size - 1}")

@@ -13,6 +13,7 @@ from chainer.dataset import convert
 from chainer.training.extensions import Evaluator
 from chainer.training.extensions.evaluator import _IteratorProgressBar
 
+from chainer_dist.collectives.calls import check_call
 from chainer_dist.collectives.failures import together
 from chainer_dist.datasets.scattered import own_samples
 from chainer_dist.extensions.generic_multi_node_evaluator import (
@@ -89,6 +90,12 @@ def create_multi_node_evaluator(
         rank, with each name that any rank reported. If evaluation raises on one rank, all raise.
         The same as ChainerMN's ``create_multi_node_evaluator``, which averages ranks unweighted.
     """
+    check_call(
+        "create_multi_node_evaluator(actual_evaluator, communicator)",
+        communicator,
+        actual_evaluator,
+        needs="evaluate",
+    )
     if not hasattr(actual_evaluator, "_mn_original_evaluate"):
         actual_evaluator._mn_original_evaluate = actual_evaluator.evaluate
     actual_evaluator._mn_communicator = communicator

@@ -14,6 +14,7 @@ from chainer import backend, variable
 from chainer import serializer as serializers
 from chainer.training import extension, util
 
+from chainer_dist.collectives.calls import check_call
 from chainer_dist.collectives.failures import describe_error, raise_first
 from chainer_dist.extensions._plain_values import pack, unpack
 
@@ -64,6 +65,7 @@ class ObservationAggregator(extension.Extension):  # type: ignore[misc]  # Chain
         comm_trigger: Any = (1, "iteration"),
         aggregator: Callable[[list[list[Any]]], Any] | None = None,
     ) -> None:
+        check_call("ObservationAggregator(comm, original_key)", comm, original_key)
         self.comm = comm
         self.original_key = original_key
         self.aggregated_key = original_key if aggregated_key is None else aggregated_key

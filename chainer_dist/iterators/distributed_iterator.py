@@ -10,6 +10,7 @@ from chainer import iterators
 from chainer.dataset import Iterator
 
 from chainer_dist.collectives.agreement import check_same
+from chainer_dist.collectives.calls import check_call
 from chainer_dist.collectives.failures import together
 
 if TYPE_CHECKING:
@@ -82,6 +83,7 @@ class DistributedIterator(Iterator):  # type: ignore[misc]  # Chainer has no typ
         seed: int | None = None,
         make_iterator: Callable[..., Iterator] = iterators.SerialIterator,
     ) -> None:
+        check_call("DistributedIterator(dataset, batch_size, comm)", comm, dataset, batch_size)
         with together(comm):
             self._n_samples = _integer("the length of the dataset", len(dataset), 1)
             batch_size = _integer("batch_size", batch_size, 1)

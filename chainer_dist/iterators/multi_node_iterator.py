@@ -10,6 +10,7 @@ from chainer.dataset import Iterator
 from chainer.iterators import MultithreadIterator
 
 from chainer_dist.collectives.agreement import agreed_rank, shared
+from chainer_dist.collectives.calls import check_call
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -192,6 +193,9 @@ def create_multi_node_iterator(
         Exception: From ``next()`` and ``reset()``, on every rank: whatever the master's iterator
             raises, or its batch when it is pickled.
     """
+    check_call(
+        "create_multi_node_iterator(actual_iterator, communicator)", communicator, actual_iterator
+    )
     rank_master = agreed_rank(communicator, rank_master, "rank_master")
     return _MultiNodeIterator(actual_iterator, communicator, rank_master)
 

@@ -11,6 +11,7 @@ from chainer import serializer as serializers
 from chainer.dataset import Iterator
 
 from chainer_dist.collectives.agreement import check_same
+from chainer_dist.collectives.calls import check_call
 from chainer_dist.collectives.failures import together
 
 if TYPE_CHECKING:
@@ -141,6 +142,11 @@ def create_synchronized_iterator(
         RankMismatchError: On every rank, if the length of the dataset, the batch size, ``repeat``,
             the kind of sampler, or the first order that it draws, differ.
     """
+    check_call(
+        "create_synchronized_iterator(actual_iterator, communicator)",
+        communicator,
+        actual_iterator,
+    )
     with together(communicator):
         lines = _describe(actual_iterator)
     check_same(communicator, lines)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import chainer
 from chainer import links as L
 
+from chainer_dist.collectives.calls import check_call
 from chainer_dist.functions.batch_normalization import get_communication_backend
 from chainer_dist.links.batch_normalization import MultiNodeBatchNormalization
 
@@ -45,6 +46,7 @@ def create_mnbn_model(
 
     The same as ChainerMN's ``create_mnbn_model``, which forgets ``axis``.
     """
+    check_call("create_mnbn_model(link, comm)", comm, link, needs="namedlinks")
     get_communication_backend(comm, communication_backend)
     replaced: list[tuple[L.BatchNormalization, MultiNodeBatchNormalization]] = []
     memo: dict[int, Any] = {}  # deepcopy takes what is in here for copied already

@@ -5,6 +5,7 @@ from __future__ import annotations
 import operator
 from typing import TYPE_CHECKING, Literal, cast
 
+from chainer_dist.collectives.calls import check_call
 from chainer_dist.communicators.shared_memory.communicator import SharedMemoryCommunicator
 from chainer_dist.compression.quantized import as_codec
 from chainer_dist.optimizers.double_buffering import DoubleBufferingOptimizer
@@ -134,6 +135,12 @@ def create_multi_node_optimizer(
         RankMismatchError: From updates, on every rank, if ``accumulate_steps``, ``overlap`` or
             the kind of ``compression`` differs.
     """
+    check_call(
+        "create_multi_node_optimizer(actual_optimizer, communicator)",
+        communicator,
+        actual_optimizer,
+        needs="update",
+    )
     if is_foreign(actual_optimizer):
         wanted = {
             "double_buffering": double_buffering,

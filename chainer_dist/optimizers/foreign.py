@@ -96,6 +96,7 @@ class ForeignMultiNodeOptimizer(OptimizerProxy):
             RankMismatchError: On every rank, naming the rank and the parameter, if ranks differ, or if a rank
                 has computed gradients from parameters that differ from rank 0's.
         """
+        self._check_set_up()
         has_gradients = lossfun is None
         if self._phase is Phase.NEW:
             self._make_equal(has_gradients=has_gradients)

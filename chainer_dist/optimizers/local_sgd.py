@@ -5,6 +5,7 @@ from __future__ import annotations
 import operator
 from typing import TYPE_CHECKING, cast
 
+from chainer_dist.collectives.calls import check_call
 from chainer_dist.optimizers.multi_node_optimizer import MultiNodeOptimizer
 from chainer_dist.updates.local import Local
 from chainer_dist.updates.options import Options, Schedule
@@ -126,6 +127,12 @@ def create_local_sgd_optimizer(
         ValueError: If ``period`` or ``warmup_updates`` is out of range.
         RankMismatchError: From updates, on every rank, if one of the options differs.
     """
+    check_call(
+        "create_local_sgd_optimizer(actual_optimizer, communicator)",
+        communicator,
+        actual_optimizer,
+        needs="update",
+    )
     period, warmup_updates = operator.index(period), operator.index(warmup_updates)
     if period < 1:
         raise ValueError(f"period is {period}, expected 1 or more")

@@ -120,6 +120,7 @@ class MultiNodeOptimizer(OptimizerProxy):
                 that differ from rank 0's: where they were computed by hand after parameters had
                 changed, or an initializer drew other values than on rank 0.
         """
+        self._check_set_up()
         call = Call(self._connected().size, lossfun, args, kwds, postponed=self._postponed)
         if self.join is None:
             self.run_step(call)

@@ -72,6 +72,12 @@ class OptimizerProxy:
             return now != self.target_params
         return now != [(name, param.array is not None) for name, param in previous_params]
 
+    def _check_set_up(self) -> None:
+        if self.target is None:
+            raise RuntimeError(
+                "update() was called before setup(): call optimizer.setup(model) first, on every rank"
+            )
+
     def _connected(self) -> CommunicatorBase:
         if self.communicator is None:
             raise RuntimeError(

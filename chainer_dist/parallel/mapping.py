@@ -7,6 +7,7 @@ from collections.abc import Sized
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from chainer_dist import _progress
+from chainer_dist.collectives.calls import check_call
 from chainer_dist.errors import FailedItem
 from chainer_dist.iterators.distributed_iterator import _integer
 from chainer_dist.parallel import dealing
@@ -88,6 +89,7 @@ def pmap(
         RuntimeError: On rank 0, if it has not come to the end of another one on ``comm``.
         Exception: On every rank, what ``items`` raise, after the results up to there.
     """
+    check_call("pmap(function, items, comm)", comm, function, items)
     n_ahead = 0
 
     def describe() -> list[tuple[str, str]]:

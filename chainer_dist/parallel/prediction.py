@@ -18,6 +18,7 @@ from chainer.dataset import convert
 from chainer_dist import _progress
 from chainer_dist._files import replacing
 from chainer_dist.collectives.agreement import check_same
+from chainer_dist.collectives.calls import check_call
 from chainer_dist.collectives.failures import raise_together, together
 from chainer_dist.datasets.scattered import ScatteredDataset
 from chainer_dist.errors import FailedItem, RankMismatchError
@@ -115,6 +116,7 @@ def predict(
             a parameter is not initialized.
         ImportError: On every rank, if tqdm is wanted on rank 0 and not installed.
     """
+    check_call("predict(model, dataset, comm)", comm, model, dataset)
     prediction = _Prediction(model, dataset, comm, batchsize, converter)
     folder = None if out is None else Path(out)
     per_file = 0
