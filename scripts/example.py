@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 from chainer.training import extensions
 
+import chainer_dist
+
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
@@ -44,12 +46,17 @@ def positive(text: str) -> int:
 
 
 def add_reports(
-    trainer: Any, columns: Sequence[str], plotted: Sequence[str], args: argparse.Namespace
+    trainer: Any,
+    comm: chainer_dist.CommunicatorBase,
+    columns: Sequence[str],
+    plotted: Sequence[str],
+    args: argparse.Namespace,
 ) -> Any:
-    """Let one rank log, print and plot what was observed, and show a progress bar.
+    """Let rank 0 log, print and plot what all ranks observe, and show a progress bar.
 
     Args:
-        trainer: Of rank 0.
+        trainer: Of this rank.
+        comm: Communicator.
         columns: What is printed after each epoch, besides the epoch.
         plotted: What is drawn as curves into ``plot.png``.
         args: The script's options.
@@ -63,4 +70,5 @@ def add_reports(
     trainer.extend(extensions.PlotReport(plotted, "epoch", filename="plot.png"))
     if not args.no_progress_bar:
         trainer.extend(extensions.ProgressBar(update_interval=20))
+    chainer_dist.on_rank_zero(trainer, comm)  # distributed: one rank writes
     return log

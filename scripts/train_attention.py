@@ -162,9 +162,8 @@ def main() -> None:
     evaluator = extensions.Evaluator(validation_iter, model, eval_func=exact_matches)
     evaluator = chainer_dist.create_multi_node_evaluator(evaluator, comm)  # distributed
     trainer.extend(evaluator)
-    if comm.rank == 0:  # distributed: one rank writes
-        columns = ["main/loss", "validation/main/accuracy"]
-        log = add_reports(trainer, columns, columns[1:], args)
+    columns = ["main/loss", "validation/main/accuracy"]
+    log = add_reports(trainer, comm, columns, columns[1:], args)
     trainer.run()
 
     if comm.rank == 0:

@@ -125,21 +125,18 @@ def main() -> None:
     trainer.extend(evaluator)
 
     log = extensions.LogReport()
-    if comm.rank == 0:  # distributed: one rank writes
-        trainer.extend(log)
-        trainer.extend(extensions.snapshot(n_retains=1), trigger=(args.epochs, "epoch"))
-        trainer.extend(
-            extensions.PrintReport(
-                ["epoch", "main/loss", "validation/main/loss", "validation/main/accuracy"]
-            )
+    trainer.extend(log)
+    trainer.extend(extensions.snapshot(n_retains=1), trigger=(args.epochs, "epoch"))
+    columns = ["epoch", "main/loss", "validation/main/loss", "validation/main/accuracy"]
+    trainer.extend(extensions.PrintReport(columns))
+    trainer.extend(
+        extensions.PlotReport(
+            ["main/accuracy", "validation/main/accuracy"], "epoch", filename="accuracy.png"
         )
-        trainer.extend(
-            extensions.PlotReport(
-                ["main/accuracy", "validation/main/accuracy"], "epoch", filename="accuracy.png"
-            )
-        )
-        if not args.no_progress_bar:
-            trainer.extend(extensions.ProgressBar(update_interval=20))
+    )
+    if not args.no_progress_bar:
+        trainer.extend(extensions.ProgressBar(update_interval=20))
+    chainer_dist.on_rank_zero(trainer, comm)  # distributed: one rank writes
 
     trainer.run()
 

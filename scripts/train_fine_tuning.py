@@ -56,7 +56,7 @@ def train(
     columns = ["main/loss", "validation/main/accuracy"]
     if comm.rank == 0:  # distributed: one rank writes
         print(f"\n{name}")
-        add_reports(trainer, columns, columns[1:], args)
+    add_reports(trainer, comm, columns, columns[1:], args)
     trainer.run()
     return float(evaluator()["validation/main/accuracy"])
 

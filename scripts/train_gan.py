@@ -139,14 +139,14 @@ def main() -> None:
 
     updater = Updater(chainer.iterators.SerialIterator(train, args.batch_size), optimizers)
     trainer = chainer.training.Trainer(updater, (args.epochs, "epoch"), out=str(args.out))
-    if comm.rank == 0:
-        trainer.extend(extensions.LogReport(trigger=(10, "epoch")))
-        trainer.extend(
-            extensions.PrintReport(["epoch", "generator/loss", "discriminator/loss"]),
-            trigger=(10, "epoch"),
-        )
-        if not args.no_progress_bar:
-            trainer.extend(extensions.ProgressBar(update_interval=20))
+    trainer.extend(extensions.LogReport(trigger=(10, "epoch")))
+    trainer.extend(
+        extensions.PrintReport(["epoch", "generator/loss", "discriminator/loss"]),
+        trigger=(10, "epoch"),
+    )
+    if not args.no_progress_bar:
+        trainer.extend(extensions.ProgressBar(update_interval=20))
+    chainer_dist.on_rank_zero(trainer, comm)  # one rank writes, of what all observe
     trainer.run()
 
     if comm.rank == 0:

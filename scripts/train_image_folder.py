@@ -170,9 +170,8 @@ def main() -> None:
     trainer.extend(evaluator)
     # Distributed: what batch normalization has seen on the ranks is averaged before each validation.
     trainer.extend(chainer_dist.extensions.AllreducePersistent(model, comm))
-    if comm.rank == 0:  # distributed: one rank writes
-        columns = ["main/loss", "validation/main/loss", "validation/main/accuracy"]
-        log = add_reports(trainer, columns, columns[2:], args)
+    columns = ["main/loss", "validation/main/loss", "validation/main/accuracy"]
+    log = add_reports(trainer, comm, columns, columns[2:], args)
     checkpoint = chainer_dist.Checkpoint(comm, args.out / "checkpoints")  # distributed
     trainer.extend(checkpoint, trigger=(2, "epoch"))
     iteration = checkpoint.resume(trainer)  # after all extensions were added

@@ -168,8 +168,7 @@ def main() -> None:
         model.reset_state()  # the text begins again
 
     trainer.extend(validate)
-    if comm.rank == 0:  # distributed: one rank writes
-        log = add_reports(trainer, ["main/loss", "perplexity"], ["perplexity"], args)
+    log = add_reports(trainer, comm, ["main/loss", "perplexity"], ["perplexity"], args)
     trainer.run()
 
     if comm.rank == 0:

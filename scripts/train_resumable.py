@@ -66,10 +66,10 @@ def main() -> None:
     evaluator = extensions.Evaluator(validation_iter, model)
     trainer.extend(chainer_dist.create_multi_node_evaluator(evaluator, comm))
     log = extensions.LogReport()
-    if comm.rank == 0:
-        trainer.extend(log)
-        columns = ["epoch", "main/loss", "validation/main/loss", "validation/main/accuracy"]
-        trainer.extend(extensions.PrintReport(columns))
+    trainer.extend(log)
+    columns = ["epoch", "main/loss", "validation/main/loss", "validation/main/accuracy"]
+    trainer.extend(extensions.PrintReport(columns))
+    chainer_dist.on_rank_zero(trainer, comm)
 
     folder = args.out / "checkpoints"
     checkpoint = chainer_dist.Checkpoint(comm, folder, keep=args.keep)  # resumable

@@ -15,6 +15,7 @@ from chainer.training.extensions import _snapshot
 
 from chainer_dist._files import read_regular
 from chainer_dist.collectives.agreement import together
+from chainer_dist.collectives.calls import is_communicator
 from chainer_dist.extensions.observation_aggregator import mean_of_all, plain_value
 from chainer_dist.serialization.target import consolidate, load_npz
 from chainer_dist.training import samples
@@ -60,6 +61,14 @@ _WRITES = frozenset(
         *("imsave", "imwrite", "save", "save_hdf5", "save_npz", "savefig", "savetxt"),
         *("savez", "savez_compressed", "dump", "to_csv"),
         *("makedirs", "mkdir", "open", "out", "write", "write_bytes", "write_text"),
+    }
+)
+
+_COLLECTIVE = frozenset(
+    {
+        *("allgather", "allreduce", "alltoall", "bcast", "gather", "scatter"),
+        *("allgather_obj", "allreduce_obj", "bcast_obj", "gather_obj", "scatter_obj"),
+        *("Barrier", "barrier", "mpi_comm"),
     }
 )
 
@@ -301,8 +310,12 @@ def _writes(own: Any) -> bool:
     module = own.__module__ if isinstance(own, types.FunctionType) else type(own).__module__
     if _is_known(module):
         return False
-    names = {name.strip("_") for name in getattr(own, "__dict__", {})}
-    return bool(names & _PLACES) or bool(_WRITES & {*_names_in(own)})
+    attributes = getattr(own, "__dict__", {})
+    called = {*_names_in(own)}
+    if called & _COLLECTIVE or any(map(is_communicator, attributes.values())):
+        return False  # it knows of the other ranks
+    names = {name.strip("_") for name in attributes}
+    return bool(names & _PLACES) or bool(called & _WRITES)
 
 
 def _names_in(own: Any) -> Iterator[str]:
