@@ -408,6 +408,57 @@ def test_reports_are_of_all_ranks(comm, out):
             assert [entry["main/loss"] for entry in json.load(file)] == got
 
 
+def test_which_ranks_call_an_extension(comm, out):
+    """What says so itself, or communicates, is called on every rank, whatever else it does."""
+    called = []
+
+    def saves(trainer):
+        called.append("saves")
+        np.save(f"{trainer.out}/array", np.zeros(2))
+
+    def saves_everywhere(trainer):
+        called.append("everywhere")
+        np.save(f"{trainer.out}/rank{comm.rank}", np.zeros(2))
+
+    saves_everywhere.on_rank_zero = False
+
+    def communicates(trainer):
+        called.append("communicates")
+        if comm.allreduce_obj(1) and comm.rank == 0:
+            np.save(f"{trainer.out}/sum", np.zeros(2))
+
+    class Saves:
+        def __call__(self, trainer):
+            called.append("class")
+            np.save(f"{trainer.out}/class", np.zeros(2))
+
+    class Chatty:
+        def __init__(self):
+            self.filename, self.comm = "name", comm
+
+        def __call__(self, _):
+            called.append("chatty")
+
+    def changes(trainer):
+        called.append("changes")
+        trainer.updater.get_optimizer("main").alpha *= 0.5
+
+    said = lambda _: called.append("said")  # noqa: E731 - as scripts have it
+    said.on_rank_zero = True
+
+    trainer = make_trainer(
+        iterators.SerialIterator(make_data(N), 4), make_model(), out, stop=(1, "iteration")
+    )
+    for each in (saves, saves_everywhere, communicates, Saves(), Chatty(), changes, said):
+        name = getattr(each, "__name__", type(each).__name__)
+        trainer.extend(each, name=name)
+    chainer_dist.distribute(trainer, comm)
+    trainer.run()
+    everywhere = {"everywhere", "communicates", "chatty", "changes"}
+    assert {*called} == everywhere | ({"saves", "class", "said"} if comm.rank == 0 else set())
+    assert len(called) == len({*called})
+
+
 def test_triggers_fire_together(comm, out):
     """Those of time, and those of a script's own, when rank 0's do; the run ends on all ranks at once."""
     fired, asked = [], []
