@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from chainer.dataset import Iterator
 
-from chainer_dist.collectives.agreement import agree, describe_error, digest, raise_first
+from chainer_dist.collectives.failures import agree, describe_error, digest, raise_first
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from chainer.iterators import ShuffleOrderSampler
 from chainer.training.extensions import Evaluator
 
-from chainer_dist.collectives.agreement import together
+from chainer_dist.collectives.failures import together
 from chainer_dist.datasets.intervals import split_evenly
 from chainer_dist.datasets.scattered import ScatteredDataset
 from chainer_dist.extensions import create_multi_node_evaluator

@@ -13,7 +13,7 @@ from chainer import iterators
 from chainer.dataset import Iterator
 from chainer.iterators import ShuffleOrderSampler
 
-from chainer_dist.collectives.agreement import together
+from chainer_dist.collectives.failures import together
 from chainer_dist.iterators.distributed_iterator import DistributedIterator
 from chainer_dist.iterators.divided import DividedIterator
 from chainer_dist.serialization.target import RANK_FREE_ITERATORS

@@ -14,8 +14,8 @@ from chainer.training import extension, extensions, triggers
 from chainer.training.extensions import _snapshot
 
 from chainer_dist._files import read_regular
-from chainer_dist.collectives.agreement import together
 from chainer_dist.collectives.calls import is_communicator
+from chainer_dist.collectives.failures import together
 from chainer_dist.extensions.observation_aggregator import mean_of_all, plain_value
 from chainer_dist.serialization.target import consolidate, load_npz
 from chainer_dist.training import samples

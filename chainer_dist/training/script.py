@@ -20,7 +20,7 @@ import numpy as np
 
 import chainer_dist
 from chainer_dist import _environment
-from chainer_dist.collectives.agreement import together
+from chainer_dist.collectives.failures import together
 from chainer_dist.communicators import create_communicator
 from chainer_dist.extensions import AllreducePersistent
 from chainer_dist.training import trainers

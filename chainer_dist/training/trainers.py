@@ -11,7 +11,8 @@ import chainer
 import numpy as np
 from chainer.training import extensions, updaters
 
-from chainer_dist.collectives.agreement import agree, digest, together
+from chainer_dist.collectives.agreement import agree, digest
+from chainer_dist.collectives.failures import together
 from chainer_dist.communicators import CommunicatorBase, create_communicator
 from chainer_dist.extensions import AllreducePersistent
 from chainer_dist.training import samples
