@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING, Any
 
 from chainer.dataset import Iterator
 
-from chainer_dist.collectives.failures import agree, describe_error, digest, raise_first
+from chainer_dist.collectives.agreement import agree, digest
+from chainer_dist.collectives.failures import describe_error, raise_first
 
 if TYPE_CHECKING:
     from collections.abc import Callable

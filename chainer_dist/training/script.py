@@ -18,7 +18,6 @@ from typing import TYPE_CHECKING, Any
 import chainer
 import numpy as np
 
-import chainer_dist
 from chainer_dist import _environment
 from chainer_dist.collectives.failures import together
 from chainer_dist.communicators import create_communicator
@@ -90,8 +89,9 @@ class _Script:
             split = _seeded(getattr(chainer.datasets, name))
             setattr(chainer.datasets, name, split)
             setattr(chainer.datasets.sub_dataset, name, split)
-        chainer_dist.create_communicator = _refuse_communicator
-        if "chainermn" in sys.modules and sys.modules["chainermn"] is not chainer_dist:
+        public: Any = sys.modules["chainer_dist"]
+        public.create_communicator = _refuse_communicator
+        if sys.modules.get("chainermn", public) is not public:
             _refuse_communicator()
 
     def _make_iterator(
