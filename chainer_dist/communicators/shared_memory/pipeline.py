@@ -78,12 +78,11 @@ class Pipeline:
         self._reducers = exchange.layout.place.reducers
         self._sources = cast("Sequence[Array] | None", exchange.sources)  # when they are looked at
         self._in_flight, self._patient = in_flight, patient
-        cores = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else range(1)
-        self._spins = _SPINS if slots.ranks <= len(cores) else 0
+        self._spins = _SPINS if slots.have_cores else 0
         self._is_checked = comm.operation_log.check is not None
         self._blank = exchange.blank()
         self._data = slots.views(exchange.dtype)
-        self._sums = Sums(slots, peers, exchange, comm.size)
+        self._sums = Sums(slots, self._data, peers, exchange, comm.size)
         self._verdict = Verdict(comm, slots, peers, exchange.layout)
         self._first = slots.count  # the number of the first block
         self._packed = self._summed = self._delivered = self._unpacked = 0  # blocks

@@ -12,6 +12,7 @@ a stamp, and readers compare it with the number that they want, before they read
 
 from __future__ import annotations
 
+import os
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -67,6 +68,7 @@ class Slots:
         ranks: How many ranks the node has.
         depth: How many slots each rank has.
         block_bytes: Bytes of a slot.
+        have_cores: Whether the node has a core for each rank, so that ranks may spin.
         scratch: This rank's own memory of the size of a slot, as bytes.
         count: Number of the blocks of all exchanges that have ended; the same on every rank.
     """
@@ -75,6 +77,8 @@ class Slots:
         node = comm.node_comm
         self.rank, self.ranks = node.rank, node.size
         self.depth, self.block_bytes = n_slots(node.size), BLOCK_BYTES
+        cores = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else range(1)
+        self.have_cores = node.size <= len(cores)
         self.count = 0
         self._is_occupied = False
         data_bytes = self.depth * self.block_bytes

@@ -28,21 +28,30 @@ class Sums:
 
     Args:
         slots: The slots of the node.
+        data: Their views of the dtype of the exchange.
         peers: The ranks of equal number on all nodes; None on one node, and on ranks that do not reduce.
         exchange: What is exchanged.
+        ranks: How many ranks the communicator has.
 
     Attributes:
         scale: Factor that makes a sum over the nodes a mean.
     """
 
-    def __init__(self, slots: Slots, peers: Peers | None, exchange: Exchange, ranks: int) -> None:
+    def __init__(
+        self,
+        slots: Slots,
+        data: list[Array],
+        peers: Peers | None,
+        exchange: Exchange,
+        ranks: int,
+    ) -> None:
         self._slots, self._peers, self._exchange = slots, peers, exchange
         self._layout, self._blocks = exchange.layout, exchange.layout.blocks
         self._sources = cast("Sequence[Array]", exchange.sources)  # when they are looked at
         self._codec = exchange.codec if exchange.layout.place.nodes > 1 else None
         self._mean_scale = 1.0 / ranks
         self.scale = self._mean_scale if self._codec is None else 1.0
-        self._data = slots.views(exchange.dtype)
+        self._data = data
         self._first = slots.count
         # MPI goes on with all of its own when it is asked for one; the others have several steps.
         self.are_by_mpi = (
