@@ -68,7 +68,7 @@ def test_a_number_of_thousands_of_digits(kind):
 @pytest.mark.parametrize(
     ("main", "arguments", "words"),
     [
-        (launcher.main, ["run", "-n", "0", "x.py"], "argument -n: '0' is no number from 1 up"),
+        (launcher.main, ["run", "-n", "0", "x.py"], "argument -n/-np: '0' is no number from 1 up"),
         (
             launcher.main,
             ["run", "--timeout", "0", "x.py"],

@@ -22,7 +22,7 @@ class CommunicatorBase(ArrayCommunicator):
     """A communicator: arrays, objects, and the gradients and parameters of models.
 
     A new kind of communicator is a subclass in a file of its own that says in
-    :meth:`~chainer_dist.collectives.arrays.ArrayCommunicator.mean_arrays` how the mean of many arrays is found, and one line in :mod:`chainer_dist.communicators`. What
+    ``mean_arrays`` how the mean of many arrays is found, and one line in :mod:`chainer_dist.communicators`. What
     concerns a model lives in :mod:`chainer_dist.exchange`, once for all kinds.
     """
 

@@ -1,4 +1,4 @@
-"""One step of training, from the loss function to new parameters: :meth:`Step.run`, top to bottom."""
+"""One step of training, from the loss function to new parameters: ``Step.run``, top to bottom."""
 
 from __future__ import annotations
 

@@ -15,6 +15,7 @@ import inspect
 import io
 import os
 import pkgutil
+import re
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -84,13 +85,19 @@ def _docstring(name: str) -> str:
 
 def _modules() -> Iterator[str]:
     """Yield the names of all modules that no other page describes."""
+    pages = Path(__file__).parent.parent.joinpath("api").glob("*.rst")
+    described = {
+        name
+        for page in pages
+        for name in re.findall(r"automodule:: (\S+)", page.read_text("utf-8"))
+    }
     for info in pkgutil.walk_packages(chainer_dist.__path__, "chainer_dist."):
         parts = info.name.split(".")
         is_public = len(parts) == 2 and parts[1] in chainer_dist.__all__
         parent = importlib.import_module(".".join(parts[:-1]))
         # A function may have the name of its module; then it is the one that is referred to.
         is_hidden = not inspect.ismodule(getattr(parent, parts[-1], parent))
-        if not (is_public or is_hidden or parts[-1] == "__main__"):
+        if not (is_public or is_hidden or parts[-1] == "__main__" or info.name in described):
             yield info.name
 
 

@@ -928,7 +928,7 @@ class TestForeignOptimizers:
 
     def test_copies(self, comm):
         """A copy has attributes of its own, and one without a communicator asks for it."""
-        actual = types.SimpleNamespace(target=None)
+        actual = types.SimpleNamespace(target=chainer.Link(), update=print)
         optimizer = chainer_dist.create_multi_node_optimizer(actual, comm)
         twin = copy.copy(optimizer)
         twin.zero_fill = False
