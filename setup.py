@@ -120,6 +120,7 @@ setup(
             "pytest-mpi",
             "scipy",
             "setuptools>=70.1,<82",
+            "sphinx>=7",
         ],
         "lint": ["ruff"],
         "type": ["mypy"],
