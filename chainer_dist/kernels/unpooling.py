@@ -83,6 +83,13 @@ def _are_usual(axes: Sequence[_Axis], *arrays: Array) -> bool:
     )
 
 
+def is_shortened(axes: Sequence[_Axis]) -> bool:
+    """Return whether Chainer repeats values here and cuts some off, which is not what its gradient undoes. Local."""
+    return any(axis.pad for axis in axes) and all(
+        axis.pad % 2 == 0 and axis.large == axis.size * (axis.small - axis.pad) for axis in axes
+    )
+
+
 def _in_memory(array: Array) -> tuple[Array, int]:
     """Return a view in C's order if there is one, or a copy, and where its first dimension of sizes is. Local."""
     if array.flags.c_contiguous or not layouts.is_channels_last(array):
@@ -124,7 +131,7 @@ def _gather(gy: Array, axes: Sequence[_Axis]) -> Array:
 def _unpooling_2d(chainers: Any, self: Any, inputs: tuple[Array]) -> Any:
     (x,) = inputs
     axes = _axes(self, x.shape[2:], (self.outh, self.outw))
-    if not _are_usual(axes, x):
+    if not _are_usual(axes, x) or is_shortened(axes):
         return chainers(self, inputs)
     self.outh, self.outw = (axis.large for axis in axes)
     return (_spread(x, axes),)
@@ -146,7 +153,9 @@ def _unpooling_nd(chainers: Any, self: Any, inputs: tuple[Array]) -> Any:
 def _unpooling_gradient(chainers: Any, self: Any, inputs: tuple[Array]) -> Any:
     (gy,) = inputs
     axes = _axes_of_gradient(self, gy.shape[2:])
-    return (_gather(gy, axes),) if _are_usual(axes, gy) else chainers(self, inputs)
+    if getattr(self, "_use_int_scale_forward", False) or not _are_usual(axes, gy):
+        return chainers(self, inputs)
+    return (_gather(gy, axes),)
 
 
 def _windows(axes: Sequence[_Axis]) -> tuple[list[int], tuple[Any, ...], tuple[Any, ...]]:
