@@ -6,11 +6,11 @@ import logging
 from typing import TYPE_CHECKING, Any
 
 from chainer_dist import _allocator
+from chainer_dist.collectives.agreement import check_same
 from chainer_dist.collectives.operation import EXCHANGE, Kind, Operation
 from chainer_dist.communicators.shared_memory.communicator import SharedMemoryCommunicator
 from chainer_dist.optimizers.overlap import Overlap
 from chainer_dist.updates import UPDATES
-from chainer_dist.updates.comparison import check_same
 from chainer_dist.updates.options import JOB, Options
 from chainer_dist.updates.sharding.eligibility import Signature
 

@@ -10,13 +10,13 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from chainer_dist import exchange
+from chainer_dist.collectives.agreement import check_same
 from chainer_dist.collectives.operation import BACKWARD, FORWARD, Kind, Operation
 from chainer_dist.optimizers.accumulation import Accumulation
 from chainer_dist.optimizers.consensus import Report, Stage, compare
 from chainer_dist.optimizers.replicas import Change
 from chainer_dist.parameters import ParameterSet
 from chainer_dist.updates.base import Gradients
-from chainer_dist.updates.comparison import check_same
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -6,10 +6,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from chainer_dist.collectives.agreement import check_same
 from chainer_dist.collectives.operation import EXCHANGE, Kind, Operation
 from chainer_dist.parameters import ParameterSet
 from chainer_dist.updates.base import Update
-from chainer_dist.updates.comparison import check_same, describe_states
+from chainer_dist.updates.comparison import describe_states
 from chainer_dist.updates.options import Schedule
 from chainer_dist.updates.replicated import Replicated
 

@@ -13,10 +13,11 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, cast
 
+from chainer_dist.collectives.agreement import check_same
 from chainer_dist.communicators.shared_memory.communicator import SharedMemoryCommunicator
 from chainer_dist.parameters import private_grads
 from chainer_dist.updates.base import EarlyExchanges, Update
-from chainer_dist.updates.comparison import check_same, describe_states
+from chainer_dist.updates.comparison import describe_states
 from chainer_dist.updates.options import JOB
 from chainer_dist.updates.sharding.eligibility import obstacle
 from chainer_dist.updates.sharding.shards import Shards

@@ -94,3 +94,13 @@ def assert_like_chainer(function, arrays, *, name="onednn", double=True, toleran
         np.testing.assert_array_equal(got, once_more)
         size = max(1.0, np.abs(wanted[np.isfinite(wanted)]).max(initial=0))
         np.testing.assert_allclose(got, wanted, tolerance, tolerance * size, err_msg=f"{place}")
+
+
+def assert_close(got, want, rtol=1e-3, atol=1e-4):
+    """Compare lists of arrays, of which some may be None."""
+    assert len(got) == len(want)
+    for one, other in zip(got, want):
+        assert (one is None) == (other is None)
+        if one is not None:
+            assert one.shape == other.shape
+            np.testing.assert_allclose(one, other, rtol=rtol, atol=atol)

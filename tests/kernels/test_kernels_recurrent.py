@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from chainer_dist import kernels
 from chainer_dist.kernels import recurrent
 from chainer_dist.optimizers.final_gradients import FinalGradients
+from kernel_cases import assert_close
 
 # Nothing of it is collective.
 pytestmark = pytest.mark.mpi_skip
@@ -98,16 +99,6 @@ def outcome(case, which, dtype=np.float32, link=None):
     assert len(ys) == len(xs)
     arrays = [each.array for each in (*last, *ys)] + [each.grad for each in variables]
     return arrays, after
-
-
-def assert_close(got, want, rtol=1e-3, atol=1e-4):
-    """Compare lists of arrays, of which some may be None."""
-    assert len(got) == len(want)
-    for one, other in zip(got, want):
-        assert (one is None) == (other is None)
-        if one is not None:
-            assert one.shape == other.shape
-            np.testing.assert_allclose(one, other, rtol=rtol, atol=atol)
 
 
 def functions_of(variable):

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from chainer_dist import kernels
 from chainer_dist.kernels import steps
 from chainer_dist.optimizers.final_gradients import FinalGradients
-from kernel_cases import ARRANGEMENTS, arrange
+from kernel_cases import ARRANGEMENTS, arrange, assert_close
 
 # Nothing of it is collective.
 pytestmark = [pytest.mark.mpi_skip, pytest.mark.usefixtures("one_thread")]
@@ -105,16 +105,6 @@ def outcome(case, name, dtype=np.float32):
     given_as = [x for x in xs if isinstance(x, chainer.Variable)]
     grads = [v.grad for v in (*given_as, *(p for _, p in sorted(link.namedparams())))]
     return [v.array for v in (*ys, *run.state())] + grads
-
-
-def assert_close(got, want, rtol=1e-3, atol=1e-4):
-    """Compare lists of arrays, of which some may be None."""
-    assert len(got) == len(want)
-    for one, other in zip(got, want):
-        assert (one is None) == (other is None)
-        if one is not None:
-            assert one.shape == other.shape
-            np.testing.assert_allclose(one, other, rtol=rtol, atol=atol)
 
 
 def is_step(variable):
