@@ -30,6 +30,7 @@ __all__ = [
     "introduce",
     "is_loopback",
     "own_address",
+    "reach",
     "receive",
 ]
 
@@ -40,6 +41,9 @@ _PROOF_BYTES = 32  # of SHA-256
 _HELLO_BYTES = _CHALLENGE_BYTES + _PROOF_BYTES
 _CONNECTS, _LISTENS = b"who connects", b"who listens"
 _SECONDS_TO_GET_FILES = 0.05
+_SECONDS_TO_CONNECT = 10
+_SECONDS_TO_BE_ADMITTED = 60  # by one who may have to do with many at once
+_SECONDS_TO_COME_AGAIN = 0.05
 
 
 class Stranger(OSError):  # noqa: N818 - not every one is an error
@@ -191,6 +195,46 @@ class _Guest:
         self.challenge = secrets.token_bytes(_CHALLENGE_BYTES)
         self.received = bytearray()
         self.has_proven = False
+
+
+def reach(where: str) -> socket.socket:
+    """Return a connection to who listens with the same secret; where there is no room, come again. Local.
+
+    Args:
+        where: The secret in hexadecimal, and addresses with ports, as in ``secret,address/port,address/port``.
+
+    Raises:
+        OSError: If none of the addresses answers, or none of those that do knows the secret.
+    """
+    secret, *places = where.split(",")
+    errors = []
+    for place in places:
+        address, _, port = place.partition("/")
+        try:
+            connection = _admitted((address, int(port)), bytes.fromhex(secret))
+        except OSError as error:
+            errors.append(f"{address} port {port}: {error}")
+            continue
+        connection.settimeout(None)
+        return connection
+    raise OSError("; ".join(errors))
+
+
+def _admitted(where: tuple[str, int], secret: bytes) -> socket.socket:
+    """Return a connection on which both sides have proven to know a secret."""
+    deadline = time.monotonic() + _SECONDS_TO_BE_ADMITTED
+    while True:
+        connection = socket.create_connection(where, _SECONDS_TO_CONNECT)
+        try:
+            introduce(connection, secret, deadline)
+        except BaseException as error:
+            connection.close()
+            turned_away = isinstance(error, (ConnectionResetError, BrokenPipeError))
+            if not turned_away or time.monotonic() > deadline:
+                raise
+            time.sleep(_SECONDS_TO_COME_AGAIN)
+        else:
+            return connection
 
 
 def introduce(connection: socket.socket, secret: bytes, deadline: float) -> None:

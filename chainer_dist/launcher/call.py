@@ -44,7 +44,6 @@ __all__ = ["launch"]
 LAUNCHER = Path(__file__).resolve().parent
 SECONDS_TO_SAY_HELLO = 10
 SECONDS_TO_END = 10  # from an interrupt to a second one, which kills
-SECONDS_TO_CONNECT = 60
 MOST_STRANGERS = 50
 _CHUNK = 1 << 16
 _LENGTH, RANK = struct.Struct("!Q"), struct.Struct("!I")

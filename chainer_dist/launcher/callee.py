@@ -4,19 +4,19 @@ from __future__ import annotations
 
 import os
 import pickle
-import socket
 import sys
-import time
 import traceback
+from typing import TYPE_CHECKING
 
 from chainer_dist import _environment
-from chainer_dist._connections import introduce
+from chainer_dist._connections import reach
 from chainer_dist.launcher import mpi
 from chainer_dist.launcher.by_value import dumps
 from chainer_dist.launcher.call import RANK, receive, send
 from chainer_dist.launcher.errors import LaunchError
 
-SECONDS_TO_CONNECT = 60
+if TYPE_CHECKING:
+    import socket
 
 
 def _fetch() -> tuple[socket.socket, bytes]:
@@ -25,19 +25,12 @@ def _fetch() -> tuple[socket.socket, bytes]:
     where = os.environ.pop(_environment.CALL, "")
     if place is None or not where:
         raise LaunchError("this module is run by chainer_dist.launch")
-    secret, *places = where.split(",")
-    errors = []
-    for each in places:
-        address, _, port = each.partition("/")
-        try:
-            connection = socket.create_connection((address, int(port)), SECONDS_TO_CONNECT)
-            introduce(connection, bytes.fromhex(secret), time.monotonic() + SECONDS_TO_CONNECT)
-            connection.settimeout(None)
-            connection.sendall(RANK.pack(place[0]))
-            return connection, receive(connection)
-        except OSError as error:
-            errors.append(f"{address} port {port}: {error}")
-    raise LaunchError(f"the process that called launch cannot be reached: {'; '.join(errors)}")
+    try:
+        connection = reach(where)
+    except OSError as error:
+        raise LaunchError(f"the process that called launch cannot be reached: {error}") from None
+    connection.sendall(RANK.pack(place[0]))
+    return connection, receive(connection)
 
 
 def main() -> int:

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
     from pathlib import Path
 
-__all__ = ["SECONDS_TO_CONNECT", "SECONDS_TO_LEAVE", "Monitor", "exit_status"]
+__all__ = ["SECONDS_TO_LEAVE", "Monitor", "exit_status"]
 
 SECONDS_TO_CONNECT = 10
 SECONDS_TO_LEAVE = 1.0  # by itself, after what it depends on has ended

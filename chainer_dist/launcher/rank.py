@@ -27,15 +27,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from chainer_dist import _environment, _threads
-from chainer_dist._connections import LOOPBACK, introduce
+from chainer_dist._connections import LOOPBACK, reach
 from chainer_dist.launcher import cores, leftovers, mpi, output, processes, wire
-from chainer_dist.launcher.monitor import SECONDS_TO_CONNECT, SECONDS_TO_LEAVE, Monitor, exit_status
+from chainer_dist.launcher.monitor import SECONDS_TO_LEAVE, Monitor, exit_status
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-SECONDS_TO_BE_ADMITTED = 60  # by the launcher, which may have to do with many at once
-SECONDS_TO_COME_AGAIN = 0.05
 SECONDS_APART = 10.0  # that ranks of a host may start from one another
 
 
@@ -148,41 +146,17 @@ def connect(where: str, rank: int) -> socket.socket:
     Raises:
         OSError: If none of the addresses answers, or none of those that do is the launcher.
     """
-    secret, *places = where.split(",")
-    errors = []
-    for place in places:
-        address, _, port = place.partition("/")
-        try:
-            launcher = _meet_launcher((address, int(port)), bytes.fromhex(secret))
-        except OSError as error:
-            errors.append(f"{address} port {port}: {error}")
-            continue
-        launcher.settimeout(None)
-        wire.notice_lost_host(launcher)
-        hello = {"rank": rank, "host": socket.gethostname()}
-        launcher.sendall(wire.message(wire.HELLO, json.dumps(hello).encode()))
-        return launcher
-    raise OSError(
-        f"the launcher cannot be reached ({'; '.join(errors)}); "
-        "tell `chainer-dist run --address` how this host can reach it"
-    )
-
-
-def _meet_launcher(where: tuple[str, int], secret: bytes) -> socket.socket:
-    """Return a connection to who has proven to be the launcher; who is turned away comes again."""
-    deadline = time.monotonic() + SECONDS_TO_BE_ADMITTED
-    while True:
-        launcher = socket.create_connection(where, SECONDS_TO_CONNECT)
-        try:
-            introduce(launcher, secret, deadline)
-        except BaseException as error:
-            launcher.close()
-            turned_away = isinstance(error, (ConnectionResetError, BrokenPipeError))
-            if not turned_away or time.monotonic() > deadline:
-                raise
-            time.sleep(SECONDS_TO_COME_AGAIN)
-        else:
-            return launcher
+    try:
+        launcher = reach(where)
+    except OSError as error:
+        raise OSError(
+            f"the launcher cannot be reached ({error}); "
+            "tell `chainer-dist run --address` how this host can reach it"
+        ) from None
+    wire.notice_lost_host(launcher)
+    hello = {"rank": rank, "host": socket.gethostname()}
+    launcher.sendall(wire.message(wire.HELLO, json.dumps(hello).encode()))
+    return launcher
 
 
 def _clean_up_after(status: int, started: float, folder: Path) -> None:
