@@ -30,6 +30,8 @@ find_mpi = functools.lru_cache(maxsize=None)(mpi.find)
 def environment(**more):
     """Return the environment of a job: one thread a rank, and what this MPI's mpiexec wants."""
     env = {**os.environ, **dict.fromkeys(THREAD_VARIABLES, "1"), **more}
+    # Without buffers print writes word by word, and the words of ranks mix.
+    env.pop("PYTHONUNBUFFERED", None)
     return {**env, **mpi.environment(find_mpi(), env)}
 
 
