@@ -32,7 +32,7 @@ endif
 # -d: what is read for the pages is read once.
 SPHINX := $(RUN) -m sphinx -W -n --keep-going -q -d docs/_build/doctrees -b
 MEASURED := docs/measured
-ON_HOSTS := $(RUN) scripts/netns_cluster.py --hosts 2 --rate 1gbit -- $(abspath $(RUN))
+ON_HOSTS := $(RUN) scripts/cluster/netns_cluster.py --hosts 2 --rate 1gbit -- $(abspath $(RUN))
 
 # Open MPI refuses two things that MPICH does: running as root, and more ranks than cores.
 export PRTE_MCA_rmaps_default_mapping_policy := :oversubscribe
@@ -137,26 +137,26 @@ dist: $(TOOLS)
 
 # What docs/performance.rst shows.
 bench: $(MEASURING)
-	$(MPIEXEC) -n 2 $(RUN) scripts/bench_threads.py --json $(MEASURED)/threads-2.json
-	$(MPIEXEC) -n 4 $(RUN) scripts/bench_threads.py --json $(MEASURED)/threads-4.json
-	$(MPIEXEC) -n 2 $(RUN) scripts/bench_exchange.py --json $(MEASURED)/exchange-2.json
-	$(MPIEXEC) -n 4 $(RUN) scripts/bench_exchange.py --json $(MEASURED)/exchange-4.json
-	$(RUN) scripts/bench_step.py --json $(MEASURED)/step.json
-	$(RUN) scripts/bench_kernels.py --json $(MEASURED)/kernels.json
-	$(RUN) scripts/bench_kernels.py --train --json $(MEASURED)/kernels_train.json
-	$(RUN) scripts/bench_memory.py --json $(MEASURED)/memory.json
-	$(RUN) scripts/bench_allocator.py --json $(MEASURED)/allocator.json
-	$(RUN) scripts/bench_watch.py --json $(MEASURED)/watch.json
-	$(MPIEXEC) -n 2 $(RUN) scripts/bench_accumulation.py --json $(MEASURED)/accumulation.json
-	$(MPIEXEC) -n 2 $(RUN) scripts/bench_sparse_rows.py --json $(MEASURED)/sparse_rows.json
-	MPIR_CVAR_NUM_CLIQUES=2 $(MPIEXEC) -n 2 $(RUN) scripts/bench_compression.py --json $(MEASURED)/compression.json
-	MPIR_CVAR_NUM_CLIQUES=2 $(MPIEXEC) -n 2 $(RUN) scripts/bench_compression.py --task generated \
+	$(MPIEXEC) -n 2 $(RUN) scripts/benchmarks/bench_threads.py --json $(MEASURED)/threads-2.json
+	$(MPIEXEC) -n 4 $(RUN) scripts/benchmarks/bench_threads.py --json $(MEASURED)/threads-4.json
+	$(MPIEXEC) -n 2 $(RUN) scripts/benchmarks/bench_exchange.py --json $(MEASURED)/exchange-2.json
+	$(MPIEXEC) -n 4 $(RUN) scripts/benchmarks/bench_exchange.py --json $(MEASURED)/exchange-4.json
+	$(RUN) scripts/benchmarks/bench_step.py --json $(MEASURED)/step.json
+	$(RUN) scripts/benchmarks/bench_kernels.py --json $(MEASURED)/kernels.json
+	$(RUN) scripts/benchmarks/bench_kernels.py --train --json $(MEASURED)/kernels_train.json
+	$(RUN) scripts/benchmarks/bench_memory.py --json $(MEASURED)/memory.json
+	$(RUN) scripts/benchmarks/bench_allocator.py --json $(MEASURED)/allocator.json
+	$(RUN) scripts/benchmarks/bench_watch.py --json $(MEASURED)/watch.json
+	$(MPIEXEC) -n 2 $(RUN) scripts/benchmarks/bench_accumulation.py --json $(MEASURED)/accumulation.json
+	$(MPIEXEC) -n 2 $(RUN) scripts/benchmarks/bench_sparse_rows.py --json $(MEASURED)/sparse_rows.json
+	MPIR_CVAR_NUM_CLIQUES=2 $(MPIEXEC) -n 2 $(RUN) scripts/benchmarks/bench_compression.py --json $(MEASURED)/compression.json
+	MPIR_CVAR_NUM_CLIQUES=2 $(MPIEXEC) -n 2 $(RUN) scripts/benchmarks/bench_compression.py --task generated \
 	  --ways momentum --seeds 2 --epochs 4 --batch-size 64 --json $(MEASURED)/compression_generated.json
 
 bench-nodes: $(MEASURING)
-	$(RUN) scripts/bench_nodes.py --json $(MEASURED)/nodes.json
-	$(ON_HOSTS) scripts/bench_accumulation.py --json $(MEASURED)/accumulation_hosts.json
-	$(ON_HOSTS) scripts/bench_sparse_rows.py --json $(MEASURED)/sparse_rows_hosts.json
+	$(RUN) scripts/benchmarks/bench_nodes.py --json $(MEASURED)/nodes.json
+	$(ON_HOSTS) scripts/benchmarks/bench_accumulation.py --json $(MEASURED)/accumulation_hosts.json
+	$(ON_HOSTS) scripts/benchmarks/bench_sparse_rows.py --json $(MEASURED)/sparse_rows_hosts.json
 
 # Some minutes for each workload and contender on two cores.
 scaling: $(MEASURING)

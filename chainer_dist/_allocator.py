@@ -1,7 +1,7 @@
 """Memory that stays with a rank from one training step to the next.
 
 What backward frees glibc gives back to the system, to ask for it again in the next step: page by page, each
-filled with zeros, thousands of times a step (``scripts/bench_allocator.py`` counts them). A step's peak is
+filled with zeros, thousands of times a step (``scripts/benchmarks/bench_allocator.py`` counts them). A step's peak is
 reached in every step, so to keep the memory in between costs nothing at the peak.
 """
 

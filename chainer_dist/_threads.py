@@ -2,7 +2,7 @@
 
 Every process that loads NumPy starts as many BLAS threads as it has cores. Several ranks on a machine
 then take the cores from one another, and wait for threads that are not running: steps of small models
-take several times as long (``scripts/bench_threads.py`` measures it).
+take several times as long (``scripts/benchmarks/bench_threads.py`` measures it).
 """
 
 from __future__ import annotations

@@ -50,13 +50,13 @@ def test_measured_tables(tmp_path):
     errors, _ = build(tmp_path, MEASURED)
     assert "docs/measured/ has no threads.json: run make bench" in errors
     file = tmp_path / "measured" / "threads.json"
-    script = mpi_job.ROOT / "scripts" / "bench_threads.py"
+    script = mpi_job.ROOT / "scripts" / "benchmarks" / "bench_threads.py"
     options = f"--units 8 --steps 1 --batch-size 1 --json {file}"
     job = mpi_job.run([sys.executable, str(script), *options.split()], 2, timeout=100, cwd=tmp_path)
     assert job.status == 0, job.output
     content = json.loads(file.read_text())
     assert content["command"] == (
-        "mpiexec -n 2 python scripts/bench_threads.py --units 8 --steps 1 --batch-size 1"
+        "mpiexec -n 2 python scripts/benchmarks/bench_threads.py --units 8 --steps 1 --batch-size 1"
     )
     assert content["machine"]["versions"]["chainer_dist"] == chainer_dist.__version__
     (table,) = content["tables"]

@@ -201,7 +201,7 @@ def _validation() -> str:
         "<h3>How far predictions were off</h3>"
         f"<p>{validation.summary(comparisons)}: steps on hosts made of one machine "
         f"({escaped(machine['processor'])}, {escaped(machine['date'])}), by "
-        "<code>python scripts/validate_prediction.py</code>. Larger clusters could not be tried.</p>"
+        "<code>python scripts/benchmarks/validate_prediction.py</code>. Larger clusters could not be tried.</p>"
         f"{wrapped(heads, lines)}"
     )
 

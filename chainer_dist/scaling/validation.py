@@ -1,6 +1,6 @@
 """How far predicted steps were from measured ones, when that was last tried.
 
-``scripts/validate_prediction.py --out chainer_dist/scaling/validation.json`` tries it, as root, on hosts
+``scripts/benchmarks/validate_prediction.py --out chainer_dist/scaling/validation.json`` tries it, as root, on hosts
 made of one machine. What came of it travels with the package, so that no prediction is shown without its
 errors.
 """

@@ -3,7 +3,7 @@
     .. scaled:: efficiency mlp
 
 shows a table made of docs/measured/scaling.json or predictions.json, where ``make scaling`` leaves copies of what it
-makes, of scaling-16.json, which is from a larger machine, or of what scripts/validate_prediction.py left in the
+makes, of scaling-16.json, which is from a larger machine, or of what scripts/benchmarks/validate_prediction.py left in the
 package. :data:`PARTS` lists what there is.
 """
 
@@ -80,7 +80,9 @@ def compared(_: dict[str, Any]) -> Iterator[nodes.Node]:
             for each in comparisons
         ],
     )
-    yield origin({"machine": machine, "command": "python scripts/validate_prediction.py"})
+    yield origin(
+        {"machine": machine, "command": "python scripts/benchmarks/validate_prediction.py"}
+    )
 
 
 def recorded(content: dict[str, Any]) -> Iterator[nodes.Node]:

@@ -269,7 +269,7 @@ def test_pbs(tmp_path):
 @pytest.mark.parametrize("script", ["slurm_job.sh", "pbs_job.sh"])
 def test_job_scripts(script):
     """The shell can read them, and the options they use are the launcher's."""
-    file = ROOT / "scripts" / script
+    file = ROOT / "scripts" / "cluster" / script
     subprocess.run([shutil.which("bash"), "-n", file], check=True)
     text = file.read_text()
     assert "chainer-dist run --max-restarts 3 scripts/train_digits.py" in text

@@ -110,7 +110,7 @@ def test_contenders_do_the_same_training(comm):
     np.testing.assert_allclose(found["chainer_dist"], found["chainermn"], rtol=1e-5, atol=1e-7)
 
 
-MORE_MODELS = mpi_job.ROOT / "scripts" / "kernel_models.py"
+MORE_MODELS = mpi_job.ROOT / "scripts" / "benchmarks" / "kernel_models.py"
 
 
 @pytest.mark.torch

@@ -12,7 +12,7 @@ import pytest
 import mpi_job
 
 HAS_TORCH = importlib.util.find_spec("torch") is not None
-SCRIPT = mpi_job.ROOT / "scripts" / "bench_kernels.py"
+SCRIPT = mpi_job.ROOT / "scripts" / "benchmarks" / "bench_kernels.py"
 
 
 def call(*arguments):

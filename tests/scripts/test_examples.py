@@ -15,7 +15,11 @@ pytestmark = pytest.mark.mpi_skip
 
 def last_numbers(script, ranks, *arguments, cwd):
     """Run a script and return the numbers in the line that says how well it learned."""
-    command = [sys.executable, str(mpi_job.ROOT / "scripts" / script), *map(str, arguments)]
+    command = [
+        sys.executable,
+        str(mpi_job.ROOT / "scripts" / "examples" / script),
+        *map(str, arguments),
+    ]
     job = mpi_job.run(command, ranks, timeout=150, cwd=cwd)
     assert job.status == 0, job.output
     lines = re.findall(

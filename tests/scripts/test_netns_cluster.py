@@ -20,7 +20,7 @@ import mpi_job
 # It starts jobs of its own.
 pytestmark = [pytest.mark.mpi_skip, pytest.mark.faults]
 
-SCRIPT = mpi_job.ROOT / "scripts" / "netns_cluster.py"
+SCRIPT = mpi_job.ROOT / "scripts" / "cluster" / "netns_cluster.py"
 _spec = importlib.util.spec_from_file_location("netns_cluster", SCRIPT)
 netns_cluster = importlib.util.module_from_spec(_spec)
 _spec.loader.exec_module(netns_cluster)

@@ -1,8 +1,8 @@
 #!/usr/bin/env python
 """Train a language model on real English, and let it write a sentence.
 
-    python scripts/train_language_model.py                  # one process
-    mpiexec -n 2 python scripts/train_language_model.py     # two, each reading its part of the text
+    python scripts/examples/train_language_model.py                  # one process
+    mpiexec -n 2 python scripts/examples/train_language_model.py     # two, each reading its part of the text
 
 The text is Python's own documentation as far as it ships with Python, or any file (``--text``). An
 LSTM reads it word by word and predicts the next one. Each rank reads its own part of the text, as

@@ -1,8 +1,8 @@
 #!/usr/bin/env python
 """Train a small transformer that translates dates as people write them: "3 March 2021" to "2021-03-03".
 
-    python scripts/train_attention.py                  # one process
-    mpiexec -n 2 python scripts/train_attention.py     # two
+    python scripts/examples/train_attention.py                  # one process
+    mpiexec -n 2 python scripts/examples/train_attention.py     # two
 
 Dates are generated; those of the validation are never trained on. The transformer (Vaswani et al.,
 2017) reads the source and writes the target letter by letter: of each it sees all that come before.

@@ -1,5 +1,5 @@
 #!/bin/bash
-# A training job under PBS: qsub scripts/pbs_job.sh
+# A training job under PBS: qsub scripts/cluster/pbs_job.sh
 # Submit it from the directory with .venv, which all nodes have to see.
 #PBS -N digits
 #PBS -l select=2:ncpus=4:mpiprocs=4

@@ -6,7 +6,7 @@ A switch joins the hosts, each by a link that has the bandwidth, delay and loss 
 to know about. TCP over these links is the real one; only
 processors and memory are those of a single machine.
 
-    scripts/netns_cluster.py --hosts 2 --ranks-per-host 2 --rate 1gbit -- python train.py
+    scripts/cluster/netns_cluster.py --hosts 2 --ranks-per-host 2 --rate 1gbit -- python train.py
 
 MPICH's mpiexec starts the job as on any cluster, with a launcher in the place of ssh, and the status
 is the job's. At the start a ping-pong shows that messages between hosts cross the links and take the
@@ -569,7 +569,7 @@ def main() -> int:
             args.hosts, ranks_per_host=args.ranks_per_host, check=not args.no_check, **options
         ) as cluster:
             # For what the command reports.
-            called = f"scripts/netns_cluster.py --hosts {args.hosts} --ranks-per-host {args.ranks_per_host}"
+            called = f"scripts/cluster/netns_cluster.py --hosts {args.hosts} --ranks-per-host {args.ranks_per_host}"
             env = {"NETNS_CLUSTER": f"{called} --rate {args.rate}"}
             return cluster.run(command, env=env).returncode
     except (RuntimeError, ValueError) as error:

@@ -1,8 +1,8 @@
 #!/usr/bin/env python
 """Search for good hyperparameters, with groups of ranks that train candidates side by side.
 
-    mpiexec -n 2 python scripts/search_hyperparameters.py
-    mpiexec -n 4 python scripts/search_hyperparameters.py --candidates 12
+    mpiexec -n 2 python scripts/examples/search_hyperparameters.py
+    mpiexec -n 4 python scripts/examples/search_hyperparameters.py --candidates 12
 
 Successive halving (Jamieson and Talwalkar, 2016): random candidates are trained for a short time, the
 better half of them anew for twice as long, and so on until one is left. In each round the ranks are
@@ -19,8 +19,8 @@ import chainer
 import chainer.functions as F
 import chainer.links as L
 import numpy as np
+from digits import MLP, get_digits
 from example import make_parser, positive
-from train_digits import MLP, get_digits
 
 import chainer_dist
 

@@ -1,5 +1,5 @@
 #!/bin/bash
-# A training job under Slurm: sbatch scripts/slurm_job.sh [arguments of the script]
+# A training job under Slurm: sbatch scripts/cluster/slurm_job.sh [arguments of the script]
 # Submit it from the directory with .venv, which all nodes have to see.
 #SBATCH --job-name=digits
 #SBATCH --nodes=2

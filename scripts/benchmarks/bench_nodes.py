@@ -28,9 +28,12 @@ import statistics
 import subprocess
 import sys
 import time
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import bench_tables
+
+sys.path.append(str(Path(__file__).resolve().parents[1] / "cluster"))
 import netns_cluster
 
 if TYPE_CHECKING:

@@ -1,7 +1,7 @@
 #!/usr/bin/env python
 """Train a classifier of handwritten digits that goes on after whatever has ended it.
 
-    mpiexec -n 2 python scripts/train_resumable.py
+    mpiexec -n 2 python scripts/examples/train_resumable.py
 
 Interrupt it, kill it, and start it again, on as many processes or on others: it goes on from the newest
 checkpoint. On as many the result is, to the last bit, that of a training without interruption. On
@@ -19,7 +19,7 @@ import chainer
 import chainer.links as L
 import numpy as np
 from chainer.training import extensions
-from train_digits import MLP, get_digits
+from digits import MLP, get_digits
 
 import chainer_dist
 

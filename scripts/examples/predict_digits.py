@@ -2,7 +2,7 @@
 """Recognize digits with a trained model, on all ranks.
 
     mpiexec -n 2 python scripts/train_digits.py       # leaves result/snapshot_iter_...
-    mpiexec -n 2 python scripts/predict_digits.py --snapshot result/snapshot_iter_562
+    mpiexec -n 2 python scripts/examples/predict_digits.py --snapshot result/snapshot_iter_562
 
 Without ``--snapshot`` it trains for a moment first. Results come back in the order of the images, or,
 with ``--files``, each rank writes those that it has computed.
@@ -17,8 +17,8 @@ from typing import Any
 import chainer
 import chainer.links as L
 import numpy as np
+from digits import CNN, MLP, get_digits
 from example import make_parser, positive
-from train_digits import CNN, MLP, get_digits
 
 import chainer_dist
 

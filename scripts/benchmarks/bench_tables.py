@@ -75,7 +75,7 @@ class Report:
                 next(given)
             elif not word.startswith("--json="):
                 kept.append(word)
-        return shlex.join([*words, "python", f"scripts/{Path(sys.argv[0]).name}", *kept])
+        return shlex.join([*words, "python", f"scripts/benchmarks/{Path(sys.argv[0]).name}", *kept])
 
 
 class Table:

@@ -1,8 +1,8 @@
 #!/usr/bin/env python
 """Train a sequence-to-sequence model whose encoder and decoder are on different ranks.
 
-    mpiexec -n 2 python scripts/train_seq2seq.py     # one model, on two ranks
-    mpiexec -n 4 python scripts/train_seq2seq.py     # two replicas of it, with a batch each
+    mpiexec -n 2 python scripts/examples/train_seq2seq.py     # one model, on two ranks
+    mpiexec -n 4 python scripts/examples/train_seq2seq.py     # two replicas of it, with a batch each
 
 It learns to turn generated sequences of letters round. The LSTM of the encoder hands its state to
 that of the decoder, and gets gradients back the same way. With more than two ranks, encoders

@@ -1,7 +1,7 @@
 #!/usr/bin/env python
 """Train one convolutional network whose filters are spread over the ranks.
 
-    mpiexec -n 2 python scripts/train_parallel_convolution.py
+    mpiexec -n 2 python scripts/examples/train_parallel_convolution.py
 
 All ranks see the same images. Each computes its own part of the channels of a layer; the next layer
 needs all of them, so that ranks gather them in between. Rank 0 classifies what the last layer found.
@@ -17,7 +17,7 @@ import chainer
 import chainer.functions as F
 import chainer.links as L
 import numpy as np
-from train_digits import get_digits
+from digits import get_digits
 
 import chainer_dist
 

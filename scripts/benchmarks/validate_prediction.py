@@ -18,12 +18,13 @@ import time
 from pathlib import Path
 from typing import Any
 
-from netns_cluster import Cluster, UnavailableError
-
 from chainer_dist.scaling import experiment, results, simulate, validation
 from chainer_dist.scaling.schedule import Schedule
 from chainer_dist.scaling.worker import Task
 from chainer_dist.scaling.workloads import load
+
+sys.path.append(str(Path(__file__).resolve().parents[1] / "cluster"))
+from netns_cluster import Cluster, UnavailableError
 
 # Our name of a contender, and the design that it has.
 DESIGNS = {"chainer_dist": "overlap", "chainermn": "naive"}

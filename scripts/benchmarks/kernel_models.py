@@ -1,6 +1,6 @@
 """Models for bench_kernels.py beside those of ``chainer-dist scale``.
 
-Each function at the end is a workload for it, too: ``chainer-dist scale --workloads scripts/kernel_models.py:unet``.
+Each function at the end is a workload for it, too: ``chainer-dist scale --workloads scripts/benchmarks/kernel_models.py:unet``.
 The torch models are in kernel_models_torch.py.
 """
 

@@ -3,7 +3,7 @@
 
 Run it on several nodes. MPICH can take the ranks of one machine for those of two::
 
-    MPIR_CVAR_NUM_CLIQUES=2 mpiexec -n 2 python scripts/bench_compression.py
+    MPIR_CVAR_NUM_CLIQUES=2 mpiexec -n 2 python scripts/benchmarks/bench_compression.py
 
 Each way trains the same perceptron from the same parameters, with several seeds, by Adam; where it
 does momentum itself by SGD, beside which stands MomentumSGD. Bytes are those that a node sends in a
@@ -19,6 +19,8 @@ import os
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import argparse
+import sys
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import bench_tables
@@ -26,10 +28,12 @@ import chainer
 import chainer.functions as F
 import chainer.links as L
 import numpy as np
-from train_digits import MLP, get_digits
 
 import chainer_dist
 from chainer_dist import compression
+
+sys.path.append(str(Path(__file__).resolve().parents[1] / "examples"))
+from digits import MLP, get_digits
 
 if TYPE_CHECKING:
     from collections.abc import Callable

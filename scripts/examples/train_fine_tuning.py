@@ -1,8 +1,8 @@
 #!/usr/bin/env python
 """Train on one task, save, and go on from there with another task and little data.
 
-    python scripts/train_fine_tuning.py                  # one process
-    mpiexec -n 2 python scripts/train_fine_tuning.py     # two
+    python scripts/examples/train_fine_tuning.py                  # one process
+    mpiexec -n 2 python scripts/examples/train_fine_tuning.py     # two
 
 A network learns the digits 0 to 4 and is saved. For the digits 5 to 9, of which there are few images
 (``--images``), it is loaded and its linear layers are replaced by new ones. These learn alone at
@@ -19,8 +19,8 @@ import chainer
 import chainer.links as L
 import numpy as np
 from chainer.training import extensions
+from digits import CNN, get_digits
 from example import add_reports, make_parser, positive
-from train_digits import CNN, get_digits
 
 import chainer_dist
 

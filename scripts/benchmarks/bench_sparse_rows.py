@@ -3,8 +3,8 @@
 
 On one node, and between nodes (see netns_cluster.py)::
 
-    mpiexec -n 2 python scripts/bench_sparse_rows.py
-    python scripts/netns_cluster.py --hosts 2 --rate 1gbit -- python scripts/bench_sparse_rows.py
+    mpiexec -n 2 python scripts/benchmarks/bench_sparse_rows.py
+    python scripts/cluster/netns_cluster.py --hosts 2 --rate 1gbit -- python scripts/benchmarks/bench_sparse_rows.py
 
 An embedding of 50,000 x 256 (51 MB) and 1,000 words a rank, drawn evenly: the mean of its gradient with
 and without ``SparseRows``, and whole steps of SGD and Adam, in milliseconds. The exact one is that of the

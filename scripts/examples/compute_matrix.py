@@ -1,7 +1,7 @@
 #!/usr/bin/env python
 """Compute a matrix element by element on all ranks, though its elements take uneven times.
 
-    mpiexec -n 2 python scripts/compute_matrix.py
+    mpiexec -n 2 python scripts/examples/compute_matrix.py
 
 An element says after how many steps a point of the plane leaves the Mandelbrot set, in plain Python:
 one step for some, ``--steps`` for others. Timed beside it are a loop, and multiprocessing.Pool with as

@@ -1,8 +1,8 @@
 #!/usr/bin/env python
 """Train a generative adversarial network on handwritten digits: two models, two optimizers.
 
-    python scripts/train_gan.py                  # one process
-    mpiexec -n 2 python scripts/train_gan.py     # two, each with its part of the images
+    python scripts/examples/train_gan.py                  # one process
+    mpiexec -n 2 python scripts/examples/train_gan.py     # two, each with its part of the images
 
 A small DCGAN (Radford et al., 2015) whose batch normalization spans all ranks. How alike drawn and
 real images are is told by the Frechet distance of their pixels, which is 0 for equal mean and
@@ -21,7 +21,7 @@ import chainer.functions as F
 import chainer.links as L
 import numpy as np
 from chainer.training import extensions
-from train_digits import get_digits
+from digits import get_digits
 
 import chainer_dist
 

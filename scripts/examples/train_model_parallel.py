@@ -1,8 +1,8 @@
 #!/usr/bin/env python
 """Train a network whose layers are on different ranks, as one pipeline or as several replicas of it.
 
-    mpiexec -n 2 python scripts/train_model_parallel.py                       # one network on two ranks
-    mpiexec -n 4 python scripts/train_model_parallel.py --ranks-per-model 2   # two replicas of it
+    mpiexec -n 2 python scripts/examples/train_model_parallel.py                       # one network on two ranks
+    mpiexec -n 4 python scripts/examples/train_model_parallel.py --ranks-per-model 2   # two replicas of it
 
 Each batch goes through the ranks in pieces (micro-batches), so that they compute at the same time.
 Replicas train on parts of the data, and average the gradients of each layer.
@@ -17,7 +17,7 @@ import chainer
 import chainer.functions as F
 import chainer.links as L
 import numpy as np
-from train_digits import get_digits
+from digits import get_digits
 
 import chainer_dist
 

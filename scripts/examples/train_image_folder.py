@@ -1,8 +1,8 @@
 #!/usr/bin/env python
 """Train on a folder of image files, as one trains on ImageNet: a sub-folder for each class.
 
-    mpiexec -n 2 python scripts/train_image_folder.py
-    mpiexec -n 2 python scripts/train_image_folder.py --images photos --size 64
+    mpiexec -n 2 python scripts/examples/train_image_folder.py
+    mpiexec -n 2 python scripts/examples/train_image_folder.py --images photos --size 64
 
 Without ``--images`` handwritten digits are written as PNG files first. Every rank has the list of
 files and opens those of its batches only: an epoch is one shuffled order for all ranks. Images are
@@ -24,9 +24,9 @@ import chainer.functions as F
 import chainer.links as L
 import numpy as np
 from chainer.training import extensions
+from digits import get_digits
 from example import add_reports, make_parser, positive
 from PIL import Image
-from train_digits import get_digits
 
 import chainer_dist
 

@@ -3,8 +3,8 @@
 
 On one node, and between nodes (see netns_cluster.py)::
 
-    mpiexec -n 2 python scripts/bench_accumulation.py
-    python scripts/netns_cluster.py --hosts 2 --rate 1gbit -- python scripts/bench_accumulation.py
+    mpiexec -n 2 python scripts/benchmarks/bench_accumulation.py
+    python scripts/cluster/netns_cluster.py --hosts 2 --rate 1gbit -- python scripts/benchmarks/bench_accumulation.py
 
 A perceptron of 1.5 million parameters (784, 5 x 512, 10) is trained by SGD: on batches that are exchanged
 each, on four accumulated ones, on one of four times the size, and by local SGD with a period of four.
