@@ -118,6 +118,8 @@ class Settings:
         self._classes = 0
         self._values: list[_Value] = []  # whose descriptions these are:
         self._described = 0
+        self._lasting: Any = None  # whose digest this is:
+        self._base = 0
 
     def digest(self, options: Lines, optimizer: chainer.Optimizer, parameters: ParameterSet) -> int:
         """Return a number that is the same on every rank if all of it is. Local.
@@ -136,17 +138,17 @@ class Settings:
             self._values = values
             self._described = digest(self._describe(values))
         found = [rule for rule in rules if rule is not None]
-        counts = [rule.t for rule in found] if self._are_alike else []
-        return digest(
-            (
-                options,
-                self._classes,
-                self._described,
-                bytes([rule.enabled for rule in found]),
-                bytes([rule._use_fp32_update for rule in found]),
-                counts[:1] if len({*counts}) == 1 else counts,
-            )
+        lasting = (
+            options,
+            self._classes,
+            self._described,
+            [rule.enabled for rule in found],
+            [rule._use_fp32_update for rule in found],
         )
+        if lasting != self._lasting:
+            self._lasting, self._base = lasting, digest(lasting)
+        counts = [rule.t for rule in found] if self._are_alike else []
+        return digest((self._base, counts[:1] if len({*counts}) == 1 else counts))
 
     def lines(
         self, options: Lines, optimizer: chainer.Optimizer, parameters: ParameterSet

@@ -198,7 +198,7 @@ def test_state_exists_once(nodes):
         array.size
         for chunks in optimizer._state.plan.chosen.prepared.layout.chunks
         for chunk in chunks
-        for array in chunk._state.values()
+        for array in chunk.state.values()
     )
     everyone = nodes.allgather_obj(own)
     size = sum(param.size for param in optimizer.target.params())

@@ -26,24 +26,27 @@ class Chunk:
         state: By the names of the rule's arrays, 1-dimensional arrays that take these elements of them.
 
     Attributes:
+        whole: The parameter.
         param: The elements, as a parameter.
+        state: The state of the elements, by the names of the rule's arrays, in the shape of ``array``.
+        array: The elements' values, 1-dimensional, or 0-dimensional if the parameter is.
     """
 
     def __init__(self, whole: chainer.Parameter, elements: slice, state: dict[str, Array]) -> None:
         import chainer
 
-        self._whole = whole
+        self.whole = whole
         self._elements = elements
         # NumPy 1 computes 0-dimensional arrays in double precision.
         self._shape = () if whole.array.ndim == 0 else (-1,)
-        self._state = {key: value.reshape(self._shape) for key, value in state.items()}
+        self.state = {key: value.reshape(self._shape) for key, value in state.items()}
         self._rule = copy.copy(whole.update_rule)
         self.param = chainer.Parameter(name=whole.name)  # hooks leave out biases by it
 
     def bind(self, array: Array) -> None:
         """Make these elements of ``array`` the chunk's, which is in C order."""
-        self._array = self._local_slice(array)
-        self.param.array = self._array
+        self.array = self._local_slice(array)
+        self.param.array = self.array
 
     def take_grad(self, grad: Array) -> None:
         """Make ``grad``, 1-dimensional, the gradient of the chunk."""
@@ -57,42 +60,41 @@ class Chunk:
         if rule._state is None:
             rule._state = {}
             rule.init_state(self.param)
-            for key, array in self._state.items():
+            for key, array in self.state.items():
                 array[...] = rule._state[key]
         else:
-            for key, array in self._state.items():
+            for key, array in self.state.items():
                 array[...] = self._local_slice(rule._state[key])
 
     def read_state(self, key: str, out: Array) -> None:
         """Copy these elements of an array of the state; nothing if the rule has none of that name."""
-        if key in self._state:
-            out[...] = self._state[key].reshape(-1)
+        if key in self.state:
+            out[...] = self.state[key].reshape(-1)
 
     def _local_slice(self, array: Array) -> Array:
         return array.reshape(-1)[self._elements].reshape(self._shape)
 
     def prepare(self, hooks: Sequence[Callable[[Any, chainer.Parameter], None]]) -> None:
         """Call hooks of the optimizer that work on one parameter at a time."""
-        self.param._loss_scale = self._whole._loss_scale
+        self.param._loss_scale = self.whole._loss_scale
         for hook in hooks:
-            hook(self._whole.update_rule, self.param)
+            hook(self.whole.update_rule, self.param)
 
-    def update(self) -> None:
-        """Update the chunk as the whole parameter's rule would."""
+    def update(self, hooks: Sequence[Callable[[Any, chainer.Parameter], None]]) -> None:
+        """Call hooks of the optimizer, and update the chunk as the whole parameter's rule would."""
+        self.prepare(hooks)
         rule = self._rule
         if rule is None:
             return
-        vars(rule).update(
-            vars(self._whole.update_rule)
-        )  # hyperparameters, t, hooks as they are now
-        rule._state = state = dict(self._state)
+        vars(rule).update(vars(self.whole.update_rule))  # hyperparameters, t, hooks as they are now
+        rule._state = state = dict(self.state)
         rule.update(self.param)
-        for key, array in self._state.items():
+        for key, array in self.state.items():
             if state[key] is not array:  # a rule may replace its arrays
                 array[...] = state[key]
-        if self.param.array is not self._array:
-            self._array[...] = self.param.array
-            self.param.array = self._array
+        if self.param.array is not self.array:
+            self.array[...] = self.param.array
+            self.param.array = self.array
 
 
 def state_keys(rule: chainer.UpdateRule | None) -> list[str]:

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
     from chainer_dist.parameters import ParameterSet
 
-__all__ = ["Signature", "is_elementwise", "obstacle", "obstacle_in_arrays"]
+__all__ = ["Signature", "is_elementwise", "is_uniform", "obstacle", "obstacle_in_arrays"]
 
 # Chainer's rules that compute each element from that element's gradient and state alone, and keep
 # nothing but `t` outside of their state.
@@ -155,10 +155,13 @@ def is_elementwise(hook: Any) -> bool:
     Chainer's hooks that do so are known, by any of their names, and what is derived from them and
     behaves alike. Any other hook can say so of itself, by a true attribute ``is_elementwise``.
     """
+    return bool(getattr(hook, "is_elementwise", False)) or is_uniform(hook)
+
+
+def is_uniform(hook: Any) -> bool:
+    """Tell whether a hook is elementwise and does the same to every parameter, whatever its name. Local."""
     from chainer import optimizer_hooks
 
-    if getattr(hook, "is_elementwise", False):
-        return True
     known = (
         optimizer_hooks.GradientHardClipping,
         optimizer_hooks.Lasso,

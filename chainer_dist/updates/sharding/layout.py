@@ -12,6 +12,7 @@ from chainer_dist.communicators.shared_memory.layout import Layout as BlockLayou
 from chainer_dist.communicators.shared_memory.layout import Place, partition
 from chainer_dist.communicators.shared_memory.memory import read_only, share_memory
 from chainer_dist.updates.sharding.chunk import Chunk
+from chainer_dist.updates.sharding.fused import fuse
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Container, Iterator, Sequence
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from chainer_dist._typing import Array
     from chainer_dist.communicators.shared_memory.communicator import SharedMemoryCommunicator
     from chainer_dist.communicators.shared_memory.layout import Slice
+    from chainer_dist.updates.sharding.fused import FusedChunks
     from chainer_dist.updates.sharding.state import RuleStates
 
 __all__ = ["Group", "Layout", "LayoutPlan", "LocalSlice", "Memory", "elements_of", "positions"]
@@ -37,11 +39,13 @@ class LocalSlice(NamedTuple):
         slice: Its place in the block.
         mean: Array that takes its averaged gradients; not used on a single rank.
         chunks: Its chunks, one a parameter.
+        updates: The same elements, as they are updated: small chunks together.
     """
 
     slice: Slice
     mean: Array
     chunks: list[Chunk]
+    updates: list[Chunk | FusedChunks]
 
 
 class Group(NamedTuple):
@@ -178,15 +182,16 @@ class LayoutPlan:
                 mean = np.empty(size, dtype)
             else:
                 mean = scratch[:size]
-            local = LocalSlice(piece, mean, [])
+            local = []
             for index, elements, inside in elements_of(indices, piece):
                 chunk = Chunk(self._params[index], elements, states.of_chunk(index, elements))
                 chunk.bind(arrays[index])
                 if self._comm.size > 1:
                     chunk.take_grad(mean[inside])
                 chunks[index].append(chunk)
-                local.chunks.append(chunk)
-            group.slices.append(local)
+                local.append(chunk)
+            fused = fuse(local, mean if self._comm.size > 1 else None)
+            group.slices.append(LocalSlice(piece, mean, local, fused))
         return group
 
     def _cut(self, sizes: list[int], wire: np.dtype[Any]) -> BlockLayout:

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from chainer_dist.parameters import ParameterSet
     from chainer_dist.updates.options import Options
     from chainer_dist.updates.sharding.chunk import Chunk
-    from chainer_dist.updates.sharding.layout import Group
+    from chainer_dist.updates.sharding.layout import Group, LocalSlice
     from chainer_dist.updates.sharding.placement import Placement
     from chainer_dist.updates.sharding.state import RuleStates
 
@@ -218,7 +218,7 @@ class Shards:
                 if sources is not None:
                     for grad, chunk in zip(local.slice.views(sources), local.chunks):
                         chunk.take_grad(grad)
-                _work(local.chunks, hooks, is_last=is_last)
+                _work(local, hooks, is_last=is_last)
             return
         arrays = None
         if is_last:
@@ -231,7 +231,7 @@ class Shards:
             local = group.slices[number]
             if sources is not None:
                 np.multiply(total, scale, out=local.mean, casting="same_kind")
-            _work(local.chunks, hooks, is_last=is_last)
+            _work(local, hooks, is_last=is_last)
             if results is not None:
                 local.slice.gather(results, out)
 
@@ -286,11 +286,13 @@ class Shards:
         self._placement.release()
 
 
-def _work(chunks: Iterable[Chunk], hooks: list[Any], *, is_last: bool) -> None:
-    for chunk in chunks:
+def _work(local: LocalSlice, hooks: list[Any], *, is_last: bool) -> None:
+    if is_last:
+        for update in local.updates:
+            update.update(hooks)
+        return
+    for chunk in local.chunks:
         chunk.prepare(hooks)
-        if is_last:
-            chunk.update()
 
 
 def _is_enabled(rule: chainer.UpdateRule | None) -> bool:

@@ -1,0 +1,113 @@
+"""Small chunks that follow one another in a slice, updated by one call of the rule that they have in common.
+
+Chainer calls a rule once for each parameter. For a bias, or a layer of a few thousand elements, the call takes
+far longer than its arithmetic. Rules that are sharded compute each element by itself, so that one call on
+several parameters, one behind the other, comes to the same bits.
+"""
+
+from __future__ import annotations
+
+import itertools
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from chainer_dist.updates.sharding.chunk import Chunk
+from chainer_dist.updates.sharding.eligibility import is_uniform
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    import chainer
+
+    from chainer_dist._typing import Array
+
+__all__ = ["FusedChunks", "fuse"]
+
+# Copying larger chunks to and fro takes as long as calling their rule.
+_SMALL_BYTES = 1 << 15
+_FUSED_BYTES = 1 << 17
+# What rules that do the same may have of their own, next to the hyperparameters, which are compared by value.
+_OWN = frozenset({"_state", "_hookable", "hyperparam"})
+
+
+class FusedChunks:
+    """Chunks of several parameters that are updated together as long as their rules do the same.
+
+    Args:
+        chunks: Two or more chunks, one behind the other, whose states have the same names.
+        grad: Array of their gradients, one behind the other; None if each chunk gets a new one each time.
+    """
+
+    def __init__(self, chunks: Sequence[Chunk], grad: Array | None) -> None:
+        self._chunks = chunks
+        self._gathers_grads = grad is None
+        ends = list(itertools.accumulate(chunk.array.size for chunk in chunks))
+        self._inside = [slice(end - chunk.array.size, end) for chunk, end in zip(chunks, ends)]
+        self._array = np.empty(ends[-1], chunks[0].array.dtype)
+        self._grad = np.empty_like(self._array) if grad is None else grad
+        self._state = {key: np.empty_like(self._array) for key in chunks[0].state}
+        self._whole = Chunk(chunks[0].whole, slice(None), self._state)
+        self._whole.bind(self._array)
+        self._whole.take_grad(self._grad)
+
+    def update(self, hooks: Sequence[Callable[[Any, chainer.Parameter], None]]) -> None:
+        """Call hooks of the optimizer, and update the chunks as the rules of their parameters would."""
+        if not (self._do_the_same() and all(map(is_uniform, hooks))):
+            for chunk in self._chunks:
+                chunk.update(hooks)
+            return
+        np.concatenate([chunk.array for chunk in self._chunks], out=self._array)
+        for key, array in self._state.items():
+            np.concatenate([chunk.state[key] for chunk in self._chunks], out=array)
+        if self._gathers_grads:
+            np.concatenate([chunk.param.grad for chunk in self._chunks], out=self._grad)
+        self._whole.update(hooks)
+        for chunk, inside in zip(self._chunks, self._inside):
+            chunk.array[...] = self._array[inside]
+            for key, own in chunk.state.items():
+                own[...] = self._state[key][inside]
+            if self._gathers_grads and hooks:
+                chunk.param.grad[...] = self._grad[inside]
+
+    def _do_the_same(self) -> bool:
+        """Tell whether the rules of all chunks would do the same to an element."""
+        first, *others = (_describe(chunk.whole) for chunk in self._chunks)
+        return first is not None and all(other == first for other in others)
+
+
+def _describe(param: chainer.Parameter) -> list[Any] | None:
+    """Return what decides what the update of an element is, or None if a hook of the rule may."""
+    rule = param.update_rule
+    if rule._hookable._pre_update_hooks:
+        return None
+    settings = [each for each in vars(rule).items() if each[0] not in _OWN]
+    return [type(rule), param._loss_scale, settings, vars(rule.hyperparam)]
+
+
+def fuse(chunks: Sequence[Chunk], mean: Array | None) -> list[Chunk | FusedChunks]:
+    """Return chunks in order, small ones that follow one another as one. Local.
+
+    Args:
+        chunks: Chunks of one dtype, one behind the other.
+        mean: Array of their gradients; None if each chunk gets a new one each time.
+    """
+    fused: list[Chunk | FusedChunks] = []
+    ends = list(itertools.accumulate(chunk.array.size for chunk in chunks))
+    for _, group in itertools.groupby(zip(chunks, ends), _kind):
+        members, stops = zip(*group)
+        if len(members) == 1:
+            fused += members
+            continue
+        begin = stops[0] - members[0].array.size
+        fused.append(FusedChunks(members, None if mean is None else mean[begin : stops[-1]]))
+    return fused
+
+
+def _kind(place: tuple[Chunk, int]) -> Any:
+    """Return what chunks have in common that may be fused, or the place of one that may not."""
+    chunk, end = place
+    rule, array = chunk.whole.update_rule, chunk.array
+    if rule is None or not rule.enabled or array.nbytes > _SMALL_BYTES or not array.ndim:
+        return end
+    return list(chunk.state), end * array.itemsize // _FUSED_BYTES
