@@ -53,11 +53,6 @@ LAYERS = [
     ["__init__"],  # what users see; it has names from all layers
     ["launcher", "scaling", "__main__"],
 ]
-# Modules that import one another in a circle, to be taken apart.
-CIRCLES = [
-    {"optimizers.join", "optimizers.multi_node_optimizer"},
-    {"updates.sharding.layout", "updates.sharding.state"},
-]
 
 
 def layer_of(part):
@@ -112,8 +107,7 @@ def test_no_modules_import_one_another():
         for name in graph
         if name in reached[name]
     ]
-    assert [circle for circle in circles if circle not in CIRCLES] == []
-    assert all(circle in circles for circle in CIRCLES), "one is gone; take it off the list"
+    assert circles == []
 
 
 def test_public_names_are_sorted_and_there():

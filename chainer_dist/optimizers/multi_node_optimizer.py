@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
     from chainer_dist.communicators import CommunicatorBase
-    from chainer_dist.optimizers.join import Join
+    from chainer_dist.optimizers.arrangement import Arrangement
 
 __all__ = ["MultiNodeOptimizer"]
 
@@ -44,7 +44,7 @@ class MultiNodeOptimizer(OptimizerProxy):
     """
 
     accumulate_steps: int
-    join: Join | None
+    join: Arrangement | None
     _options: Options
     _state: State
     randomness: Randomness

@@ -10,58 +10,26 @@ import numpy as np
 from chainer_dist.collectives import reduction
 from chainer_dist.communicators.shared_memory.layout import Layout as BlockLayout
 from chainer_dist.communicators.shared_memory.layout import Place, partition
-from chainer_dist.communicators.shared_memory.memory import read_only, share_memory
+from chainer_dist.communicators.shared_memory.memory import read_only
 from chainer_dist.updates.sharding.chunk import Chunk
 from chainer_dist.updates.sharding.fused import fuse
+from chainer_dist.updates.sharding.groups import Group, LocalSlice
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Container, Iterator, Sequence
+    from collections.abc import Container, Iterator, Sequence
 
     import chainer
 
     from chainer_dist._typing import Array
     from chainer_dist.communicators.shared_memory.communicator import SharedMemoryCommunicator
     from chainer_dist.communicators.shared_memory.layout import Slice
-    from chainer_dist.updates.sharding.fused import FusedChunks
+    from chainer_dist.updates.sharding.memory import Memory
     from chainer_dist.updates.sharding.state import RuleStates
 
-__all__ = ["Group", "Layout", "LayoutPlan", "LocalSlice", "Memory", "elements_of", "positions"]
+__all__ = ["Layout", "LayoutPlan", "elements_of", "positions"]
 
-_ALIGNMENT = 64  # bytes: a cache line
 
 _CHUNK_BYTES = 1 << 19  # of a parameter, where one rank updates all of it
-
-
-class LocalSlice(NamedTuple):
-    """This rank's slice of a block.
-
-    Attributes:
-        slice: Its place in the block.
-        mean: Array that takes its averaged gradients; not used on a single rank.
-        chunks: Its chunks, one a parameter.
-        updates: The same elements, as they are updated: small chunks together.
-    """
-
-    slice: Slice
-    mean: Array
-    chunks: list[Chunk]
-    updates: list[Chunk | FusedChunks]
-
-
-class Group(NamedTuple):
-    """The parameters of one dtype.
-
-    Attributes:
-        indices: Their numbers, in the order of the exchange.
-        dtype: Type in which their gradients are summed.
-        layout: Layout of the blocks in which they are exchanged.
-        slices: This rank's slice of each block.
-    """
-
-    indices: list[int]
-    dtype: np.dtype[Any]
-    layout: BlockLayout
-    slices: list[LocalSlice]
 
 
 class Layout(NamedTuple):
@@ -76,26 +44,6 @@ class Layout(NamedTuple):
     groups: list[Group]
     chunks: list[list[Chunk]]
     means: list[Array | None]
-
-
-class Memory:
-    """Arrays in one piece of memory that the ranks of a node share: first planned, then allocated."""
-
-    def __init__(self, comm: SharedMemoryCommunicator) -> None:
-        self._comm = comm
-        self._nbytes = 0
-        self._bytes: Array
-
-    def plan(self, size: int, dtype: np.dtype[Any]) -> Callable[[], Array]:
-        """Plan an array; the result returns it once the memory is allocated. Local."""
-        start = self._nbytes
-        stop = start + size * dtype.itemsize
-        self._nbytes = stop + -stop % _ALIGNMENT
-        return lambda: self._bytes[start:stop].view(dtype)
-
-    def allocate(self) -> None:
-        """Get the memory. Collective."""
-        self._bytes = share_memory(self._comm, self._nbytes)
 
 
 class LayoutPlan:

@@ -14,7 +14,8 @@ if TYPE_CHECKING:
 
     from chainer_dist._typing import Array
     from chainer_dist.communicators.shared_memory.communicator import SharedMemoryCommunicator
-    from chainer_dist.updates.sharding.layout import Layout, Memory
+    from chainer_dist.updates.sharding.layout import Layout
+    from chainer_dist.updates.sharding.memory import Memory
 
 __all__ = ["NodeParameters", "OwnParameters", "Placement"]
 

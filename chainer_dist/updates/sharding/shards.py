@@ -18,7 +18,8 @@ from chainer_dist.communicators.shared_memory.exchange import Exchange
 from chainer_dist.parameters import are_identical
 from chainer_dist.updates.base import GradientExchange
 from chainer_dist.updates.sharding.eligibility import is_elementwise, obstacle_in_arrays
-from chainer_dist.updates.sharding.layout import LayoutPlan, Memory, positions
+from chainer_dist.updates.sharding.layout import LayoutPlan, positions
+from chainer_dist.updates.sharding.memory import Memory
 from chainer_dist.updates.sharding.placement import NodeParameters, OwnParameters
 from chainer_dist.updates.sharding.state import JobStates, NodeStates
 
@@ -33,7 +34,7 @@ if TYPE_CHECKING:
     from chainer_dist.parameters import ParameterSet
     from chainer_dist.updates.options import Options
     from chainer_dist.updates.sharding.chunk import Chunk
-    from chainer_dist.updates.sharding.layout import Group, LocalSlice
+    from chainer_dist.updates.sharding.groups import Group, LocalSlice
     from chainer_dist.updates.sharding.placement import Placement
     from chainer_dist.updates.sharding.state import RuleStates
 

@@ -12,7 +12,7 @@ from chainer_dist.communicators.shared_memory.exchange import Exchange
 from chainer_dist.communicators.shared_memory.memory import read_only
 from chainer_dist.parameters import are_identical
 from chainer_dist.updates.sharding.chunk import state_keys
-from chainer_dist.updates.sharding.layout import Memory
+from chainer_dist.updates.sharding.memory import Memory
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
     from chainer_dist._typing import Array
     from chainer_dist.communicators.shared_memory.communicator import SharedMemoryCommunicator
-    from chainer_dist.updates.sharding.layout import Group
+    from chainer_dist.updates.sharding.groups import Group
 
 __all__ = ["SPREAD", "JobStates", "NodeStates", "RuleStates"]
 
