@@ -6,7 +6,9 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from chainer_dist.communicators.shared_memory.slots import BLOCK_BYTES, n_slots, sums_in_flight
 from chainer_dist.compression import TopK
-from chainer_dist.scaling.simulate import DESIGNS, NETWORKS, Cluster, closed_form
+from chainer_dist.scaling.closed_form import closed_form
+from chainer_dist.scaling.cluster import NETWORKS, Cluster
+from chainer_dist.scaling.design import DESIGNS
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -32,11 +34,11 @@ class Prediction(NamedTuple):
         scenario: The kind of cluster, by its name.
         network: By its name.
         ranks_per_node: Of each node.
-        straggler: See :class:`chainer_dist.scaling.simulate.Cluster`.
+        straggler: See :class:`chainer_dist.scaling.cluster.Cluster`.
         jitter: The same.
         oversubscription: The same.
         ranks: Of all nodes.
-        design: See :data:`chainer_dist.scaling.simulate.DESIGNS`.
+        design: See :data:`chainer_dist.scaling.design.DESIGNS`.
         seconds: Of a step, by SMPI; None where that was left out, because it would take too long.
         closed_form: The same in closed form.
         efficiency: What a rank does, against plain Chainer on one rank alone. More than 1 where ranks of a node

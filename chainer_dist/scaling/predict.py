@@ -17,8 +17,10 @@ from chainer_dist._arguments import at_least_one, count, percentage, positive
 from chainer_dist.launcher.options import Parser
 from chainer_dist.scaling import answers, experiment, results, simulate
 from chainer_dist.scaling.answers import Prediction
+from chainer_dist.scaling.closed_form import closed_form, costs
+from chainer_dist.scaling.cluster import NETWORKS, Cluster
+from chainer_dist.scaling.design import DESIGNS
 from chainer_dist.scaling.schedule import Schedule
-from chainer_dist.scaling.simulate import DESIGNS, NETWORKS, Cluster
 from chainer_dist.scaling.workloads import load
 
 if TYPE_CHECKING:
@@ -35,7 +37,7 @@ _ETHERNET = "10 Gbit/s Ethernet"
 
 
 class Scenario(NamedTuple):
-    """A kind of cluster, of any number of nodes; see :class:`chainer_dist.scaling.simulate.Cluster`."""
+    """A kind of cluster, of any number of nodes; see :class:`chainer_dist.scaling.cluster.Cluster`."""
 
     name: str
     network: str
@@ -105,7 +107,7 @@ def predict(
     seconds = None
     if simulate.n_actions(schedule, cluster, how) <= actions:
         seconds = simulate.simulate(schedule, cluster, how)
-    closed = simulate.closed_form(schedule, cluster, how)
+    closed = closed_form(schedule, cluster, how)
     return Prediction(
         workload=schedule.workload,
         scenario=scenario.name,
@@ -119,8 +121,8 @@ def predict(
         seconds=seconds,
         closed_form=closed,
         efficiency=schedule.alone / (closed if seconds is None else seconds),
-        node=simulate.closed_form(schedule, Cluster(1, 1, cluster.network), how) - schedule.alone,
-        **simulate.costs(schedule, cluster, how),
+        node=closed_form(schedule, Cluster(1, 1, cluster.network), how) - schedule.alone,
+        **costs(schedule, cluster, how),
     )
 
 

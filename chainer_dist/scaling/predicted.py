@@ -8,10 +8,11 @@ from typing import TYPE_CHECKING, Any
 from chainer_dist._files import read_regular
 from chainer_dist.scaling import answers, validation
 from chainer_dist.scaling.answers import ANNOUNCED, WORKERS, Prediction
+from chainer_dist.scaling.cluster import NETWORKS
+from chainer_dist.scaling.design import DESIGNS
 from chainer_dist.scaling.page import escaped, figure, wrapped
 from chainer_dist.scaling.predict import FILE
 from chainer_dist.scaling.schedule import Schedule
-from chainer_dist.scaling.simulate import DESIGNS, NETWORKS
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence

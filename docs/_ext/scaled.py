@@ -18,7 +18,7 @@ from docutils.parsers.rst import Directive
 from measured import origin, table
 
 from chainer_dist.scaling import answers, validation
-from chainer_dist.scaling.simulate import DESIGNS
+from chainer_dist.scaling.design import DESIGNS
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator

@@ -18,8 +18,13 @@ import time
 from pathlib import Path
 from typing import Any
 
-from chainer_dist.scaling import experiment, results, simulate, validation
+from chainer_dist.scaling import design as designs
+from chainer_dist.scaling import experiment, results, validation
+from chainer_dist.scaling.closed_form import closed_form
+from chainer_dist.scaling.cluster import Cluster as Place
+from chainer_dist.scaling.cluster import Network
 from chainer_dist.scaling.schedule import Schedule
+from chainer_dist.scaling.simulate import simulate
 from chainer_dist.scaling.worker import Task
 from chainer_dist.scaling.workloads import load
 
@@ -122,8 +127,8 @@ def compare(
             )
             return json.loads(out.read_text(encoding="utf-8"))
 
-        network = simulate.Network(*json.loads(run(cluster, __file__, "--ping-pong")))
-        place = simulate.Cluster(hosts, 1, network)
+        network = Network(*json.loads(run(cluster, __file__, "--ping-pong")))
+        place = Place(hosts, 1, network)
         for workload in workloads:
             examples = batch or load(workload).batch
             what = {"workload": workload, "batch": examples}
@@ -131,9 +136,9 @@ def compare(
             for contender, design in DESIGNS.items():
                 task = Task(contender, workload, examples, 10.0, 15, "")
                 seconds = statistics.median(result(cluster, "worker", task._asdict())["seconds"])
-                how = simulate.DESIGNS[design]
-                predicted = simulate.simulate(schedule, place, how)
-                closed = simulate.closed_form(schedule, place, how)
+                how = designs.DESIGNS[design]
+                predicted = simulate(schedule, place, how)
+                closed = closed_form(schedule, place, how)
                 each = validation.Comparison(
                     hosts, rate, workload, contender, predicted, closed, seconds
                 )

@@ -18,9 +18,11 @@ import chainer_dist
 from chainer_dist.collectives import operation
 from chainer_dist.communicators.shared_memory import slots
 from chainer_dist.scaling import answers, predict, predicted, schedule, simulate, validation
+from chainer_dist.scaling.closed_form import closed_form, costs
+from chainer_dist.scaling.cluster import Cluster, Network, scores
+from chainer_dist.scaling.design import DESIGNS, messages_of
 from chainer_dist.scaling.predict import REPORT, Scenario
 from chainer_dist.scaling.schedule import Schedule
-from chainer_dist.scaling.simulate import DESIGNS, Cluster, Network
 
 STEP = Schedule(
     workload="made up",
@@ -80,14 +82,14 @@ def test_recording(comm):
 def test_two_nodes_by_hand(design, seconds):
     """Of so simple a step the time can be told without a model."""
     cluster = Cluster(2, 1, NETWORK)
-    found = simulate.closed_form(STEP, cluster, DESIGNS[design])
+    found = closed_form(STEP, cluster, DESIGNS[design])
     assert found == pytest.approx(seconds, rel=1e-4)
 
 
 @pytest.mark.parametrize(("nodes", "latencies"), [(3, 2), (4, 2), (8, 2), (16, 8)])
 def test_more_nodes_by_hand(nodes, latencies):
     """Up to eight send each other their parts, in two steps; more halve and double."""
-    found = simulate.closed_form(STEP, Cluster(nodes, 1, NETWORK), DESIGNS["multi-leader"])
+    found = closed_form(STEP, Cluster(nodes, 1, NETWORK), DESIGNS["multi-leader"])
     comparisons = 2 * {3: 3, 4: 2, 8: 3, 16: 4}[nodes] * NETWORK.latency
     sent = 2 * 0.04 * (nodes - 1) / nodes
     want = 0.3 + sent + 5 * latencies * NETWORK.latency + comparisons + 0.15
@@ -98,7 +100,7 @@ def test_one_node_exchanges_nothing():
     """Without a network there is computation and the update."""
     for design in DESIGNS.values():
         want = STEP.compute + (STEP.node_update if design.by_node else STEP.update)
-        assert simulate.closed_form(STEP, Cluster(1, 4, NETWORK), design) == pytest.approx(want)
+        assert closed_form(STEP, Cluster(1, 4, NETWORK), design) == pytest.approx(want)
 
 
 @given(
@@ -112,7 +114,7 @@ def test_messages_are_all_of_the_gradients(final, design, ranks):
     """None is lost, doubled or sent before it is there."""
     how = DESIGNS[design]
     step = STEP._replace(final=final, backward=1.0)
-    messages = simulate._messages(step, Cluster(2, ranks, NETWORK), how)
+    messages = messages_of(step, Cluster(2, ranks, NETWORK), how)
     total = sum(nbytes for _, nbytes in final)
     rounding = len(messages)
     assert sum(each.nbytes for each in messages) == pytest.approx(total * how.width, abs=rounding)
@@ -133,7 +135,7 @@ def test_the_models_agree(nodes, ranks, design):
     """Where messages do not meet on the network, simulation and closed form come to the same."""
     cluster = Cluster(nodes, ranks, NETWORK)
     simulated = simulate.simulate(STEP, cluster, DESIGNS[design])
-    closed = simulate.closed_form(STEP, cluster, DESIGNS[design])
+    closed = closed_form(STEP, cluster, DESIGNS[design])
     assert simulated == pytest.approx(closed, rel=0.05)
 
 
@@ -154,9 +156,7 @@ def test_the_models_agree_on_what_is_not_ideal(how, design):
     """On ranks that are slower, ranks that vary, and on links that are shared."""
     cluster = Cluster(8, 2, NETWORK, **how)
     simulated = simulate.simulate(STEP, cluster, DESIGNS[design])
-    assert simulated == pytest.approx(
-        simulate.closed_form(STEP, cluster, DESIGNS[design]), rel=0.05
-    )
+    assert simulated == pytest.approx(closed_form(STEP, cluster, DESIGNS[design]), rel=0.05)
 
 
 @pytest.mark.parametrize("design", DESIGNS)
@@ -165,7 +165,7 @@ def test_what_is_not_ideal_costs_what_it_must(design):
     how = DESIGNS[design]
 
     def seconds(nodes=8, ranks=2, **more):
-        return simulate.closed_form(STEP, Cluster(nodes, ranks, NETWORK, **more), how)
+        return closed_form(STEP, Cluster(nodes, ranks, NETWORK, **more), how)
 
     plain = seconds()
     assert seconds(straggler=1.5) >= plain + 0.49 * STEP.forward
@@ -188,7 +188,7 @@ def test_ranks_that_vary():
     assert factors.mean() == pytest.approx(1, abs=1e-3)
     assert factors.std() == pytest.approx(0.05, rel=0.01)
     drawn = np.random.RandomState(0).standard_normal((200, 4096)).max(axis=1).mean()
-    largest = max(simulate._scores(Cluster(1024, 4, NETWORK, jitter=1.0)))
+    largest = max(scores(Cluster(1024, 4, NETWORK, jitter=1.0)))
     assert largest == pytest.approx(drawn, rel=0.02)
 
 
@@ -197,14 +197,14 @@ def test_costs(design):
     """Each is what a step would be shorter by; a network without costs makes it one of a single node."""
     how = DESIGNS[design]
     cluster = Cluster(16, 4, NETWORK, straggler=1.2)
-    found = simulate.costs(STEP, cluster, how)
+    found = costs(STEP, cluster, how)
     assert found["waiting"] > 0
     assert found["latency"] > 0
     assert found["bandwidth"] > 0
     assert (found["comparisons"] > 0) == (how.comparisons > 0)
-    alone = simulate.closed_form(STEP, Cluster(1, 4, NETWORK), how)
-    step = simulate.closed_form(STEP, cluster, how)
-    ideal = simulate.closed_form(STEP, Cluster(16, 4, Network(float("inf"), 0.0)), how)
+    alone = closed_form(STEP, Cluster(1, 4, NETWORK), how)
+    step = closed_form(STEP, cluster, how)
+    ideal = closed_form(STEP, Cluster(16, 4, Network(float("inf"), 0.0)), how)
     assert ideal == pytest.approx(alone)
     if not how.overlaps:  # then they add up
         parts = sum(found[name] for name in ("latency", "bandwidth", "waiting"))
@@ -215,8 +215,7 @@ def test_nodes_of_many_ranks_wait_for_each_block():
     """There is memory for fewer blocks under way; so latency counts more often, as the code has it."""
     slow = Network(1e9, 1e-2)
     few, many = (
-        simulate.closed_form(STEP, Cluster(4, ranks, slow), DESIGNS["multi-leader"])
-        for ranks in (4, 64)
+        closed_form(STEP, Cluster(4, ranks, slow), DESIGNS["multi-leader"]) for ranks in (4, 64)
     )
     assert slots.sums_in_flight(64) == 1 < slots.sums_in_flight(4)
     assert many > few + 20 * slow.latency
