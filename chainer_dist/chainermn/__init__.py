@@ -53,11 +53,11 @@ NAMES = {
         "_MpiImpl": "chainermn._names:_MpiImpl",
     },
     "functions.collective_communication": {
-        "AllGather": "functions.collective_communication:_AllGather",
-        "AllToAll": "functions.collective_communication:_AllToAll",
-        "Bcast": "functions.collective_communication:_Bcast",
-        "Gather": "functions.collective_communication:_Gather",
-        "Scatter": "functions.collective_communication:_Scatter",
+        "AllGather": "functions._collective_nodes:AllGather",
+        "AllToAll": "functions._collective_nodes:AllToAll",
+        "Bcast": "functions._collective_nodes:Bcast",
+        "Gather": "functions._collective_nodes:Gather",
+        "Scatter": "functions._collective_nodes:Scatter",
     },
     "functions.point_to_point_communication": {
         "Recv": "functions.point_to_point_communication:_Recv",
