@@ -17,8 +17,9 @@ from chainer_dist._files import replacing
 from chainer_dist.checkpoints.agreed_trigger import AgreedTrigger
 from chainer_dist.checkpoints.archive import Archive
 from chainer_dist.checkpoints.attributes import Attributes
+from chainer_dist.checkpoints.omissions import prepare
 from chainer_dist.checkpoints.preemption import STATUS, Preempted, Rounds, Signals
-from chainer_dist.checkpoints.state import check_target, collect, prepare
+from chainer_dist.checkpoints.state import check_target, collect
 from chainer_dist.checkpoints.workers import shield
 from chainer_dist.collectives.agreement import check_same
 from chainer_dist.collectives.calls import check_call
