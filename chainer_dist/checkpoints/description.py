@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import chainer
 
-from chainer_dist.checkpoints.attributes import trainers, unwrapped
+from chainer_dist.checkpoints.trainers import trainers, unwrapped
 from chainer_dist.optimizers.multi_node_optimizer import MultiNodeOptimizer
 from chainer_dist.serialization.target import parts
 

@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import chainer
 import numpy as np
 
-from chainer_dist.checkpoints.attributes import Attributes, put_off, serialize_trainer, trainers
 from chainer_dist.checkpoints.collector import Collector
 from chainer_dist.checkpoints.description import compare, describe, without_state
 from chainer_dist.checkpoints.entries import (
@@ -32,6 +31,8 @@ from chainer_dist.checkpoints.random_states import (
     random_state,
     set_random_state,
 )
+from chainer_dist.checkpoints.settings import put_off
+from chainer_dist.checkpoints.trainers import serialize_trainer, trainers
 from chainer_dist.optimizers.multi_node_optimizer import MultiNodeOptimizer
 from chainer_dist.serialization.target import parts, rank_bound
 
@@ -39,6 +40,7 @@ if TYPE_CHECKING:
     from collections.abc import Container, Iterator, Mapping, Sequence
 
     from chainer_dist._typing import Array
+    from chainer_dist.checkpoints.attributes import Attributes
     from chainer_dist.communicators import CommunicatorBase
 
 __all__ = ["State", "check_target", "collect", "restore"]
