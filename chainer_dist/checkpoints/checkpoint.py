@@ -2,38 +2,35 @@
 
 from __future__ import annotations
 
-import concurrent.futures
 import operator
-import os
 import sys
-import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from chainer.training import extension
 
-from chainer_dist import _environment
-from chainer_dist._files import replacing
 from chainer_dist.checkpoints.agreed_trigger import AgreedTrigger
-from chainer_dist.checkpoints.archive import Archive
+from chainer_dist.checkpoints.arguments import describe_options, valid_iteration
 from chainer_dist.checkpoints.attributes import Attributes
+from chainer_dist.checkpoints.history import History
+from chainer_dist.checkpoints.meetings import Meetings
 from chainer_dist.checkpoints.omissions import prepare
-from chainer_dist.checkpoints.preemption import STATUS, Preempted, Rounds, Signals
+from chainer_dist.checkpoints.preemption import STATUS, Preempted
 from chainer_dist.checkpoints.state import check_target, collect
 from chainer_dist.checkpoints.workers import shield
 from chainer_dist.collectives.agreement import check_same
 from chainer_dist.collectives.calls import check_call
-from chainer_dist.collectives.failures import rebuild_error, together
+from chainer_dist.collectives.failures import together
 from chainer_dist.serialization.target import consolidate
 
 if TYPE_CHECKING:
+    import os
     from collections.abc import Sequence
     from types import TracebackType
 
     import chainer
     from typing_extensions import Self
 
-    from chainer_dist.checkpoints.archive import Pending
     from chainer_dist.communicators import CommunicatorBase
 
 __all__ = ["Checkpoint"]
@@ -144,25 +141,24 @@ class Checkpoint(extension.Extension):  # type: ignore[misc]  # Chainer has no t
         check_call("Checkpoint(comm, directory)", comm, directory)
         with together(comm):
             self.directory = Path(directory).absolute()
-            lines = _describe_options(keep, asynchronous, on_error, preemption, allow_pickle)
+            lines = describe_options(keep, asynchronous, on_error, preemption, allow_pickle)
         check_same(comm, lines)
         self.comm = comm
         self.keep = operator.index(keep)
         self.asynchronous = bool(asynchronous)
-        self._on_error = on_error
         self.preemption = bool(preemption)
-
         self.allow_pickle = bool(allow_pickle)
 
-        self._archive = Archive(comm, self.directory, self.keep, allow_pickle=self.allow_pickle)
+        self._history = History(
+            comm,
+            self.directory,
+            keep=self.keep,
+            asynchronous=self.asynchronous,
+            on_error=on_error,
+            allow_pickle=self.allow_pickle,
+        )
         self._attributes = Attributes()
-        self._looked = False  # whether all ranks know what is in the directory
-        self._newest: int | None = None  # iteration of the newest complete checkpoint
-        self._pending: Pending | None = None
-        self._signals = Signals()
-        self._listens = False
-        self._rounds = Rounds(comm)
-        self._preempted = False
+        self._meetings = Meetings(comm, self._history, heeds_signals=self.preemption)
         self._outer_error: Any = None  # that was being handled when training began
 
     # Saving and resuming
@@ -188,7 +184,7 @@ class Checkpoint(extension.Extension):  # type: ignore[misc]  # Chainer has no t
 
     def _save(self, target: Any, iteration: Any, called: Sequence[str] = ()) -> None:
         """Do what :meth:`save` does; some extensions were called before training. Collective."""
-        self._settle()
+        self._history.complete()
         number = self._agree_on(iteration)
         with together(self.comm):
             check_target(target)
@@ -202,18 +198,7 @@ class Checkpoint(extension.Extension):  # type: ignore[misc]  # Chainer has no t
                 called=called,
                 allow_pickle=self.allow_pickle,
             )
-        self._refuse_other_runs()
-        if self._newest is not None and number < self._newest:
-            raise ValueError(
-                f"iteration is {number}, and {self.directory} has a checkpoint of iteration "
-                f"{self._newest}: use another directory to start anew"
-            )
-        try:
-            self._pending = self._archive.begin(number, state)
-        except OSError as caught:
-            self._fail(f"the checkpoint of iteration {number}", caught)
-        if not self.asynchronous:
-            self._settle()
+        self._history.begin(number, state)
 
     def resume(self, target: Any) -> int:
         """Go on from the newest checkpoint that is whole, if there is one. Collective.
@@ -232,26 +217,11 @@ class Checkpoint(extension.Extension):  # type: ignore[misc]  # Chainer has no t
             OSError: On every rank, if the directory cannot be read, or, unless ``on_error`` is
                 ``"warn"``, written to.
         """
-        self._settle()
+        self._history.complete()
         with together(self.comm):
             check_target(target)
             self._prepare(target)
-        names = self._look()
-        self._looked = True
-        for name in reversed(names):
-            manifest = self._archive.check(name)
-            if manifest is not None:
-                self._archive.load(name, manifest, target, self._attributes)
-                self._newest = manifest.iteration
-                if self.comm.rank == 0:  # the job before may have been killed before it told
-                    _tell_progress(manifest.iteration)
-                return manifest.iteration
-        if names:
-            raise RuntimeError(
-                f"no checkpoint in {self.directory} can be read, of {len(names)}; remove them to start "
-                "anew"
-            )
-        return 0
+        return self._history.resume(target, self._attributes)
 
     def close(self) -> None:
         """Complete what is being written, and heed no signals any more. Collective."""
@@ -282,9 +252,9 @@ class Checkpoint(extension.Extension):  # type: ignore[misc]  # Chainer has no t
             RuntimeError: On every rank, if one does not ask in its main thread.
             OSError: On every rank, if a checkpoint cannot be written, and ``on_error`` is ``"raise"``.
         """
-        self._listen()
-        self._meet(wanted=False)
-        return self._preempted
+        self._meetings.listen()
+        self._meetings.meet(wanted=False)
+        return self._meetings.preempted
 
     def leave(self, target: Any, iteration: int) -> None:
         """Save, wait until that is complete, and leave with status 75. Collective.
@@ -298,14 +268,14 @@ class Checkpoint(extension.Extension):  # type: ignore[misc]  # Chainer has no t
             Exception: What :meth:`save` raises.
         """
         number = self._agree_on(iteration)
-        self._settle()
-        if self._newest != number:
+        self._history.complete()
+        if self._history.newest != number:
             self.save(target, number)
-            self._settle()
+            self._history.complete()
         if self.comm.rank == 0:
             sys.stderr.write(
                 f"chainer_dist: preempted in iteration {number}; the newest complete checkpoint is of "
-                f"iteration {self._newest}; leaving with status {STATUS}.\n"
+                f"iteration {self._history.newest}; leaving with status {STATUS}.\n"
             )
             sys.stderr.flush()
         raise Preempted(STATUS)
@@ -318,18 +288,20 @@ class Checkpoint(extension.Extension):  # type: ignore[misc]  # Chainer has no t
         Raises:
             RuntimeError: On every rank, if there are checkpoints and :meth:`resume` was not called.
         """
-        self._refuse_other_runs()
+        self._history.refuse_other_runs()
         with together(self.comm):
             self._prepare(trainer, is_late=True)
-        self._listen()
+        self._meetings.listen()
         entry = trainer._extensions[self.name]
-        entry.trigger = AgreedTrigger(entry.trigger, self.comm, trainer.updater, self._meet)
+        entry.trigger = AgreedTrigger(
+            entry.trigger, self.comm, trainer.updater, self._meetings.meet
+        )
         self._outer_error = sys.exc_info()[1]
 
     def __call__(self, trainer: chainer.training.Trainer) -> None:
         """Save the trainer, and leave if a rank was told to end. Collective."""
         iteration = trainer.updater.iteration
-        if self._preempted:
+        if self._meetings.preempted:
             self.leave(trainer, iteration)
         self._save(trainer, iteration, self._called_before_training(trainer))
 
@@ -346,68 +318,12 @@ class Checkpoint(extension.Extension):  # type: ignore[misc]  # Chainer has no t
         """Complete what is being written, unless an exception is on its way. Collective."""
         self._end(ended_well=sys.exc_info()[1] is self._outer_error)
 
-    # What all ranks do together
-
-    def _meet(self, wanted: bool) -> tuple[bool, bool]:
-        """Find out, in some steps, what the other ranks know. Collective.
-
-        Args:
-            wanted: Whether this rank wants to save.
-
-        Returns:
-            Whether rank 0 wants to save, and whether a rank was told to end.
-        """
-        is_writing = self._pending is not None and not self._pending.written.done()
-        answers = self._rounds.step(
-            self._signals.received, int(is_writing), int(wanted and self.comm.rank == 0)
-        )
-        if answers is None:
-            return False, self._preempted
-        signal, still_writing, agreed = answers
-        self._preempted = self._preempted or bool(signal)
-        if not still_writing:
-            self._settle()
-        return bool(agreed), self._preempted
-
-    def _listen(self) -> None:
-        """Begin to heed signals, if that is asked for and not so yet. Collective at first."""
-        if not self.preemption or self._listens:
-            return
-        with together(self.comm):
-            self._signals.listen()
-        self._listens = True
-
     def _agree_on(self, iteration: Any) -> int:
         """Return an iteration that is the same valid one on every rank. Collective."""
         with together(self.comm):
-            number = _iteration(iteration)
+            number = valid_iteration(iteration)
         check_same(self.comm, [("iteration", str(number))])
         return number
-
-    def _settle(self) -> None:
-        """Complete the checkpoint that is being written, if there is one. Collective."""
-        pending, self._pending = self._pending, None
-        if pending is None:
-            return
-        try:
-            self._archive.complete(pending)
-        except Exception as caught:  # noqa: BLE001 - file systems may raise anything
-            self._fail(f"the checkpoint of iteration {pending.iteration}", caught)
-        else:
-            self._newest = pending.iteration
-            if self.comm.rank == 0:
-                _tell_progress(pending.iteration)
-
-    def _fail(self, what: str, error: Exception) -> None:
-        """Raise or warn of what all ranks know. Local."""
-        newest = "none" if self._newest is None else f"that of iteration {self._newest}"
-        message = (
-            f"{error}; {what} cannot be written to {self.directory}; newest complete one: {newest}"
-        )
-        if self._on_error == "raise":
-            raise rebuild_error(type(error), message) from error
-        if self.comm.rank == 0:
-            warnings.warn(message, stacklevel=4)
 
     def _prepare(self, target: Any, *, is_late: bool = False) -> None:
         """Let iterators with workers be saved exactly, and bear signals, and see what is there. Local."""
@@ -416,71 +332,10 @@ class Checkpoint(extension.Extension):  # type: ignore[misc]  # Chainer has no t
         if self.preemption:
             shield(target)
 
-    def _look(self) -> list[str]:
-        """Return the names of all checkpoints, when it is sure that all ranks see them. Collective."""
-        names = self._archive.names()
-        if not names:
-            try:
-                self._archive.check_shared()
-            except OSError as caught:
-                self._fail("checkpoints", caught)
-        return names
-
-    def _refuse_other_runs(self) -> None:
-        """Raise RuntimeError if there are checkpoints that nobody asked to go on from. Collective."""
-        if self._looked:
-            return
-        names = self._look()
-        if names:
-            raise RuntimeError(
-                f"{self.directory} has checkpoints, up to {names[-1]}: call resume() before training, or "
-                "give another directory"
-            )
-        self._looked = True
-
     def _end(self, *, ended_well: bool) -> None:
         """Heed no signals any more. Collective if all ranks are here: then complete what is written."""
-        self._signals.stop()
-        self._listens = False
+        self._meetings.stop()
         if ended_well:
-            self._settle()
-        elif self._pending is not None:
-            concurrent.futures.wait([self._pending.written])
-
-
-def _describe_options(
-    keep: Any, asynchronous: Any, on_error: Any, preemption: Any, allow_pickle: Any
-) -> list[tuple[str, str]]:
-    """Return what all ranks must say alike, or raise what is wrong. Local."""
-    if operator.index(keep) < 1:
-        raise ValueError(f"keep is {keep}, expected 1 or more")
-    if on_error not in ("raise", "warn"):
-        raise ValueError(f"on_error is {on_error!r}, expected 'raise' or 'warn'")
-    return [
-        ("keep", str(keep)),
-        ("asynchronous", str(bool(asynchronous))),
-        ("on_error", on_error),
-        ("preemption", str(bool(preemption))),
-        ("allow_pickle", str(bool(allow_pickle))),
-    ]
-
-
-def _iteration(value: Any) -> int:
-    try:
-        number = operator.index(value)
-    except TypeError:
-        raise TypeError(f"iteration is {value!r}, expected an integer") from None
-    if number < 0:
-        raise ValueError(f"iteration is {number}, expected 0 or more")
-    return number
-
-
-def _tell_progress(iteration: int) -> None:
-    """Tell who has started the job how far it has come. Local."""
-    file = os.environ.get(_environment.PROGRESS)
-    if file:
-        try:
-            with replacing(Path(file)) as progress:
-                progress.write(str(iteration))
-        except OSError as error:
-            warnings.warn(f"{_environment.PROGRESS} cannot be written: {error}", stacklevel=4)
+            self._history.complete()
+        else:
+            self._history.wait()

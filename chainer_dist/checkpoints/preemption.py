@@ -9,22 +9,13 @@ from __future__ import annotations
 import os
 import signal
 import threading
-import time
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-import numpy as np
-
-if TYPE_CHECKING:
-    from chainer_dist.communicators import CommunicatorBase
-
-__all__ = ["SIGNALS", "STATUS", "Preempted", "Rounds", "Signals"]
+__all__ = ["SIGNALS", "STATUS", "Preempted", "Signals"]
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 
 STATUS = 75  # EX_TEMPFAIL of sysexits.h: try again later
-
-_SECONDS = 0.5  # between two times that the ranks ask one another
-_MOST_STEPS = 100
 
 
 class Preempted(SystemExit):
@@ -104,45 +95,3 @@ os.register_at_fork(
     after_in_parent=_after_fork_in_parent,
     after_in_child=_after_fork_in_child,
 )
-
-
-class Rounds:
-    """Lets the ranks exchange a few numbers in steps that all of them know beforehand.
-
-    About every half second, by the time that the slowest rank takes for a step, at the latest after
-    100 steps: so it costs next to nothing.
-
-    Args:
-        comm: Of the ranks.
-    """
-
-    def __init__(self, comm: CommunicatorBase) -> None:
-        self._comm = comm
-        self._interval = 1
-        self._steps = 0
-        self._started = time.perf_counter()
-
-    def step(self, *numbers: int) -> list[int] | None:
-        """Count a step. Collective in some steps, the same on every rank.
-
-        Args:
-            numbers: What this rank says.
-
-        Returns:
-            The largest of each over the ranks, or None in the steps between.
-        """
-        from mpi4py import MPI
-
-        self._steps += 1
-        if self._steps < self._interval:
-            return None
-        now = time.perf_counter()
-        microseconds = int((now - self._started) / self._steps * 1e6)
-        largest = np.array([*numbers, microseconds], dtype=np.int64)
-        self._comm.mpi_comm.Allreduce(MPI.IN_PLACE, largest, MPI.MAX)
-        answers: list[int] = largest.tolist()
-        slowest = answers.pop()
-        self._interval = min(max(1, int(_SECONDS * 1e6) // max(1, slowest)), _MOST_STEPS)
-        self._steps = 0
-        self._started = now
-        return answers

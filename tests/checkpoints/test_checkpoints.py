@@ -816,7 +816,7 @@ class TimeOfThisRank:
 @pytest.mark.parametrize("how", ["unequal epochs", "time"])
 def test_triggers_that_differ(comm, out, how, monkeypatch):
     """Where ranks' triggers fire in different iterations, all save in the same one."""
-    monkeypatch.setattr("chainer_dist.checkpoints.preemption._MOST_STEPS", 3)
+    monkeypatch.setattr("chainer_dist.checkpoints.meetings._MOST_STEPS", 3)
     part = DATA[: 6 + 3 * comm.rank]
     trainer = run(
         comm,

@@ -24,7 +24,8 @@ from mpi4py import MPI
 import mpi_job
 from chainer_dist import create_multi_node_optimizer
 from chainer_dist.checkpoints import Checkpoint, Preempted
-from chainer_dist.checkpoints.preemption import SIGNALS, Rounds, Signals
+from chainer_dist.checkpoints.meetings import Rounds
+from chainer_dist.checkpoints.preemption import SIGNALS, Signals
 from chainer_dist.iterators import DistributedIterator
 
 DATA = [(np.array([i, 1], np.float32) / 24, np.int32(i % 3)) for i in range(24)]
@@ -41,7 +42,7 @@ def out(comm, tmp_path):
 @pytest.fixture
 def soon(monkeypatch):
     """Let ranks meet every third step, as the steps of tests are short."""
-    monkeypatch.setattr("chainer_dist.checkpoints.preemption._MOST_STEPS", 3)
+    monkeypatch.setattr("chainer_dist.checkpoints.meetings._MOST_STEPS", 3)
 
 
 def make_trainer(comm, stop):

@@ -1,0 +1,36 @@
+"""What users pass to a checkpoint, checked. Nothing here communicates."""
+
+from __future__ import annotations
+
+import operator
+from typing import Any
+
+__all__ = ["describe_options", "valid_iteration"]
+
+
+def describe_options(
+    keep: Any, asynchronous: Any, on_error: Any, preemption: Any, allow_pickle: Any
+) -> list[tuple[str, str]]:
+    """Return names and values of options that are the same on all ranks, or raise what is wrong with one. Local."""
+    if operator.index(keep) < 1:
+        raise ValueError(f"keep is {keep}, expected 1 or more")
+    if on_error not in ("raise", "warn"):
+        raise ValueError(f"on_error is {on_error!r}, expected 'raise' or 'warn'")
+    return [
+        ("keep", str(keep)),
+        ("asynchronous", str(bool(asynchronous))),
+        ("on_error", on_error),
+        ("preemption", str(bool(preemption))),
+        ("allow_pickle", str(bool(allow_pickle))),
+    ]
+
+
+def valid_iteration(value: Any) -> int:
+    """Return a number of updates as an int, or raise what is wrong with it. Local."""
+    try:
+        number = operator.index(value)
+    except TypeError:
+        raise TypeError(f"iteration is {value!r}, expected an integer") from None
+    if number < 0:
+        raise ValueError(f"iteration is {number}, expected 0 or more")
+    return number
