@@ -13,7 +13,7 @@ from chainer_dist.checkpoints import generations
 from chainer_dist.checkpoints.generations import COMMON_FILE, File, Manifest, rank_file
 from chainer_dist.checkpoints.state import restore
 from chainer_dist.collectives.agreement import shared
-from chainer_dist.collectives.failures import describe_error, raise_first, together
+from chainer_dist.collectives.failures import describe_error, together
 from chainer_dist.serialization.npz import ArrayFile, PickleRefusedError
 
 if TYPE_CHECKING:
@@ -93,16 +93,11 @@ class Archive:
         Raises:
             OSError: If it could not be written.
         """
-        error: BaseException | None = None
-        files: dict[str, File] = {}
         try:
-            files = pending.written.result()
-        except BaseException as caught:  # noqa: BLE001 - file systems may raise anything
-            error = caught
-        everyone = self._comm.allgather_obj((describe_error(error), files))
-        try:
-            raise_first({rank: failure for rank, (failure, _) in enumerate(everyone)}, error)
-            for _, theirs in everyone:
+            with together(self._comm):
+                mine = pending.written.result()
+            files: dict[str, File] = {}
+            for theirs in self._comm.allgather_obj(mine):
                 files.update(theirs)
             manifest = Manifest(pending.iteration, self._comm.size, files)
             self._ask_rank_0(lambda: generations.commit(pending.path, manifest))
@@ -182,7 +177,7 @@ class Archive:
                 mine = sorted(manifest.files)[comm.rank :: comm.size]
             generations.check_files(path, manifest, mine)
         except Exception as caught:  # noqa: BLE001 - file systems may raise anything
-            error = caught
+            error = caught  # not raised, but in a warning with the errors of all ranks
         failures = [each for each in comm.allgather_obj(describe_error(error)) if each is not None]
         if not failures:
             return manifest

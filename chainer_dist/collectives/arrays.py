@@ -191,7 +191,7 @@ class ArrayCommunicator(ObjectCommunicator, abc.ABC):
             reduction.check_op(op, array.dtype)
             description = f"{array.shape} {array.dtype} for {op}"
         except (TypeError, ValueError) as caught:
-            error = caught
+            error = caught  # compared by one small allreduce, which together() would double
         check_same(self, [("the argument of allreduce", description)])
         if error is not None:
             raise error

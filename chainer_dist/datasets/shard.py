@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from chainer_dist.collectives.agreement import check_same
 from chainer_dist.collectives.calls import check_call
-from chainer_dist.collectives.failures import raise_together, together
+from chainer_dist.collectives.failures import together
 from chainer_dist.datasets.files import FilesDataset, count_samples, names_of, open_arrays
 from chainer_dist.datasets.intervals import split_evenly
 from chainer_dist.datasets.scatter import DataSizeError
@@ -55,20 +55,14 @@ def shard_array(
             truncated, or is something else.
     """
     check_call("shard_array(path, comm)", comm, path)
-    error: BaseException | None = None
-    whole, lines = None, []
-    try:
+    with together(comm):
         name = os.fspath(path)
         lines = [("path", repr(name)), ("force_equal_length", repr(bool(force_equal_length)))]
-        whole = FilesDataset([name], open_arrays)
-        lines.append(("the array", f"{len(whole)} rows"))
-    except BaseException as caught:  # noqa: BLE001 - a file may have anything in it
-        error = caught
-    # A wrong path is told as such, not as the file that is missing because of it.
-    check_same(comm, lines[:2])
-    raise_together(comm, error)
-    assert whole is not None  # noqa: S101 - for the type checker
+    # Before the file is opened: where paths differ, one that is missing is not the error.
     check_same(comm, lines)
+    with together(comm):
+        whole = FilesDataset([name], open_arrays)
+    check_same(comm, [("the array", f"{len(whole)} rows")])
     if len(whole) == 0:
         raise DataSizeError(f"there is nothing to shard: the array in {name} has no rows")
     part = split_evenly(len(whole), comm.size, force_equal_length=force_equal_length)[comm.rank]

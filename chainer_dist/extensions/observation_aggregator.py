@@ -14,8 +14,8 @@ from chainer import backend, variable
 from chainer import serializer as serializers
 from chainer.training import extension, util
 
+from chainer_dist.collectives.agreement import shared
 from chainer_dist.collectives.calls import check_call
-from chainer_dist.collectives.failures import describe_error, raise_first
 from chainer_dist.extensions._plain_values import pack, unpack
 
 if TYPE_CHECKING:
@@ -90,18 +90,8 @@ class ObservationAggregator(extension.Extension):  # type: ignore[misc]  # Chain
         history, self.observation_history = self.observation_history, []
         if self._dtype is not None:
             history = [variable.Variable(np.asarray(each, self._dtype)) for each in history]
-        error: BaseException | None = None
-        summary = None
-        try:
-            everyone = self.comm.gather_obj(history)
-            if everyone is not None:
-                summary = self.aggregator(everyone)
-        except BaseException as caught:  # noqa: BLE001 - aggregators may raise anything
-            error = caught
-        # What rank 0 does not get, it cannot summarize: it knows of every error.
-        failure, summary = self.comm.bcast_obj((describe_error(error), summary))
-        raise_first({0: failure}, error)
-        return summary
+        everyone: Any = self.comm.gather_obj(history)  # None on other ranks than 0
+        return shared(self.comm, 0, lambda: self.aggregator(everyone))
 
     def __call__(self, trainer: chainer.training.Trainer) -> None:
         """Replace the observation where it is time for it. Collective."""

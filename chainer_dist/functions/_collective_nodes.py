@@ -56,6 +56,7 @@ class Collective(CommunicationNode):
 
     @property
     def label(self) -> str:
+        """Name of the collective, for Chainer's graphs and hooks."""
         return self.name
 
     def __call__(self, *inputs: Any) -> Any:
@@ -91,7 +92,7 @@ class Collective(CommunicationNode):
         try:
             dtype = self._check(xs)
         except (TypeError, ValueError) as caught:
-            error = caught
+            error = caught  # compared with the rest by one small allreduce, which together() would double
         lines = [
             ("the collective", self._call),
             ("root", str(self.root)),
@@ -109,12 +110,14 @@ class Collective(CommunicationNode):
         return tuple(ys), delegate
 
     def forward(self, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+        """Communicate the arrays; the last input and output are delegates. Collective."""
         ys = self._communicate(inputs[:-1])
         self._outputs = [(y.shape, y.dtype) for y in ys]
         self.retain_outputs((len(ys),))
         return (*ys, np.empty(0, dtype=np.float32))
 
     def backward(self, indexes: tuple[int, ...], grads: tuple[Any, ...]) -> tuple[Any, ...]:
+        """Return the gradients of the inputs, by the opposite collective. Collective."""
         gys = tuple(
             zeros(shape, dtype) if gy is None else gy
             for gy, (shape, dtype) in zip(grads, self._outputs)

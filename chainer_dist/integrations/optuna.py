@@ -24,6 +24,8 @@ from typing import TYPE_CHECKING, Any
 import chainer
 import optuna
 
+from chainer_dist.collectives.agreement import shared
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
@@ -152,16 +154,8 @@ class ChainerMNTrial:
 
     def _ask(self, call: Callable[[optuna.Trial], Any]) -> Any:
         """Return on every rank what a call returns on rank 0, or raise what it raises there."""
-        answer: tuple[Any, Exception | None] | None = None
-        if self._delegate is not None:
-            try:
-                answer = call(self._delegate), None
-            except Exception as error:  # noqa: BLE001 - raised on every rank below
-                answer = None, error
-        value, raised = self._comm.bcast_obj(answer)
-        if raised is not None:
-            raise raised
-        return value
+        trial: Any = self._delegate  # None on other ranks than 0, which do not call
+        return shared(self._comm, 0, lambda: call(trial))
 
 
 class PruningExtension(chainer.training.Extension):  # type: ignore[misc]  # Chainer has no types

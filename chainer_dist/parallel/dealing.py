@@ -328,13 +328,9 @@ def collect(
         end = serve(comm, work)
         if not everywhere:
             return None, end
-        error: BaseException | None = None
-        opened = []
-        try:
-            opened = [comm._opened(message) for message in comm.bcast_obj(None)]
-        except ITEM_ERRORS as caught:
-            error = caught
-        raise_together(comm, error)
+        messages = comm.bcast_obj(None)
+        with together(comm):
+            opened = [comm._opened(message) for message in messages]
         return opened, end
     dealer = make_dealer()
     blocks = []

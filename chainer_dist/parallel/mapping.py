@@ -171,14 +171,13 @@ def _chunks(items: Iterable[Any], size: int) -> Iterator[list[Any]]:
     iterator = iter(items)
     while True:
         chunk: list[Any] = []
-        error: BaseException | None = None
         try:
             chunk.extend(itertools.islice(iterator, size))
-        except BaseException as caught:  # noqa: BLE001 - a generator may raise anything
-            error = caught
+        except BaseException:
+            if chunk:
+                yield chunk
+            raise
         if chunk:
             yield chunk
-        if error is not None:
-            raise error
         if len(chunk) < size:
             return
