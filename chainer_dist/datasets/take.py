@@ -14,7 +14,7 @@ import numpy as np
 from chainer import datasets
 from chainer.dataset import DatasetMixin
 
-from chainer_dist.datasets.node_shared import Common
+from chainer_dist.datasets.pickled_parts import Common
 
 
 class Selection(DatasetMixin):  # type: ignore[misc]  # Chainer has no types

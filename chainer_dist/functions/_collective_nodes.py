@@ -172,6 +172,8 @@ class Bcast(Collective):
 
 
 class SumToRoot(Collective):
+    """Sums of all ranks on one; the gradient of :class:`Bcast`."""
+
     name = "sum to root"
 
     def _communicate(self, xs: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -249,6 +251,8 @@ class AllToAll(Collective):
 
 
 class AllReduce(Collective):
+    """Sums or means of all ranks on all; see :func:`allreduce`."""
+
     name = "allreduce"
 
     def _communicate(self, xs: tuple[Any, ...]) -> tuple[Any, ...]:

@@ -9,7 +9,8 @@ import numpy as np
 from chainer import datasets
 
 from chainer_dist.collectives.agreement import agree, digest, raise_mismatch
-from chainer_dist.datasets.node_shared import Common, scatter_parts
+from chainer_dist.datasets.node_shared import scatter_parts
+from chainer_dist.datasets.pickled_parts import Common
 from chainer_dist.datasets.scattered import ScatteredDataset
 from chainer_dist.errors import RankMismatchError
 

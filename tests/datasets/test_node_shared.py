@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 
 from chainer_dist.communicators.shared_memory.memory import default_directories
 from chainer_dist.datasets.node_file import NodeFile
-from chainer_dist.datasets.node_shared import Common, scatter_parts
+from chainer_dist.datasets.node_shared import scatter_parts
+from chainer_dist.datasets.pickled_parts import Common
 
 # Sizes around what the transport distinguishes: kept in the pickle, collected, sent directly, in
 # several chunks.
