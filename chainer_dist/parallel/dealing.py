@@ -12,14 +12,13 @@ An error in an item is no error of the job: in the item's place stands a
 
 from __future__ import annotations
 
-import traceback
 import weakref
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from chainer_dist.collectives.agreement import check_same
 from chainer_dist.collectives.failures import describe_error, raise_first, raise_together, together
-from chainer_dist.collectives.operation import raising_line
 from chainer_dist.errors import FailedItem, FailedItemsError
+from chainer_dist.parallel.items import Block, Chunk, pack, unpack
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -31,39 +30,11 @@ if TYPE_CHECKING:
 
 ON_ERROR = ("raise", "return")
 
-# What an item may raise without ending the job. (After sys.exit on one rank the others would wait.)
-ITEM_ERRORS = (Exception, SystemExit)
 
 _TAG = 17_711  # of all messages here, so that they do not meet those of the script
 _AHEAD = 2  # chunks that a rank has, with the one it works on
 
 _dealing: weakref.WeakSet[CommunicatorBase] = weakref.WeakSet()
-
-
-class Chunk(NamedTuple):
-    """Some items that follow one another.
-
-    Attributes:
-        first: Index of the first, over the whole input.
-        items: The items, some of which may be :class:`~chainer_dist.errors.FailedItem` already.
-    """
-
-    first: int
-    items: Sequence[Any]
-
-
-class Block(NamedTuple):
-    """What became of a chunk.
-
-    Attributes:
-        first: Index of its first item, over the whole input.
-        values: A result or a :class:`~chainer_dist.errors.FailedItem` for each item, in their order.
-        failed: Those items that have none.
-    """
-
-    first: int
-    values: Sequence[Any]
-    failed: list[FailedItem]
 
 
 class End(NamedTuple):
@@ -110,20 +81,6 @@ class _Result(NamedTuple):
     number: int
     packed: Any
     failed: list[FailedItem]
-
-
-def attempt(comm: CommunicatorBase, index: int, function: Callable[..., Any], *args: Any) -> Any:
-    """Return what a function returns for an item, or if it raises a failure. Local."""
-    try:
-        return function(*args)
-    except ITEM_ERRORS as error:
-        return failed_item(comm, index, error)
-
-
-def failed_item(comm: CommunicatorBase, index: int, error: BaseException) -> FailedItem:
-    """Return what tells of an item's error that was caught on this rank. Local."""
-    text = "".join(traceback.format_exception_only(type(error), error)).strip()
-    return FailedItem(index, comm.rank, f"{text} (at {raising_line(error)})")
 
 
 def check(comm: CommunicatorBase, describe: Callable[[], list[tuple[str, str]]]) -> None:
@@ -348,34 +305,3 @@ def collect(
     comm.bcast_obj(messages)
     raise_together(comm, None)  # what others cannot unpickle
     return collected, end
-
-
-def pack(comm: CommunicatorBase, first: int, values: Sequence[Any]) -> tuple[Any, list[FailedItem]]:
-    """Pickle items or results for another rank. Local.
-
-    Returns:
-        What can be sent, and those that could not be pickled and are replaced in it.
-    """
-    message, error = comm._attempt(lambda: values)
-    if error is None:
-        return message, []
-    kept, failed = [], []
-    for index, value in enumerate(values, start=first):
-        _, error = comm._attempt(lambda value=value: value)  # type: ignore[misc]
-        if error is not None:
-            if not isinstance(error, ITEM_ERRORS):
-                raise error
-            failed.append(failed_item(comm, index, error))
-        kept.append(value if error is None else failed[-1])
-    return comm._attempt(lambda: kept)[0], failed
-
-
-def unpack(
-    comm: CommunicatorBase, first: int, length: int, message: Any
-) -> tuple[Any, list[FailedItem]]:
-    """Return what was packed; if it cannot be unpickled, a failure for each item. Local."""
-    try:
-        return comm._opened(message), []
-    except ITEM_ERRORS as error:
-        failed = [failed_item(comm, first + i, error) for i in range(length)]
-        return failed, failed

@@ -11,7 +11,8 @@ from chainer_dist.collectives.calls import check_call
 from chainer_dist.errors import FailedItem
 from chainer_dist.iterators.distributed_iterator import _integer
 from chainer_dist.parallel import dealing
-from chainer_dist.parallel.dealing import Block, Chunk, Dealer
+from chainer_dist.parallel.dealing import Dealer
+from chainer_dist.parallel.items import Block, Chunk, attempt
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Generator, Iterable, Iterator
@@ -148,7 +149,7 @@ def _apply(comm: CommunicatorBase, function: Callable[[Any], Any], chunk: Chunk)
     values = [
         item  # which has failed on the way here
         if isinstance(item, FailedItem)
-        else dealing.attempt(comm, index, function, item)
+        else attempt(comm, index, function, item)
         for index, item in enumerate(chunk.items, start=chunk.first)
     ]
     return Block(chunk.first, values, [x for x in values if isinstance(x, FailedItem)])
