@@ -4,22 +4,30 @@ from __future__ import annotations
 
 import io
 import os
-import re
 import secrets
 import sys
 import time
 import warnings
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, Optional
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from chainer.serializers import npz
 from chainer.training import extension
 
-from chainer_dist._files import open_regular, read_regular
+from chainer_dist._files import read_regular
 from chainer_dist.collectives.agreement import check_same
 from chainer_dist.collectives.failures import together
-from chainer_dist.serialization.npz import ArrayFile, check_npz, write_npz
+from chainer_dist.extensions._rank_files import (
+    ORIGIN,
+    FoundFile,
+    Generation,
+    RankFile,
+    generations_of,
+    origin_of,
+    visible_files,
+)
+from chainer_dist.serialization.npz import check_npz, write_npz
 from chainer_dist.serialization.target import consolidate, load_npz
 
 if TYPE_CHECKING:
@@ -28,40 +36,7 @@ if TYPE_CHECKING:
     import chainer
 
     from chainer_dist.communicators import CommunicatorBase
-
-# A file holds this array beside the target's: how many ranks saved it, and a number that is
-# another one in each job, so that files of several jobs are not taken for one checkpoint.
-_ORIGIN = "chainer_dist/origin"
-
-Origin = Optional[tuple[int, int]]  # None: ChainerMN's file, which does not say
-
-
-class _File(NamedTuple):
-    """A file by its name: which rank saved it, in which iteration."""
-
-    rank: int
-    iteration: int
-
-
-class _Found(NamedTuple):
-    """Which rank of this job is to read a file, and where it comes from."""
-
-    reader: int
-    origin: Origin
-
-
-class _Generation(NamedTuple):
-    """Files that were saved together."""
-
-    iteration: int
-    n_ranks: int
-    readers: dict[int, int]  # for each rank that saved one, the rank that reads it
-
-    @property
-    def is_complete(self) -> bool:
-        """Whether the files of all ranks are there."""
-        n_ranks = self.n_ranks  # which a damaged file may claim to be any number
-        return len(self.readers) >= n_ranks and self.readers.keys() >= {*range(n_ranks)}
+    from chainer_dist.extensions._rank_files import Origin
 
 
 def create_multi_node_checkpointer(
@@ -180,7 +155,7 @@ class _MultiNodeCheckpointer(extension.Extension):  # type: ignore[misc]  # Chai
         with together(self.comm):
             file = self._new_file(iteration)
             values = npz.serialize(target)
-            values[_ORIGIN] = np.array([self.comm.size, self._job], dtype=np.int64)
+            values[ORIGIN] = np.array([self.comm.size, self._job], dtype=np.int64)
             write_npz(file, values, allow_pickle=self.allow_pickle)
             self._seconds.append(time.perf_counter() - started)
         check_same(self.comm, [("iteration", str(iteration))])
@@ -221,7 +196,7 @@ class _MultiNodeCheckpointer(extension.Extension):  # type: ignore[misc]  # Chai
         del optimizer
         with together(self.comm):
             folder = Path(path or self.path or trainer.out)
-            visible = [self._visible(folder, name) for name in (self._run, self.name)]
+            visible = [visible_files(folder, name) for name in (self._run, self.name)]
         if self.path is None:
             self.path = folder
         by_run, by_extension = zip(*self.comm.allgather_obj(visible))
@@ -232,7 +207,7 @@ class _MultiNodeCheckpointer(extension.Extension):  # type: ignore[misc]  # Chai
 
         files = self._look_into(folder, everyone)
         while files:
-            newest = self._generations(files)[-1]
+            newest = generations_of(files, self.comm.size)[-1]
             is_own = newest.is_complete and newest.n_ranks == self.comm.size
             is_own = is_own and all(rank == reader for rank, reader in newest.readers.items())
             needed = [*newest.readers] if is_own else [min(newest.readers)]
@@ -241,7 +216,7 @@ class _MultiNodeCheckpointer(extension.Extension):  # type: ignore[misc]  # Chai
                 self._load(folder, trainer, newest, is_own=is_own)
                 self._complete = [
                     each.iteration
-                    for each in self._generations(files)
+                    for each in generations_of(files, self.comm.size)
                     if each.is_complete and each.iteration <= newest.iteration
                 ]
                 return
@@ -280,76 +255,59 @@ class _MultiNodeCheckpointer(extension.Extension):  # type: ignore[misc]  # Chai
         """Return where a file is that was found."""
         return folder / f"{self._found}.{rank}.{iteration}"
 
-    def _visible(self, folder: Path, name: str) -> list[_File]:
-        """Return the files of a name that this rank sees. Local."""
-        if not folder.is_dir():
-            return []
-        pattern = re.compile(re.escape(name) + r"\.(0|[1-9]\d*)\.(0|[1-9]\d*)", re.ASCII)
-        matches = (pattern.fullmatch(path.name) for path in folder.iterdir())
-        return sorted(_File(int(match[1]), int(match[2])) for match in matches if match)
-
     def _remove(self, is_old: Any) -> None:
         """Remove old files of this rank, and of ranks that there are no more. Local."""
         if self.path is None:
             return
         for name in dict.fromkeys((self._run, self._found)):
-            for rank, iteration in self._visible(self.path, name):
+            for rank, iteration in visible_files(self.path, name):
                 if rank % self.comm.size == self.comm.rank and is_old(iteration):
                     try:
                         (self.path / f"{name}.{rank}.{iteration}").unlink(missing_ok=True)
                     except OSError as error:
                         warnings.warn(f"could not remove a checkpoint: {error}", stacklevel=2)
 
-    def _look_into(self, folder: Path, everyone: Sequence[list[_File]]) -> dict[_File, _Found]:
+    def _look_into(
+        self, folder: Path, everyone: Sequence[list[RankFile]]
+    ) -> dict[RankFile, FoundFile]:
         """Return all files that can be opened, whoever sees them. Collective."""
         comm = self.comm
-        readers: dict[_File, int] = {}
+        readers: dict[RankFile, int] = {}
         for reader, visible in enumerate(everyone):
             for file in visible:
                 if file not in readers or file.rank == reader:
                     readers[file] = reader
-        origins: dict[_File, Origin] = {}
-        failures: dict[_File, str] = {}
+        origins: dict[RankFile, Origin] = {}
+        failures: dict[RankFile, str] = {}
         for file, reader in readers.items():
             if reader == comm.rank:
                 try:
-                    origins[file] = _origin(self._file(folder, *file))
+                    origins[file] = origin_of(self._file(folder, *file))
                 except Exception as error:  # noqa: BLE001 - zipfile raises many kinds
                     failures[file] = str(error)
-        found: dict[_File, _Found] = {}
+        found: dict[RankFile, FoundFile] = {}
         for reader, (opened, failed) in enumerate(comm.allgather_obj((origins, failures))):
-            found.update({file: _Found(reader, origin) for file, origin in opened.items()})
+            found.update({file: FoundFile(reader, origin) for file, origin in opened.items()})
             self._warn_of_damage(failed)
         return found
 
-    def _generations(self, files: dict[_File, _Found]) -> list[_Generation]:
-        """Sort files into generations, the best one last: complete rather than not, then newer."""
-        groups: dict[tuple[int, Origin], dict[int, int]] = {}
-        for file, found in files.items():
-            groups.setdefault((file.iteration, found.origin), {})[file.rank] = found.reader
-        generations = [
-            _Generation(iteration, self.comm.size if origin is None else origin[0], readers)
-            for (iteration, origin), readers in groups.items()
-        ]
-        return sorted(generations, key=lambda each: (each.is_complete, each.iteration))
-
-    def _check(self, folder: Path, generation: _Generation, ranks: list[int]) -> set[_File]:
+    def _check(self, folder: Path, generation: Generation, ranks: list[int]) -> set[RankFile]:
         """Read the files of some ranks; return those that are damaged. Collective."""
-        failures: dict[_File, str] = {}
+        failures: dict[RankFile, str] = {}
         for rank in ranks:
             if generation.readers[rank] == self.comm.rank:
-                file = _File(rank, generation.iteration)
+                file = RankFile(rank, generation.iteration)
                 try:
                     check_npz(self._file(folder, *file))
                 except Exception as error:  # noqa: BLE001 - zipfile raises many kinds
                     failures[file] = str(error)
-        damaged: set[_File] = set()
+        damaged: set[RankFile] = set()
         for failed in self.comm.allgather_obj(failures):
             self._warn_of_damage(failed)
             damaged |= failed.keys()
         return damaged
 
-    def _load(self, folder: Path, target: Any, generation: _Generation, *, is_own: bool) -> None:
+    def _load(self, folder: Path, target: Any, generation: Generation, *, is_own: bool) -> None:
         """Load this rank's own file, or all ranks the lowest rank's. Collective."""
         comm = self.comm
         source: Any = self._file(folder, comm.rank, generation.iteration)
@@ -373,7 +331,7 @@ class _MultiNodeCheckpointer(extension.Extension):  # type: ignore[misc]  # Chai
         with together(comm):
             load_npz(source, target, restart_epoch=not is_own, allow_pickle=self.allow_pickle)
 
-    def _warn_of_damage(self, failures: dict[_File, str]) -> None:
+    def _warn_of_damage(self, failures: dict[RankFile, str]) -> None:
         if self.comm.rank == 0:
             for file, text in failures.items():
                 warnings.warn(
@@ -382,12 +340,3 @@ class _MultiNodeCheckpointer(extension.Extension):  # type: ignore[misc]  # Chai
                     UserWarning,
                     stacklevel=4,
                 )
-
-
-def _origin(path: Path) -> Origin:
-    with open_regular(path) as file:
-        arrays = ArrayFile(file)
-        if _ORIGIN not in arrays:
-            return None
-        n_ranks, job = arrays[_ORIGIN].tolist()
-        return n_ranks, job
