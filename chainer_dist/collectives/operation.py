@@ -12,18 +12,15 @@ from __future__ import annotations
 import collections
 import functools
 import inspect
-import os
-import sysconfig
 import threading
 import time
-import traceback
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeVar, cast
 
 import numpy as np
 
 if TYPE_CHECKING:
     from collections.abc import Callable
-    from types import FrameType, TracebackType
+    from types import TracebackType
 
     from typing_extensions import Self
 
@@ -39,11 +36,6 @@ FORWARD, BACKWARD, PACKING, EXCHANGE, WAITING, UPDATE = CATEGORIES = (
     "update",
 )
 
-# Packages whose frames are not where a user's script is.
-_OWN_PACKAGES = ("chainer_dist", "chainer", "mpi4py")
-
-_PYTHON = sysconfig.get_path("stdlib") + os.sep
-_PACKAGES = tuple(f"{_PYTHON}{name}{os.sep}" for name in ("site-packages", "dist-packages"))
 
 _RECENT = 16  # operations that a log remembers
 _LONGEST_TEXT = 60  # characters of an argument
@@ -313,48 +305,3 @@ def brief(value: Any) -> str:
         text = repr(value)
         return text if len(text) <= _LONGEST_TEXT else f"{text[:_LONGEST_TEXT]}..."
     return ""
-
-
-def user_line(frame: FrameType | None) -> str:
-    """Return ``file:line in function`` of the innermost frame outside chainer_dist and Chainer."""
-    innermost = frame
-    while frame is not None:
-        if not _is_own(frame):
-            return _line(frame, frame.f_lineno)
-        frame = frame.f_back
-    return "an unknown line" if innermost is None else _line(innermost, innermost.f_lineno)
-
-
-def calls_user_code(frame: FrameType | None) -> bool:
-    """Return whether chainer_dist is calling code of others in this frame.
-
-    The standard library does not count: chainer_dist waits by it.
-    """
-    found = False
-    while frame is not None:
-        if str(frame.f_globals.get("__name__")).partition(".")[0] == "chainer_dist":
-            return found
-        found = found or not (_is_own(frame) or _is_of_python(frame))
-        frame = frame.f_back
-    return False
-
-
-def raising_line(error: BaseException) -> str:
-    """Return, as :func:`user_line` does, where an error that was caught came from."""
-    lines = list(traceback.walk_tb(error.__traceback__))
-    users = [each for each in lines if not _is_own(each[0])]
-    return _line(*(users or lines)[-1]) if lines else "an unknown line"
-
-
-def _is_of_python(frame: FrameType) -> bool:
-    file = frame.f_code.co_filename
-    inside = file.startswith(("<frozen ", _PYTHON))
-    return inside and not file.startswith(_PACKAGES)
-
-
-def _is_own(frame: FrameType) -> bool:
-    return str(frame.f_globals.get("__name__")).partition(".")[0] in _OWN_PACKAGES
-
-
-def _line(frame: FrameType, number: int) -> str:
-    return f"{frame.f_code.co_filename}:{number} in {frame.f_code.co_name}"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import traceback
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from chainer_dist.collectives.operation import raising_line
+from chainer_dist.collectives.frames import raising_line
 from chainer_dist.errors import FailedItem
 
 if TYPE_CHECKING:

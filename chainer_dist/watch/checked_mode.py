@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from chainer_dist.collectives.agreement import agree, digest
-from chainer_dist.collectives.operation import brief, user_line
+from chainer_dist.collectives.frames import user_line
+from chainer_dist.collectives.operation import brief
 from chainer_dist.errors import RankMismatchError
 
 if TYPE_CHECKING:

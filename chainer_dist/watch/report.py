@@ -9,6 +9,7 @@ import traceback
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from chainer_dist.collectives import operation
+from chainer_dist.collectives.frames import calls_user_code, user_line
 from chainer_dist.watch.inquiry import Address, Silence
 
 if TYPE_CHECKING:
@@ -59,11 +60,11 @@ def answer(comm: CommunicatorBase | None, *, full: bool) -> dict[str, Any]:
                 "number": wait.number,
                 "inner": inner,
                 "seconds": now - wait.begun,
-                "line": operation.user_line(frames.get(thread)),
-                "busy": operation.calls_user_code(frames.get(thread)),
+                "line": user_line(frames.get(thread)),
+                "busy": calls_user_code(frames.get(thread)),
             }
     main = threading.main_thread().ident or 0
-    found["now"] = _now(stacks.get(main, []), operation.user_line(frames.get(main)), now)
+    found["now"] = _now(stacks.get(main, []), user_line(frames.get(main)), now)
     if full:
         found["stacks"] = _stacks_text(frames)
     return found

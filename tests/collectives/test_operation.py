@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import sys
 import threading
 import time
 
@@ -208,36 +207,6 @@ def test_threads_have_operations_of_their_own(comm):
     assert found[thread.ident] == ["work", "more of it"]
     assert found[threading.get_ident()] == ["main"]
     assert not operation.stacks()
-
-
-def test_the_source_line_is_the_users():
-    """Not one of chainer_dist, Chainer or mpi4py."""
-    line = sys._getframe().f_lineno + 1
-    assert operation.user_line(sys._getframe()) == (
-        f"{__file__}:{line} in test_the_source_line_is_the_users"
-    )
-    code = "def inside(call):\n    return call()\n"
-    for package in ("chainer_dist.collectives.arrays", "chainer.link", "mpi4py.util.pkl5"):
-        namespace = {"__name__": package}
-        exec(code, namespace)  # noqa: S102 - a function of that module
-        line = sys._getframe().f_lineno + 1
-        found = namespace["inside"](lambda: operation.user_line(sys._getframe(1)))
-        assert found == f"{__file__}:{line} in test_the_source_line_is_the_users"
-
-
-def test_code_of_the_user_within_an_operation():
-    """Is what chainer_dist calls; what calls chainer_dist, and the standard library that it waits by, are not."""
-    namespace = {"__name__": "chainer_dist.collectives.objects"}
-    exec("def inside(call):\n    return call()\n", namespace)  # noqa: S102 - a function of that module
-    inside = namespace["inside"]
-    assert not inside(lambda: operation.calls_user_code(sys._getframe(1)))
-    assert inside(lambda: operation.calls_user_code(sys._getframe()))
-    frames = []
-    library = {"__name__": "threading", "call": lambda: frames.append(sys._getframe(1))}
-    exec(compile("def wait():\n    call()\n", threading.__file__, "exec"), library)  # noqa: S102 - the same
-    inside(library["wait"])
-    assert not operation.calls_user_code(frames[0])
-    assert not operation.calls_user_code(sys._getframe())
 
 
 @pytest.mark.parametrize(
