@@ -30,7 +30,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from chainer_dist.collectives import operation
 from chainer_dist.collectives.failures import describe_error, raise_first
 from chainer_dist.watch import checked_mode
-from chainer_dist.watch.inquiry import own_hosts
+from chainer_dist.watch.hosts import own_hosts
 from chainer_dist.watch.settings import Settings, from_environment
 from chainer_dist.watch.timeline import start_at_exit, timeline
 from chainer_dist.watch.watchdog import Watchdog
@@ -38,7 +38,7 @@ from chainer_dist.watch.watchdog import Watchdog
 if TYPE_CHECKING:
     from chainer_dist.collectives.failures import Failure
     from chainer_dist.communicators import CommunicatorBase
-    from chainer_dist.watch.inquiry import Address
+    from chainer_dist.watch.address import Address
 
 __all__ = ["timeline"]
 

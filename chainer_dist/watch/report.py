@@ -10,13 +10,14 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from chainer_dist.collectives import operation
 from chainer_dist.collectives.frames import calls_user_code, user_line
-from chainer_dist.watch.inquiry import Address, Silence
+from chainer_dist.watch.inquiry import Silence
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
 
     from chainer_dist.collectives.operation import Operation
     from chainer_dist.communicators import CommunicatorBase
+    from chainer_dist.watch.address import Address
 
 _MOST = 24  # lines, and stacks, that are worth reading
 _MOST_FRAMES = 60  # innermost ones of a thread

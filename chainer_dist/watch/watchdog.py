@@ -21,6 +21,8 @@ from chainer_dist import _environment
 from chainer_dist.collectives import operation
 from chainer_dist.global_except_hook import SECONDS_TO_SPEAK, _tell_cause
 from chainer_dist.watch import inquiry, report
+from chainer_dist.watch.address import Address, describe_self
+from chainer_dist.watch.listener import Listener
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -50,7 +52,7 @@ class Watchdog:
         self._comms: weakref.WeakValueDictionary[str, CommunicatorBase] = (
             weakref.WeakValueDictionary()
         )
-        self._listener = inquiry.Listener(self._answer)
+        self._listener = Listener(self._answer)
         self._signal = _register_stack_signal()
         self._closing = False
         self._awake_since = 0.0  # by time.perf_counter: when this process last was not running
@@ -67,7 +69,7 @@ class Watchdog:
         """Let ranks of other nodes ask as well. Local.
 
         Args:
-            others: See :meth:`inquiry.Listener.open`.
+            others: See :meth:`Listener.open`.
 
         Raises:
             OSError: If it is not known where they could.
@@ -75,12 +77,12 @@ class Watchdog:
         self._listener.open(others)
         self._listener.wake()
 
-    def address(self, comm: CommunicatorBase) -> inquiry.Address:
+    def address(self, comm: CommunicatorBase) -> Address:
         """Return where the other ranks of a communicator can ask. Local."""
         from mpi4py import MPI
 
         host = MPI.Get_processor_name()
-        return inquiry.describe_self(
+        return describe_self(
             self._listener, comm.inter_rank, MPI.COMM_WORLD.rank, host, self._signal
         )
 

@@ -14,8 +14,11 @@ import pytest
 
 import mpi_job
 from chainer_dist import _connections
-from chainer_dist.watch import inquiry, report
+from chainer_dist.watch import hosts, inquiry, report
+from chainer_dist.watch import listener as listeners
+from chainer_dist.watch.address import Address, describe_self, process_state
 from chainer_dist.watch.inquiry import Silence
+from chainer_dist.watch.listener import REQUEST_BYTES, Listener
 from chainer_dist.watch.settings import Settings, from_environment
 
 HEADER = """
@@ -391,7 +394,7 @@ def test_strangers_hold_nobody_up(comm):
     for rank in neighbours(comm):
         strangers = [
             socket.create_connection(("127.0.0.1", log.peers[rank].port), 20)
-            for _ in range(inquiry._MOST_GUESTS + 20)
+            for _ in range(listeners._MOST_GUESTS + 20)
         ]
         for _ in range(3):
             found = inquiry.ask(log.peers[rank], log.identity, 20, near=True, full=True)
@@ -438,7 +441,7 @@ comm.allreduce(np.zeros(2))
 def listener():
     """Return a listener of this process that serves in a thread, and what it answers, to be changed."""
     answers = {"answer": lambda: {"fine": True}}
-    listening = inquiry.Listener(lambda _identity, _full: answers["answer"]())
+    listening = Listener(lambda _identity, _full: answers["answer"]())
     ended = threading.Event()
 
     def serve():
@@ -458,7 +461,7 @@ def listener():
 def test_who_is_turned_away_asks_again(listener, monkeypatch):
     """On a busy node it may take long to introduce oneself, and strangers take the room: nobody has left."""
     listening, _ = listener
-    address = inquiry.describe_self(listening, 0, 0, "here", 0)
+    address = describe_self(listening, 0, 0, "here", 0)
     monkeypatch.setattr(listening._reception, "_seconds", 0.5)
     meet, pauses = inquiry.introduce, [1.5]
 
@@ -509,7 +512,7 @@ def test_who_answers_in_a_ranks_place():
         thread = threading.Thread(target=answer)
         thread.start()
         port = server.getsockname()[1]
-        address = inquiry.Address(0, 0, 1, "", "here", port, "", 0, secret, 0)
+        address = Address(0, 0, 1, "", "here", port, "", 0, secret, 0)
         for _ in range(2):
             found = inquiry.ask(address, "0" * 32, 20, near=True, full=True)
             assert isinstance(found, Silence)
@@ -552,7 +555,7 @@ def test_answers_are_bounded(kind):
     """In size, in depth and in their numbers, even those of who knows the secret."""
     content, said = ANSWERS[kind]
     secret = b"s" * 32
-    reception = _connections.Reception(secret, most=4, seconds=20, n_bytes=inquiry._REQUEST_BYTES)
+    reception = _connections.Reception(secret, most=4, seconds=20, n_bytes=REQUEST_BYTES)
     port = reception.listen("127.0.0.1", 4)
 
     def answer():
@@ -567,7 +570,7 @@ def test_answers_are_bounded(kind):
 
     thread = threading.Thread(target=answer)
     thread.start()
-    address = inquiry.Address(0, 0, 1, "", "here", port, "", 0, secret, 0)
+    address = Address(0, 0, 1, "", "here", port, "", 0, secret, 0)
     found = inquiry.ask(address, "0" * 32, 20, near=True, full=True)
     thread.join()
     reception.close()
@@ -592,22 +595,22 @@ def test_stacks_are_cut(comm):
 def test_the_address_for_other_nodes(monkeypatch):
     """Is the one address on the way to them; without any it is said what to set."""
     monkeypatch.delenv("CHAINER_DIST_ADDRESS", raising=False)
-    monkeypatch.setattr(inquiry, "own_hosts", lambda: ("192.0.2.9", "172.17.0.1", "here"))
+    monkeypatch.setattr(hosts, "own_hosts", lambda: ("192.0.2.9", "172.17.0.1", "here"))
     ways = {"198.51.100.7": "192.0.2.9", "172.17.0.1": "172.17.0.1", "there": "127.0.0.1"}
-    monkeypatch.setattr(inquiry, "own_address", lambda other: ways.get(other, ""))
-    assert inquiry._address_towards(("172.17.0.1", "198.51.100.7", "there")) == "192.0.2.9"
-    assert inquiry._address_towards(("192.0.2.9", "172.17.0.1", "here")) == "127.0.0.1"
+    monkeypatch.setattr(hosts, "own_address", lambda other: ways.get(other, ""))
+    assert hosts.address_towards(("172.17.0.1", "198.51.100.7", "there")) == "192.0.2.9"
+    assert hosts.address_towards(("192.0.2.9", "172.17.0.1", "here")) == "127.0.0.1"
     with pytest.raises(OSError, match="CHAINER_DIST_ADDRESS"):
-        inquiry._address_towards(("172.17.0.1", "there"))
+        hosts.address_towards(("172.17.0.1", "there"))
     monkeypatch.setenv("CHAINER_DIST_ADDRESS", "10.0.0.5")
-    assert inquiry._address_towards(("there",)) == "10.0.0.5"
+    assert hosts.address_towards(("there",)) == "10.0.0.5"
 
 
 @pytest.mark.mpi_skip
 def test_an_answer_that_fails(listener, capfd):
     """It is shown, and the next question is answered."""
     listening, answers = listener
-    address = inquiry.describe_self(listening, 0, 0, "here", 0)
+    address = describe_self(listening, 0, 0, "here", 0)
     good, answers["answer"] = answers["answer"], lambda: 1 // 0
     assert isinstance(inquiry.ask(address, "0" * 32, 20, near=True, full=False), Silence)
     answers["answer"] = good
@@ -621,15 +624,15 @@ def test_processes_are_known_by_their_start(comm):
         pytest.skip("there are no addresses")
     own = comm.operation_log.peers[comm.rank]
     assert own.pid == os.getpid()
-    assert inquiry.process_state(own) in {"R", "S"}
+    assert process_state(own) in {"R", "S"}
     started, _, namespace = own.started.partition(" ")
     gone = own._replace(started=f"{int(started) + 1} {namespace}")
-    assert inquiry.process_state(gone) == "X"
+    assert process_state(gone) == "X"
     found = inquiry.ask(gone, comm.operation_log.identity, 5, near=True, full=False)
     assert found == Silence("has ended: there is no such process any more")
     # One in another container on this node can be asked, but its number says nothing here.
     elsewhere = own._replace(started=f"{started} pid:[1]")
-    assert inquiry.process_state(elsewhere) == "?"
+    assert process_state(elsewhere) == "?"
     assert inquiry.ask(elsewhere, comm.operation_log.identity, 5, near=True, full=False)["knows"]
 
 
