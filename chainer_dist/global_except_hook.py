@@ -145,6 +145,9 @@ def _is_terminal(stream: Any) -> bool:
 
 # SystemExit does not pass sys.excepthook, and atexit does not tell why the process ends. But the
 # interpreter reads the exception's `code`, as the only reader with no Python code above it.
+# Simpler ways do less. A sys.exit of our own misses `raise SystemExit`. A SystemExit of our own in builtins
+# is not the class that C code raises, and `except SystemExit` would miss that. The C library's on_exit
+# has the status, but comes when MPI's finalization has waited for the other ranks already.
 
 
 def _read_code(error: SystemExit) -> Any:
