@@ -14,6 +14,7 @@ import numpy as np
 
 from chainer_dist.collectives import reduction
 from chainer_dist.collectives.agreement import check_same
+from chainer_dist.collectives.messages import pack, post, raise_failure
 from chainer_dist.collectives.objects import ObjectCommunicator
 from chainer_dist.collectives.operation import collective, point_to_point
 
@@ -62,9 +63,9 @@ class ArrayCommunicator(ObjectCommunicator, abc.ABC):
         Raises:
             TypeError: If that is not what ``data`` is; the receiver then raises as well.
         """
-        message, error = self._attempt(lambda: _checked_arrays(data, "send"))
-        self._post(message, dest, tag, limit=SMALL).wait()
-        self._raise_failure(message, error)
+        message, error = pack(self.rank, lambda: _checked_arrays(data, "send"))
+        post(self.mpi_comm, message, dest, tag, limit=SMALL).wait()
+        raise_failure(message, error)
 
     @point_to_point
     def recv(self, source: int, tag: int) -> ArrayOrTuple:

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
+from chainer_dist.collectives import messages
 from chainer_dist.collectives.arrays import SMALL
 from chainer_dist.collectives.failures import describe_error, raise_first
 from chainer_dist.collectives.operation import point_to_point
@@ -112,7 +113,7 @@ def post(
         Exception: What ``make`` raised.
     """
     message: Any
-    message, error = comm._attempt(lambda: _copied(make()))
+    message, error = messages.pack(comm.rank, lambda: _copied(make()))
     if error is None:
         message = message._replace(number=number)
     _start(comm, message, dest, tag)
@@ -130,7 +131,7 @@ def take(comm: CommunicatorBase, source: int, tag: int) -> tuple[Any, int | None
     Raises:
         Exception: What the sender could not send it for.
     """
-    received, number = comm._receive(source, tag)
+    received, number = messages.receive(comm.mpi_comm, source, tag)
     if isinstance(received, tuple):
         received = tuple(np.require(each, requirements="W") for each in received)
     else:
@@ -160,7 +161,7 @@ def post_gradient(
 
 def post_obj(comm: CommunicatorBase, obj: Any, dest: int, tag: int) -> None:
     """Start sending an object that can be pickled to rank ``dest``, for ``recv_obj``. Local."""
-    message, _ = comm._attempt(lambda: obj)
+    message, _ = messages.pack(comm.rank, lambda: obj)
     _start(comm, message, dest, tag)
 
 
@@ -191,7 +192,7 @@ def make_room() -> None:
 
 def _start(comm: CommunicatorBase, message: Any, dest: int, tag: int) -> None:
     _forget_received()
-    request = comm._post(message, dest, tag, limit=SMALL)
+    request = messages.post(comm.mpi_comm, message, dest, tag, limit=SMALL)
     n_bytes = getattr(message, "nbytes", 0)
     _posted.append(_Posted(request, n_bytes, f"rank {comm.rank} to rank {dest}"))
 

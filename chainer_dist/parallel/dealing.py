@@ -17,8 +17,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from chainer_dist.collectives.agreement import check_same
 from chainer_dist.collectives.failures import describe_error, raise_first, raise_together, together
+from chainer_dist.collectives.messages import unpack
 from chainer_dist.errors import FailedItem, FailedItemsError
-from chainer_dist.parallel.items import Block, Chunk, pack, unpack
+from chainer_dist.parallel.items import Block, Chunk, pack_items, unpack_items
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -221,7 +222,7 @@ class Dealer:
         taken = self._next_chunk()
         if taken is not None:
             number, (first, items) = taken
-            packed, _ = pack(self._comm, first, items)
+            packed, _ = pack_items(self._comm, first, items)
             task = _Task(number, first, len(items), packed)
             self._sending.append(self._comm.isend_obj(task, rank, _TAG))
             self._in_work[rank] += 1
@@ -239,7 +240,7 @@ class Dealer:
         result: _Result = self._comm.recv_obj(MPI.ANY_SOURCE, tag=_TAG)
         self._in_work[result.rank] -= 1
         first, length = self._chunk_of[result.number]
-        values, failed = unpack(self._comm, first, length, result.packed)
+        values, failed = unpack_items(self._comm, first, length, result.packed)
         self._finish(result.number, Block(first, values, [*result.failed, *failed]))
 
     def _finish(self, number: int, block: Block) -> None:
@@ -257,9 +258,9 @@ def serve(comm: CommunicatorBase, work: Callable[[Chunk], Block]) -> End:
         if isinstance(task, End):
             return task
         number, first, length, packed = task
-        items, _ = unpack(comm, first, length, packed)
+        items, _ = unpack_items(comm, first, length, packed)
         block = work(Chunk(first, items))
-        packed, unsent = pack(comm, first, block.values)
+        packed, unsent = pack_items(comm, first, block.values)
         comm.send_obj(_Result(comm.rank, number, packed, [*block.failed, *unsent]), 0, _TAG)
 
 
@@ -287,7 +288,7 @@ def collect(
             return None, end
         messages = comm.bcast_obj(None)
         with together(comm):
-            opened = [comm._opened(message) for message in messages]
+            opened = [unpack(message) for message in messages]
         return opened, end
     dealer = make_dealer()
     blocks = []
@@ -297,9 +298,9 @@ def collect(
         return [block.values for block in blocks], dealer.dismiss(dealer.failed)
     messages, collected = [], []
     for first, values, _ in blocks:
-        message, failed = pack(comm, first, values)  # what this rank itself has computed
+        message, failed = pack_items(comm, first, values)  # what this rank itself has computed
         messages.append(message)
-        collected.append(comm._opened(message) if failed else values)
+        collected.append(unpack(message) if failed else values)
         dealer.failed += failed
     end = dealer.dismiss(dealer.failed)
     comm.bcast_obj(messages)

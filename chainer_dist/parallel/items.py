@@ -5,6 +5,7 @@ from __future__ import annotations
 import traceback
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from chainer_dist.collectives import messages
 from chainer_dist.collectives.frames import raising_line
 from chainer_dist.errors import FailedItem
 
@@ -13,7 +14,7 @@ if TYPE_CHECKING:
 
     from chainer_dist.communicators import CommunicatorBase
 
-__all__ = ["ITEM_ERRORS", "Block", "Chunk", "attempt", "failed_item", "pack", "unpack"]
+__all__ = ["ITEM_ERRORS", "Block", "Chunk", "attempt", "failed_item", "pack_items", "unpack_items"]
 
 
 # What an item may raise without ending the job. (After sys.exit on one rank the others would wait.)
@@ -60,32 +61,34 @@ def failed_item(comm: CommunicatorBase, index: int, error: BaseException) -> Fai
     return FailedItem(index, comm.rank, f"{text} (at {raising_line(error)})")
 
 
-def pack(comm: CommunicatorBase, first: int, values: Sequence[Any]) -> tuple[Any, list[FailedItem]]:
+def pack_items(
+    comm: CommunicatorBase, first: int, values: Sequence[Any]
+) -> tuple[Any, list[FailedItem]]:
     """Pickle items or results for another rank. Local.
 
     Returns:
         What can be sent, and those that could not be pickled and are replaced in it.
     """
-    message, error = comm._attempt(lambda: values)
+    message, error = messages.pack(comm.rank, lambda: values)
     if error is None:
         return message, []
     kept, failed = [], []
     for index, value in enumerate(values, start=first):
-        _, error = comm._attempt(lambda value=value: value)  # type: ignore[misc]
+        _, error = messages.pack(comm.rank, lambda value=value: value)  # type: ignore[misc]
         if error is not None:
             if not isinstance(error, ITEM_ERRORS):
                 raise error
             failed.append(failed_item(comm, index, error))
         kept.append(value if error is None else failed[-1])
-    return comm._attempt(lambda: kept)[0], failed
+    return messages.pack(comm.rank, lambda: kept)[0], failed
 
 
-def unpack(
+def unpack_items(
     comm: CommunicatorBase, first: int, length: int, message: Any
 ) -> tuple[Any, list[FailedItem]]:
     """Return what was packed; if it cannot be unpickled, a failure for each item. Local."""
     try:
-        return comm._opened(message), []
+        return messages.unpack(message), []
     except ITEM_ERRORS as error:
         failed = [failed_item(comm, first + i, error) for i in range(length)]
         return failed, failed
