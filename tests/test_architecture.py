@@ -8,90 +8,19 @@ import importlib.util
 import inspect
 import pkgutil
 import re
-from pathlib import Path
 
 import pytest
 
 import chainer_dist
+from architecture import MODULES, ROOT, imports, layer_of
 from chainer_dist import _environment
-
-ROOT = Path(chainer_dist.__file__).parent
-
-# Lowest first; a module imports from its own layer and those below.
-LAYERS = [
-    [
-        "_version",
-        "_arguments",
-        "_files",
-        "_connections",
-        "_environment",
-        "_progress",
-        "_compat",
-        "_startup",
-        "_typing",
-        "errors",
-        "_threads",
-        "_allocator",
-        "global_except_hook",
-        "testing",
-        "nccl",
-        "kernels",
-    ],
-    ["collectives"],
-    ["parameters"],
-    ["exchange"],
-    ["communicators"],
-    ["compression"],
-    ["functions", "watch"],
-    ["updates", "links"],
-    ["optimizers", "datasets", "iterators"],
-    ["serialization"],
-    ["extensions"],
-    ["updaters", "checkpoints", "parallel"],
-    ["training"],
-    ["chainermn", "integrations"],
-    ["__init__"],  # what users see; it has names from all layers
-    ["launcher", "scaling", "__main__"],
-]
-
-
-def layer_of(part):
-    """Return the number of a module's layer, given its name below the package."""
-    (found,) = [n for n, names in enumerate(LAYERS) if part in names]
-    return found
-
-
-def name_of(path):
-    """Return a module's name below the package."""
-    return ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
-
-
-MODULES = {name_of(path): path for path in sorted(ROOT.rglob("*.py"))}
-
-
-def imports(name):
-    """Return the modules of the package that a module imports: anywhere in it, and for types only, too."""
-    found = set()
-    for node in ast.walk(ast.parse(MODULES[name].read_text(encoding="utf-8"))):
-        if isinstance(node, ast.ImportFrom):
-            names = [f"{node.module}.{alias.name}" for alias in node.names]
-        elif isinstance(node, ast.Import):
-            names = [alias.name for alias in node.names]
-        else:
-            continue
-        for each in names:
-            top, _, below = each.partition(".")
-            if top == "chainer_dist":
-                found.add(below if below in MODULES else below.rpartition(".")[0] or "__init__")
-    return found - {name}
-
 
 @pytest.mark.parametrize("name", [name for name in MODULES if name != "__init__"])
 def test_layers_import_downward_only(name):
     """A module knows nothing of the layers above it."""
-    own = layer_of(name.partition(".")[0])
+    own = layer_of(name)
     for each in imports(name):
-        assert layer_of(each.partition(".")[0]) <= own, f"{name} imports {each} from above"
+        assert layer_of(each) <= own, f"{name} imports {each} from above"
 
 
 def test_no_modules_import_one_another():
