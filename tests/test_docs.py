@@ -14,6 +14,7 @@ import pytest
 
 import chainer_dist
 import mpi_job
+from architecture import LAYERS, MODULES, imports
 
 # They start processes of their own.
 pytestmark = pytest.mark.mpi_skip
@@ -21,8 +22,8 @@ pytestmark = pytest.mark.mpi_skip
 DOCS = mpi_job.ROOT / "docs"
 CONF = f"""
 import sys
-sys.path.insert(0, {str(DOCS / "_ext")!r})
-extensions = ["sphinx.ext.autodoc", "measured", "pictures", "public_names"]
+sys.path[:0] = [{str(DOCS / "_ext")!r}, {str(mpi_job.ROOT / "tests" / "helpers")!r}]
+extensions = ["sphinx.ext.autodoc", "layers", "measured", "pictures", "public_names"]
 exclude_patterns = ["out"]
 """
 MEASURED = """
@@ -102,6 +103,35 @@ def test_what_is_named_is_there():
     files = re.findall(r"[ <](docs/[\w/]+\.rst)", (mpi_job.ROOT / "README.rst").read_text())
     assert len(files) > 5
     assert [name for name in files if not (mpi_job.ROOT / name).is_file()] == []
+
+
+def test_contributors_see_the_layers_that_there_are():
+    """The map of layers has the names of the list, in its order."""
+    text = (mpi_job.ROOT / "CONTRIBUTING.rst").read_text()
+    block = text.partition("\nLayers\n")[2].partition("::\n\n")[2].partition("\n\n")[0]
+    rows = [line[4:42].strip() for line in block.splitlines()]
+    shown = [set(row.split(",")) for row in " ".join(rows).replace(", ", ",").split()]
+    assert shown == [set(layer) for layer in reversed(LAYERS)]
+
+
+def test_a_picture_of_the_layers_has_all_imports(tmp_path):
+    """Each package is named once, and has a dot for each package that it imports."""
+    page = "Title\n=====\n\n.. picture:: layers\n"
+    build(tmp_path, page)
+    picture = (
+        (tmp_path / "out" / "index.html").read_text().partition("<svg")[2].partition("</svg")[0]
+    )
+    named = re.findall(r"<text[^>]*>(\w+)</text>", picture)
+    above = [each for layer in LAYERS[1:] for each in layer if not each.startswith("__")]
+    assert sorted(named) == sorted([*above, "ground"])
+    found = set()
+    for name in MODULES:
+        for each in imports(name):
+            pair = [part.partition(".")[0] for part in (name, each)]
+            pair = ["ground" if part in LAYERS[0] else part for part in pair]
+            if pair[0] != pair[1] and {*pair} <= {*named}:
+                found.add(tuple(pair))
+    assert picture.count("<circle") == len(found) > len(named)
 
 
 @pytest.mark.parametrize("name", ["README.rst", "CHANGELOG.rst", "CONTRIBUTING.rst"])

@@ -55,6 +55,22 @@ class Drawing:
             f'marker-end="url(#head)"{start}/>'
         )
 
+    def band(self, x: float, y: float, w: float, h: float, color: str) -> None:
+        """Colour an area on which the rest is drawn."""
+        self._parts.append(
+            f'<rect x="{x}" y="{y}" width="{w}" height="{h}" fill="{color}" fill-opacity="0.12"/>'
+        )
+
+    def line(self, x1: float, y1: float, x2: float, y2: float) -> None:
+        """Draw a thin line."""
+        self._parts.append(
+            f'<line x1="{x1}" y1="{y1}" x2="{x2}" y2="{y2}" stroke="currentColor" stroke-opacity="0.35"/>'
+        )
+
+    def dot(self, x: float, y: float) -> None:
+        """Draw a dot."""
+        self._parts.append(f'<circle cx="{x}" cy="{y}" r="4" fill="currentColor"/>')
+
     def __str__(self) -> str:
         head = (
             '<defs><marker id="head" viewBox="0 0 8 8" refX="7" refY="4" markerWidth="7" '
