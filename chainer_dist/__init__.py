@@ -113,5 +113,5 @@ __all__ = [
 ]
 
 kernels.use_default()
-global_except_hook._add_hook_if_enabled()
+global_except_hook.add_hook_if_enabled()
 _distribute_if_asked()

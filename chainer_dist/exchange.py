@@ -7,11 +7,12 @@ gradient, and what happens when ranks differ in that. All of it is decided by al
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import chainer
 import numpy as np
 
+from chainer_dist import _chainer
 from chainer_dist.collectives import reduction
 from chainer_dist.collectives.agreement import agree, raise_mismatch
 from chainer_dist.collectives.failures import raise_together
@@ -222,7 +223,7 @@ def _initialize_missing(comm: ArrayCommunicator, parameters: ParameterSet) -> di
 def _bcast_param(comm: ArrayCommunicator, param: chainer.Parameter, root: int) -> None:
     array = param.array
     work = array if array.flags.c_contiguous and array.flags.writeable else array.copy(order="C")
-    before = work.copy() if _fp32_copy(param) is not None else None
+    before = work.copy() if _chainer.float32_copy(param) is not None else None
     for piece in reduction.pieces(work.reshape(-1).view(np.uint8)):
         comm.mpi_comm.Bcast(piece, root=root)
     if work is not array:
@@ -232,8 +233,4 @@ def _bcast_param(comm: ArrayCommunicator, param: chainer.Parameter, root: int) -
             param.array = work
     if before is not None and not np.array_equal(before, work, equal_nan=True):
         # The float32 master copy of `use_fp32_update` belongs to the old value.
-        param.update_rule._fp32_param = None
-
-
-def _fp32_copy(param: chainer.Parameter) -> Any:
-    return getattr(getattr(param, "update_rule", None), "_fp32_param", None)
+        _chainer.forget_float32_copy(param)

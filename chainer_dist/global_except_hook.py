@@ -79,7 +79,8 @@ def remove_hook() -> None:
     _replace_exit(_exit, _python_exit)
 
 
-def _add_hook_if_enabled() -> None:
+def add_hook_if_enabled() -> None:
+    """Call :func:`add_hook` unless ``CHAINER_DIST_ABORT_ON_EXCEPTION`` is ``0`` or empty. Local."""
     if os.environ.get(_environment.ABORT_ON_EXCEPTION, "1") not in ("0", ""):
         add_hook()
 
@@ -113,7 +114,7 @@ def _notice(event: str, arguments: tuple[Any, ...]) -> None:
 def _has_callers() -> bool:
     """Return whether there is Python code above the function that called this one."""
     try:
-        sys._getframe(2)
+        sys._getframe(2)  # noqa: SLF001 - Python's
     except ValueError:
         return False
     return True

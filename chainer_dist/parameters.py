@@ -75,7 +75,7 @@ def _layout(model: chainer.Link) -> _Layout:
         walked = [param for _, param in model.namedparams()]
         return _Layout(model, walked, [param.array for param in walked])
     walked = list(model.params())
-    arrays = [param._data[0] for param in walked]  # what the property array returns, faster
+    arrays = [param._data[0] for param in walked]  # noqa: SLF001 - the property array, faster
     key = id(model)
     if key in _layouts:
         known, layout = _layouts[key]

@@ -15,6 +15,7 @@ import chainer_dist
 from architecture import MODULES, ROOT, imports, layer_of
 from chainer_dist import _environment
 
+
 @pytest.mark.parametrize("name", [name for name in MODULES if name != "__init__"])
 def test_layers_import_downward_only(name):
     """A module knows nothing of the layers above it."""

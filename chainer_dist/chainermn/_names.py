@@ -52,9 +52,9 @@ class _MpiImpl(chainer_batch_normalization.GeneralBatchNormalizationImpl):  # ty
         del xp
         count = x.size // max(gamma.size, 1)
         mean, var = x.mean(axis=axis, dtype=np.float64), x.var(axis=axis, dtype=np.float64)
-        moments = batch_normalization._moments(count, mean, var * count)
+        moments = batch_normalization.moments_of(count, mean, var * count)
         lines = (("gamma of batch normalization", f"{gamma.shape} {gamma.dtype}"),)
-        counts, means, squares = batch_normalization._merge_over_ranks(self.comm, moments, lines).T
+        counts, means, squares = batch_normalization.merge_over_ranks(self.comm, moments, lines).T
         variance = squares / np.maximum(counts, 1)
         return (
             means.reshape(mean.shape).astype(interm_dtype),
@@ -66,7 +66,7 @@ class _MpiImpl(chainer_batch_normalization.GeneralBatchNormalizationImpl):  # ty
     ) -> tuple[Array, Array]:
         gbeta, ggamma = super().get_ggamma_and_gbeta(axis, gamma, gy, x_hat, xp)
         both = np.stack([gbeta, ggamma])
-        self.comm._multi_node_mean(None, both)
+        self.comm._multi_node_mean(None, both)  # noqa: SLF001 - ChainerMN's name
         return both[0], both[1]
 
 

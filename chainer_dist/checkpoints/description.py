@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import chainer
 
+from chainer_dist import _chainer
 from chainer_dist.checkpoints.trainers import trainers, unwrapped
 from chainer_dist.optimizers.multi_node_optimizer import MultiNodeOptimizer
 from chainer_dist.serialization.target import parts
@@ -103,7 +104,7 @@ def _describe_link(link: chainer.Link) -> dict[str, Any]:
         "persistents": sorted(
             f"{path.rstrip('/')}/{name}"
             for path, below in link.namedlinks()
-            for name in below._persistent
+            for name in _chainer.persistent_names(below)
         ),
     }
 
@@ -130,7 +131,7 @@ def _keys(state: Any) -> list[str] | None:
 
 def _describe_trainer(trainer: chainer.training.Trainer) -> dict[str, str]:
     found = {"stop_trigger": type(trainer.stop_trigger).__name__}
-    for name, entry in trainer._extensions.items():
+    for name, entry in _chainer.extension_entries(trainer).items():
         found[f"extensions/{name}"] = type(entry.extension).__name__
         found[f"extension_triggers/{name}"] = type(unwrapped(entry.trigger)).__name__
     return found

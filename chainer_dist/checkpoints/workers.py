@@ -29,23 +29,19 @@ if TYPE_CHECKING:
 
 __all__ = ["shield"]
 
-# In the environment of a fork server: the process that has started it.
-
 
 def shield(target: Any) -> None:
     """Let the workers of a target's iterators go on after a signal, if they have not begun. Local."""
     for _, part in parts(target):
-        if isinstance(part, DistributedIterator) and not isinstance(
-            part._make_iterator, _Shielding
-        ):
-            part._make_iterator = _Shielding(part._make_iterator)
+        if isinstance(part, DistributedIterator) and not isinstance(part.make_iterator, _Shielding):
+            part.make_iterator = _Shielding(part.make_iterator)
         _shield_iterator(getattr(part, "actual_iterator", part))
 
 
 def _shield_iterator(iterator: Any) -> None:
-    if not isinstance(iterator, iterators.MultiprocessIterator) or iterator._finalized:
+    if not isinstance(iterator, iterators.MultiprocessIterator) or iterator._finalized:  # noqa: SLF001 - Chainer's
         return
-    loop = iterator._prefetch_loop
+    loop = iterator._prefetch_loop  # noqa: SLF001 - Chainer's
     if loop.thread is not None or isinstance(loop.dataset, _Dataset):
         return
     _start_helpers()
@@ -128,9 +124,9 @@ def _start_helpers() -> None:
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, before)
     if method == "forkserver":
-        server: Any = multiprocessing.forkserver._forkserver
-        if __name__ not in server._preload_modules:
-            server.set_forkserver_preload([*server._preload_modules, __name__])
+        server: Any = multiprocessing.forkserver._forkserver  # noqa: SLF001 - Python has no other way
+        if __name__ not in server._preload_modules:  # noqa: SLF001 - Python has no other way
+            server.set_forkserver_preload([*server._preload_modules, __name__])  # noqa: SLF001 - Python has no other way
         os.environ[_environment.FORKSERVER_OF] = str(os.getpid())
         try:
             server.ensure_running()

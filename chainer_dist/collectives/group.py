@@ -71,6 +71,11 @@ class Group:
         return self._mpi_comm
 
     @property
+    def is_finalized(self) -> bool:
+        """Whether :meth:`finalize` has been called."""
+        return self._mpi_comm is None
+
+    @property
     def node_comm(self) -> MPI.Intracomm:
         """The private mpi4py communicator of the ranks on this node, in the order of rank."""
         self.mpi_comm  # noqa: B018 - raises after finalize
@@ -124,11 +129,11 @@ class Group:
             return None
         if type(self).__init__ is Group.__init__:
             child = type(self).__new__(type(self))
-            child._adopt(cast("MPI.Intracomm", part))
+            child._adopt(cast("MPI.Intracomm", part))  # noqa: SLF001 - of the same class
         else:  # a program's own class, which may set more there; ChainerMN calls it like this
             child = type(self)(mpi_comm=cast("MPI.Intracomm", part))
             part.Free()
-        child._configs.update(self._configs)
+        child._configs.update(self._configs)  # noqa: SLF001 - of the same class
         return child
 
     def derived(self, name: str, make: Callable[[], Made], free: Callable[[Made], object]) -> Made:
@@ -236,7 +241,7 @@ class Group:
         )
 
     def __repr__(self) -> str:
-        if self._mpi_comm is None:
+        if self.is_finalized:
             return f"<{self.name} communicator, finalized>"
         return (
             f"<{self.name} communicator, rank {self.rank} of {self.size}, "

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 __all__ = ["CommunicatorBase", "create_communicator", "names"]
 
 # name: where its class is. A new kind is a new file and a new line here.
-_KINDS = {
+KINDS = {
     "naive": "chainer_dist.communicators.naive:NaiveCommunicator",
     "flat": "chainer_dist.communicators.flat:FlatCommunicator",
     "shared_memory": "chainer_dist.communicators.shared_memory.communicator:SharedMemoryCommunicator",
@@ -37,7 +37,7 @@ _GPU_KINDS = ("pure_nccl", "non_cuda_aware")
 
 def names() -> tuple[str, ...]:
     """Return the names that :func:`~chainer_dist.create_communicator` takes, besides ``auto``."""
-    return tuple(_KINDS)
+    return tuple(KINDS)
 
 
 def create_communicator(
@@ -76,9 +76,9 @@ def create_communicator(
         raise ValueError(
             f"communicator {name!r} needs GPUs; chainer_dist trains on CPU cores: use 'auto'"
         )
-    if name not in _KINDS:
+    if name not in KINDS:
         raise ValueError(
-            f"unknown communicator {communicator_name!r}; known: auto, {', '.join(_KINDS)}"
+            f"unknown communicator {communicator_name!r}; known: auto, {', '.join(KINDS)}"
         )
     if allreduce_grad_dtype is not None:
         raise ValueError("allreduce_grad_dtype is only available with ChainerMN's pure_nccl")
@@ -91,7 +91,7 @@ def create_communicator(
                 "`pip install chainer_dist[mpich]` brings one"
             ) from error
         mpi_comm = MPI.COMM_WORLD
-    module, _, cls = _KINDS[name].partition(":")
+    module, _, cls = KINDS[name].partition(":")
     kind: type[CommunicatorBase] = getattr(importlib.import_module(module), cls)
     children.listen()
     communicator = kind(mpi_comm)

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 from chainer import datasets
 
+from chainer_dist import _chainer
 from chainer_dist.datasets.take import take, take_through
 
 Mask = np.ndarray[Any, np.dtype[np.bool_]]
@@ -76,27 +77,28 @@ def _(dataset: ScatteredDataset) -> Mask | None:
 
 @own_samples.register(datasets.TransformDataset)
 def _(dataset: datasets.TransformDataset) -> Mask | None:
-    return own_samples(dataset._dataset)
+    return own_samples(_chainer.dataset_below(dataset))
 
 
 @own_samples.register(datasets.SubDataset)
 def _(dataset: datasets.SubDataset) -> Mask | None:
-    mask = own_samples(dataset._dataset)
+    found = _chainer.selected(dataset)
+    mask = own_samples(found.dataset)
     if mask is None:
         return None
-    if dataset._order is not None:
-        mask = mask[np.asarray(dataset._order)]
-    return mask[dataset._start : dataset._finish]
+    if found.order is not None:
+        mask = mask[np.asarray(found.order)]
+    return mask[found.start : found.finish]
 
 
 @own_samples.register(datasets.TupleDataset)
 def _(dataset: datasets.TupleDataset) -> Mask | None:
-    return _all_own(dataset._datasets)
+    return _all_own(_chainer.datasets_within(dataset))
 
 
 @own_samples.register(datasets.DictDataset)
 def _(dataset: datasets.DictDataset) -> Mask | None:
-    return _all_own(dataset._datasets.values())
+    return _all_own(_chainer.datasets_within(dataset).values())
 
 
 def _all_own(columns: Any) -> Mask | None:
@@ -106,13 +108,13 @@ def _all_own(columns: Any) -> Mask | None:
 
 @own_samples.register(datasets.ConcatenatedDataset)
 def _(dataset: datasets.ConcatenatedDataset) -> Mask | None:
-    masks = [own_samples(each) for each in dataset._datasets]
+    masks = [own_samples(each) for each in _chainer.datasets_within(dataset)]
     if all(mask is None for mask in masks):
         return None
     filled: Mask = np.concatenate(
         [
             np.ones(len(each), dtype=bool) if mask is None else mask
-            for each, mask in zip(dataset._datasets, masks)
+            for each, mask in zip(_chainer.datasets_within(dataset), masks)
         ]
     )
     return filled

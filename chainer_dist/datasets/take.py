@@ -14,6 +14,7 @@ import numpy as np
 from chainer import datasets
 from chainer.dataset import DatasetMixin
 
+from chainer_dist import _chainer
 from chainer_dist.datasets.pickled_parts import Common
 
 
@@ -26,13 +27,13 @@ class Selection(DatasetMixin):  # type: ignore[misc]  # Chainer has no types
     """
 
     def __init__(self, common: Common, indices: np.ndarray[Any, np.dtype[np.int64]]) -> None:
-        self._common = common
+        self.common = common
         self.indices = indices
 
     @property
     def dataset(self) -> Any:
         """The whole dataset."""
-        return self._common.value
+        return self.common.value
 
     def __len__(self) -> int:
         return len(self.indices)
@@ -75,7 +76,7 @@ def take(dataset: Any, indices: Any) -> Any:
 
 @take.register(Selection)
 def _(dataset: Selection, indices: Any) -> Any:
-    return Selection(dataset._common, dataset.indices[_checked(indices, dataset)])
+    return Selection(dataset.common, dataset.indices[_checked(indices, dataset)])
 
 
 @take.register(np.ndarray)
@@ -107,7 +108,7 @@ def _(dataset: datasets.TupleDataset, indices: Any) -> Any:
     indices = _checked(indices, dataset)
     if not _inherits_indexing(dataset, datasets.TupleDataset):
         return Selection(Common(dataset), indices)
-    columns = tuple(take(column, indices) for column in dataset._datasets)
+    columns = tuple(take(column, indices) for column in _chainer.datasets_within(dataset))
     return _copied(dataset, _datasets=columns, _length=len(indices))
 
 
@@ -116,7 +117,9 @@ def _(dataset: datasets.DictDataset, indices: Any) -> Any:
     indices = _checked(indices, dataset)
     if not _inherits_indexing(dataset, datasets.DictDataset):
         return Selection(Common(dataset), indices)
-    columns = {key: take(column, indices) for key, column in dataset._datasets.items()}
+    columns = {
+        key: take(column, indices) for key, column in _chainer.datasets_within(dataset).items()
+    }
     return _copied(dataset, _datasets=columns, _length=len(indices))
 
 
@@ -130,12 +133,13 @@ def _(dataset: datasets.SubDataset, indices: Any) -> Any:
 
 def take_through(dataset: datasets.SubDataset, indices: Any) -> Any:
     """Take samples of a SubDataset out of the dataset below it. Local."""
-    below = _checked(indices, dataset) + dataset._start
-    if dataset._order is not None:
-        below = np.asarray(dataset._order, dtype=np.int64)[below]
+    found = _chainer.selected(dataset)
+    below = _checked(indices, dataset) + found.start
+    if found.order is not None:
+        below = np.asarray(found.order, dtype=np.int64)[below]
     # SubDataset leaves a negative entry of its order to the dataset below, where it counts from
     # the end.
-    return take(dataset._dataset, np.where(below < 0, below + len(dataset._dataset), below))
+    return take(found.dataset, np.where(below < 0, below + len(found.dataset), below))
 
 
 @take.register(datasets.TransformDataset)
@@ -143,7 +147,7 @@ def _(dataset: datasets.TransformDataset, indices: Any) -> Any:
     indices = _checked(indices, dataset)
     if not _inherits_indexing(dataset, datasets.TransformDataset):
         return Selection(Common(dataset), indices)
-    return _copied(dataset, _dataset=take(dataset._dataset, indices))
+    return _copied(dataset, _dataset=take(_chainer.dataset_below(dataset), indices))
 
 
 @take.register(datasets.ConcatenatedDataset)
@@ -151,10 +155,10 @@ def _(dataset: datasets.ConcatenatedDataset, indices: Any) -> Any:
     indices = _checked(indices, dataset)
     if not _inherits_indexing(dataset, datasets.ConcatenatedDataset):
         return Selection(Common(dataset), indices)
-    ends = np.cumsum([len(each) for each in dataset._datasets], dtype=np.int64)
+    ends = np.cumsum([len(each) for each in _chainer.datasets_within(dataset)], dtype=np.int64)
     owner = np.searchsorted(ends, indices, side="right")
     parts, sources = [], []
-    for number, each in enumerate(dataset._datasets):
+    for number, each in enumerate(_chainer.datasets_within(dataset)):
         (source,) = np.nonzero(owner == number)
         if len(source):
             parts.append(take(each, indices[source] - (ends[number] - len(each))))
@@ -185,8 +189,10 @@ def _(dataset: datasets.LabeledImageDataset, indices: Any) -> Any:
 def _(dataset: datasets.LabeledZippedImageDataset, indices: Any) -> Any:
     part = _take_attribute(dataset, indices, datasets.LabeledZippedImageDataset, "_pairs")
     if not isinstance(part, Selection):
-        part._zipfile = copy.copy(dataset._zipfile)  # it looks names up, and needs no list of them
-        part._zipfile._paths = [path for path, _ in part._pairs]
+        # The archive looks names up, and needs no list of them.
+        archive = copy.copy(dataset._zipfile)  # noqa: SLF001 - Chainer's
+        archive._paths = [path for path, _ in part._pairs]  # noqa: SLF001 - Chainer's
+        part._zipfile = archive  # noqa: SLF001 - Chainer's
     return part
 
 

@@ -184,7 +184,7 @@ class _MultiNodeSnapshot(extension.Extension):  # type: ignore[misc]  # Chainer 
         restart_epoch = any(
             comm.allgather_obj(source != self.master or self._saved_by_others(data))
         )
-        target = trainer if self.snapshot._target is None else self.snapshot._target
+        target = trainer if self.snapshot._target is None else self.snapshot._target  # noqa: SLF001 - Chainer's
         with together(comm):
             load_npz(
                 io.BytesIO(data),

@@ -122,7 +122,7 @@ def _variable(content: Any, arrays: Sequence[Array], current: Any) -> Any:
     number, requires_grad, rank = content
     array = None if number is None else np.array(arrays[number])
     variable = chainer.Variable(array, requires_grad=requires_grad)
-    variable.node._rank = int(rank)
+    variable.node._rank = int(rank)  # noqa: SLF001 - Chainer's
     return variable
 
 

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from chainer.training import extension
 
+from chainer_dist import _chainer
 from chainer_dist.collectives.agreement import check_same
 from chainer_dist.collectives.calls import check_call
 
@@ -75,7 +76,7 @@ def _persistents(model: chainer.Link) -> list[tuple[str, chainer.Link, str]]:
     return [
         (f"{path}/{name}", link, name)
         for path, link in model.namedlinks()
-        for name in link._persistent
+        for name in _chainer.persistent_names(link)
     ]
 
 

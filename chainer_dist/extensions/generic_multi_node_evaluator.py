@@ -9,6 +9,7 @@ from chainer import backend, configuration, function
 from chainer.dataset import convert
 from chainer.training import extension
 
+from chainer_dist import _chainer
 from chainer_dist.collectives.agreement import check_same
 from chainer_dist.collectives.calls import check_call
 from chainer_dist.collectives.failures import together
@@ -138,7 +139,7 @@ class GenericMultiNodeEvaluator(extension.Extension):  # type: ignore[misc]  # C
         is_root = self.comm is None or self.comm.rank == self.root
         results = []
         for batch in iterator:
-            arrays = convert._call_converter(self.converter, batch, self.device)
+            arrays = _chainer.call_converter(self.converter, batch, self.device)
             with configuration.using_config("train", value=False), function.no_backprop_mode():
                 results.append(call_with(self.calc_local, arrays))
             if is_root and self._progress_hook is not None:

@@ -114,11 +114,11 @@ class MultiNodeEarlyStoppingTrigger:
         return [plain_value(trainer.observation[key])] if key in trainer.observation else []
 
     def _stop_condition(self) -> bool:
-        stop: bool = self.actual_trigger._stop_condition()
+        stop: bool = self.actual_trigger._stop_condition()  # noqa: SLF001 - Chainer's
         return stop
 
     def _init_summary(self) -> None:
-        self.actual_trigger._init_summary()
+        self.actual_trigger._init_summary()  # noqa: SLF001 - Chainer's
 
     def get_training_length(self) -> tuple[float, str]:
         """Return ``max_trigger`` as a number and a unit, for progress bars. Local."""

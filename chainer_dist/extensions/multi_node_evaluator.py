@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from chainer import backend, function, iterators, reporter, variable
-from chainer.dataset import convert
 from chainer.training.extensions import Evaluator
 from chainer.training.extensions.evaluator import _IteratorProgressBar
 
+from chainer_dist import _chainer
 from chainer_dist.collectives.calls import check_call
 from chainer_dist.collectives.failures import together
 from chainer_dist.datasets.scattered import own_samples
@@ -97,20 +97,20 @@ def create_multi_node_evaluator(
         needs="evaluate",
     )
     if not hasattr(actual_evaluator, "_mn_original_evaluate"):
-        actual_evaluator._mn_original_evaluate = actual_evaluator.evaluate
-    actual_evaluator._mn_communicator = communicator
+        actual_evaluator._mn_original_evaluate = actual_evaluator.evaluate  # noqa: SLF001 - ChainerMN's name
+    actual_evaluator._mn_communicator = communicator  # noqa: SLF001 - ChainerMN's name
     actual_evaluator.evaluate = types.MethodType(_evaluate, actual_evaluator)
     if communicator.rank != 0:
-        actual_evaluator._progress_bar = False
+        actual_evaluator._progress_bar = False  # noqa: SLF001 - Chainer's
     return actual_evaluator
 
 
 def _evaluate(evaluator: Evaluator) -> dict[str, Any]:
     """Evaluate on all ranks; this replaces ``evaluator.evaluate``. Collective."""
-    comm = evaluator._mn_communicator
+    comm = evaluator._mn_communicator  # noqa: SLF001 - ChainerMN's name
     means = _WeightedMeans()
     with together(comm):
-        original = evaluator._mn_original_evaluate
+        original = evaluator._mn_original_evaluate  # noqa: SLF001 - ChainerMN's name
         if getattr(original, "__func__", None) is Evaluator.evaluate:
             _evaluate_batches(evaluator, means)
         else:
@@ -120,8 +120,8 @@ def _evaluate(evaluator: Evaluator) -> dict[str, Any]:
 
 def _evaluate_batches(evaluator: Evaluator, means: _WeightedMeans) -> None:
     """Do what ``Evaluator.evaluate`` does, weighing batches and leaving duplicates out. Local."""
-    iterator = evaluator._iterators["main"]
-    eval_func = evaluator.eval_func or evaluator._targets["main"]
+    iterator = evaluator._iterators["main"]  # noqa: SLF001 - Chainer's
+    eval_func = evaluator.eval_func or evaluator._targets["main"]  # noqa: SLF001 - Chainer's
 
     if evaluator.eval_hook:
         evaluator.eval_hook(evaluator)
@@ -139,11 +139,11 @@ def _evaluate_batches(evaluator: Evaluator, means: _WeightedMeans) -> None:
     if has_no_samples(iterator):
         return
 
-    bar = _IteratorProgressBar(iterator=iterator) if evaluator._progress_bar else None
+    bar = _IteratorProgressBar(iterator=iterator) if evaluator._progress_bar else None  # noqa: SLF001 - Chainer's
     for batch, n_own in _own_batches(iterator, evaluator):
         observation: dict[str, Any] = {}
         with reporter.report_scope(observation):
-            arrays = convert._call_converter(evaluator.converter, batch, evaluator.device)
+            arrays = _chainer.call_converter(evaluator.converter, batch, evaluator.device)
             with function.no_backprop_mode():
                 call_with(eval_func, arrays)
         if n_own:
@@ -160,8 +160,8 @@ def _own_batches(iterator: Any, evaluator: Evaluator) -> Iterator[tuple[Any, int
     if own is not None and not _keeps_order(iterator):
         own = None
         _warn_of_duplicates(evaluator, iterator)
-    if own is not None and iterator._state.order is not None:
-        own = own[iterator._state.order]
+    if own is not None and _chainer.order_of(iterator) is not None:
+        own = own[_chainer.order_of(iterator)]
     done = 0
     for batch in iterator:
         flags = None if own is None else own[done : done + len(batch)]
@@ -190,7 +190,7 @@ def _keeps_order(iterator: Any) -> bool:
 def _warn_of_duplicates(evaluator: Evaluator, iterator: Any) -> None:
     if getattr(evaluator, "_mn_warned_of_duplicates", False):
         return
-    evaluator._mn_warned_of_duplicates = True
+    evaluator._mn_warned_of_duplicates = True  # noqa: SLF001 - this module's own
     warnings.warn(
         f"the order of samples in a {type(iterator).__qualname__} is not known, so samples that "
         "scatter_dataset gave to two ranks count twice; scatter the evaluation set with "

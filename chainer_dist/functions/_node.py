@@ -23,16 +23,16 @@ if TYPE_CHECKING:
 class CommunicationNode(chainer.FunctionNode):  # type: ignore[misc]  # Chainer has no types
     """A Chainer function that backward visits in the reverse of the order of forward calls."""
 
-    _next_rank: ClassVar[int] = 0
+    next_rank: ClassVar[int] = 0
 
     def apply(self, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
         """Compute the outputs, and put the function after all earlier ones. Local."""
         outputs: tuple[Any, ...] = super().apply(inputs)
         if self.inputs is not None:  # otherwise there will be no backward
-            self.rank: int = max(self.rank, CommunicationNode._next_rank)
+            self.rank: int = max(self.rank, CommunicationNode.next_rank)
             for output in outputs:
                 output.creator_node = self  # takes over the rank
-            CommunicationNode._next_rank = self.rank + 1
+            CommunicationNode.next_rank = self.rank + 1
         return outputs
 
 
@@ -51,7 +51,7 @@ class Ordered(CommunicationNode):
 def come_after(variables: Iterable[Any]) -> None:
     """Put functions that communicate from now on after those that made ``variables``. Local."""
     ranks = (each.rank for each in variables if isinstance(each, chainer.Variable))
-    CommunicationNode._next_rank = max(CommunicationNode._next_rank, *ranks, 0)
+    CommunicationNode.next_rank = max(CommunicationNode.next_rank, *ranks, 0)
 
 
 def new_delegate() -> Any:

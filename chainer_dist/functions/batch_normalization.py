@@ -147,7 +147,7 @@ class MultiNodeBatchNormalization(chainer.FunctionNode):  # type: ignore[misc]  
         self._channels = functools.partial(channels.of, axis=axis, dtype=self._dtype)
         own = self._channels(x)
         if self._own_count:
-            moments = _moments(self._own_count, *own.moments())
+            moments = moments_of(self._own_count, *own.moments())
         counts, means, squares = self._merge(moments, "forward").T
         self.count = int(counts.max(initial=0))
         if self.count == 0 and gamma.size:
@@ -188,7 +188,7 @@ class MultiNodeBatchNormalization(chainer.FunctionNode):  # type: ignore[misc]  
         n = self._own_count
         moments = np.zeros((2 * gamma.size, 3))
         if n:
-            moments = _moments(n, np.concatenate([gbeta.ravel(), ggamma.ravel()]) / n)
+            moments = moments_of(n, np.concatenate([gbeta.ravel(), ggamma.ravel()]) / n)
         means = self._merge(moments, "backward")[:, 1]
 
         # gx = gamma / std * (gy - mean of gy - x_hat * mean of (gy * x_hat))
@@ -234,7 +234,7 @@ class MultiNodeBatchNormalization(chainer.FunctionNode):  # type: ignore[misc]  
         )
 
     def _merge(self, moments: Array, direction: str) -> Array:
-        return _merge_over_ranks(
+        return merge_over_ranks(
             self.comm,
             moments,
             (
@@ -259,11 +259,11 @@ def fail(comm: CommunicatorBase, error: BaseException) -> NoReturn:
     Raises:
         Exception: The error of the lowest rank that has one.
     """
-    _merge_over_ranks(comm, np.zeros((0, 3)), (), error)
+    merge_over_ranks(comm, np.zeros((0, 3)), (), error)
     raise AssertionError("every rank was to raise") from error
 
 
-def _moments(count: int, means: Array, squares: Array | float = 0.0) -> Array:
+def moments_of(count: int, means: Array, squares: Array | float = 0.0) -> Array:
     """Return rows of count, mean and sum of squared deviations from it."""
     moments = np.empty((means.size, 3))
     moments[:, 0] = count
@@ -272,7 +272,7 @@ def _moments(count: int, means: Array, squares: Array | float = 0.0) -> Array:
     return moments
 
 
-def _merge_over_ranks(
+def merge_over_ranks(
     comm: CommunicatorBase,
     moments: Array,
     lines: Sequence[tuple[str, str]],

@@ -102,7 +102,7 @@ class _Recv(CommunicationNode):
     """Returns what it receives, and a delegate; its one input is a delegate."""
 
     def __init__(self, comm: CommunicatorBase, peer_rank: int, peer_tag: int) -> None:
-        self._comm, self._peer, self._tag = comm, peer_rank, peer_tag
+        self.comm, self._peer, self._tag = comm, peer_rank, peer_tag
         self._number: int | None = None
         self._outputs: list[tuple[tuple[int, ...], Any]] = []
         self.as_tuple = False
@@ -113,7 +113,7 @@ class _Recv(CommunicationNode):
         Returns:
             A variable, or a tuple of them if several were sent.
         """
-        _messages.check_peer(self._comm, self._peer, self._tag)
+        _messages.check_peer(self.comm, self._peer, self._tag)
         *ys, _ = self.apply(inputs or (new_delegate(),))
         return tuple(ys) if len(ys) > 1 else ys[0]
 
@@ -124,14 +124,14 @@ class _Recv(CommunicationNode):
 
     def forward(self, _: tuple[Any, ...]) -> tuple[Any, ...]:
         """Receive arrays."""
-        received, self._number = _messages.take(self._comm, self._peer, self._tag)
+        received, self._number = _messages.take(self.comm, self._peer, self._tag)
         self.as_tuple = isinstance(received, tuple)
         ys = received if self.as_tuple else (received,)
         self._outputs = [(y.shape, y.dtype) for y in ys]
         if chainer.config.enable_backprop:
             _unanswered.add(self)
         else:
-            where = f"backprop mode is off on rank {self._comm.rank} where this is received"
+            where = f"backprop mode is off on rank {self.comm.rank} where this is received"
             self.refuse(RuntimeError(f"there is no gradient of what was sent: {where}"))
         return (*ys, np.empty(0, dtype=np.float32))
 
@@ -143,7 +143,7 @@ class _Recv(CommunicationNode):
                 for grad, (shape, dtype) in zip(grads, self._outputs)
                 if is_float(dtype)
             ]
-            _messages.post_gradient(self._comm, arrays, self._peer, self._number)
+            _messages.post_gradient(self.comm, arrays, self._peer, self._number)
         _unanswered.discard(self)
         return (zeros(self.inputs[0].shape, self.inputs[0].dtype),)
 
@@ -151,7 +151,7 @@ class _Recv(CommunicationNode):
         """Tell the sender that there will be no gradient."""
         _unanswered.discard(self)
         if self._number is not None:
-            _messages.post_gradient(self._comm, (), self._peer, self._number, error)
+            _messages.post_gradient(self.comm, (), self._peer, self._number, error)
             self._number = None
 
 
@@ -272,5 +272,5 @@ def receive(
 def refuse_gradients(comm: CommunicatorBase, error: BaseException) -> None:
     """Tell every rank that waits for a gradient from this one that there will be none. Local."""
     for node in list(_unanswered):
-        if node._comm is comm:
+        if node.comm is comm:
             node.refuse(error)

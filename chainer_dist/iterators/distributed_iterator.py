@@ -104,7 +104,7 @@ class DistributedIterator(Iterator):  # type: ignore[misc]  # Chainer has no typ
         self.dataset = dataset
         self.batch_size = batch_size
         self._shuffle = bool(shuffle)
-        self._make_iterator = make_iterator
+        self.make_iterator = make_iterator
         self._rank, self._size = comm.rank, comm.size
         self.reset()
 
@@ -140,8 +140,15 @@ class DistributedIterator(Iterator):  # type: ignore[misc]  # Chainer has no typ
 
     def __next__(self) -> list[Any]:
         if self._loader is None:
-            order = _OwnOrder(self)
-            self._loader = self._make_iterator(self.dataset, self.batch_size, order_sampler=order)
+            order = _OwnOrder(
+                self._n_samples,
+                self.batch_size,
+                self._rank,
+                self._size,
+                seed=self._seed if self._shuffle else None,
+                position=self._position,
+            )
+            self._loader = self.make_iterator(self.dataset, self.batch_size, order_sampler=order)
         batch: list[Any] = next(self._loader)
         epoch, self._previous_epoch_detail = self.epoch, self.epoch_detail
         self._position += self._size * self.batch_size
@@ -186,15 +193,33 @@ class DistributedIterator(Iterator):  # type: ignore[misc]  # Chainer has no typ
 
 
 class _OwnOrder:
-    """An order sampler: the indices of one rank, about as many at a time as it has in an epoch."""
+    """An order sampler: the indices of one rank, about as many at a time as it has in an epoch.
 
-    def __init__(self, iterator: DistributedIterator) -> None:
-        self._n_samples = iterator._n_samples
-        self._seed = iterator._seed if iterator._shuffle else None
-        self._batch = np.arange(iterator.batch_size) + iterator._rank * iterator.batch_size
-        self._step = iterator._size * iterator.batch_size
-        self._n_batches = max(1, self._n_samples // self._step)
-        self._position = iterator._position
+    Args:
+        n_samples: Length of the dataset.
+        batch_size: Number of samples in a batch of one rank.
+        rank: Number of this rank.
+        size: Number of ranks.
+        seed: Seed of the orders of all epochs; None for the order of the dataset.
+        position: Number of samples that all ranks together have taken before.
+    """
+
+    def __init__(
+        self,
+        n_samples: int,
+        batch_size: int,
+        rank: int,
+        size: int,
+        *,
+        seed: int | None,
+        position: int,
+    ) -> None:
+        self._n_samples = n_samples
+        self._seed = seed
+        self._batch = np.arange(batch_size) + rank * batch_size
+        self._step = size * batch_size
+        self._n_batches = max(1, n_samples // self._step)
+        self._position = position
 
     def __call__(self, current_order: Indices, current_position: int) -> Indices:
         del current_order, current_position  # Chainer's, which mean nothing here

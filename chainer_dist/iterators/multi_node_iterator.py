@@ -9,6 +9,7 @@ from chainer import serializer as serializers
 from chainer.dataset import Iterator
 from chainer.iterators import MultithreadIterator
 
+from chainer_dist import _chainer
 from chainer_dist.collectives.agreement import agreed_rank, shared
 from chainer_dist.collectives.calls import check_call
 
@@ -137,7 +138,7 @@ class _MultiNodeIterator(Iterator):  # type: ignore[misc]  # Chainer has no type
         state = {name: getattr(actual, name) for name in _ATTRIBUTES if hasattr(actual, name)}
         state["epoch_size"] = _epoch_size(actual)
         if hasattr(getattr(actual, "_state", None), "order"):
-            order = actual._state.order
+            order = _chainer.order_of(actual)
             state["order_name"] = "_order" if isinstance(actual, MultithreadIterator) else "order"
             # A sampler may write the next order to the same array.
             if order is not self._sent_order or actual.is_new_epoch:

@@ -10,6 +10,7 @@ from chainer import iterators
 from chainer import serializer as serializers
 from chainer.dataset import Iterator
 
+from chainer_dist import _chainer
 from chainer_dist.collectives.agreement import check_same
 from chainer_dist.collectives.calls import check_call
 from chainer_dist.collectives.failures import together
@@ -88,7 +89,7 @@ class _SynchronizedIterator(Iterator):  # type: ignore[misc]  # Chainer has no t
         """Save or load position, order and seed. Local; load it on every rank."""
         sampler = self.actual_iterator.order_sampler
         if isinstance(sampler, _SynchronizedSampler):
-            order = self.actual_iterator._state.order
+            order = _chainer.order_of(self.actual_iterator)
             try:
                 seed = serializer("synchronized_seed", sampler.seed)
                 resets = serializer("synchronized_resets", sampler.resets)
@@ -186,12 +187,12 @@ def _reset_with_seed(iterator: Any, seed: int) -> None:
     if sampler is not None:
         iterator.order_sampler = _SynchronizedSampler(sampler, seed)
         if hasattr(iterator, "_prefetch_loop"):  # MultiprocessIterator
-            iterator._prefetch_loop.order_sampler = iterator.order_sampler
+            iterator._prefetch_loop.order_sampler = iterator.order_sampler  # noqa: SLF001 - Chainer's
     iterator.reset()
 
 
 def _first(iterator: Any) -> str:
     if iterator.order_sampler is None:
         return "that of the dataset"
-    order = iterator._state.order
+    order = _chainer.order_of(iterator)
     return f"{order[:8]}... ({hashlib.blake2b(order.tobytes(), digest_size=4).hexdigest()})"

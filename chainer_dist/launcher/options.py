@@ -141,7 +141,7 @@ def divide(words: Sequence[str], run: Parser) -> tuple[list[str], list[str]]:
             break
         if word.startswith("-m"):
             return [*words[:n]], ["-m", *filter(None, [word[2:]]), *words[n + 1 :]]
-        known = run._option_string_actions
+        known = run._option_string_actions  # noqa: SLF001 - argparse's
         name, has_value = word, False
         if word not in known:
             name, has_value = (

@@ -259,7 +259,7 @@ def _levels(module: Any) -> list[int]:
 
 
 def _kind_of(comm: communicators.CommunicatorBase) -> str:
-    paths = {path: name for name, path in communicators._KINDS.items()}
+    paths = {path: name for name, path in communicators.KINDS.items()}
     kind = type(comm)
     return paths[f"{kind.__module__}:{kind.__qualname__}"]
 

@@ -100,7 +100,7 @@ class MultiNodeChainList(chainer.ChainList):  # type: ignore[misc]  # Chainer ha
         self._n_micro_batches = operator.index(n_micro_batches)
         self._components: tuple[Component, ...] = ()
         own = weakref.ref(self)
-        self._number = register(comm, lambda: None if (it := own()) is None else it._table())
+        self._number = register(comm, lambda: None if (it := own()) is None else it._table())  # noqa: SLF001 - of the same class
         self._n_calls = 0
         self._comparison: Comparison | None = None  # None if components are to be compared
 

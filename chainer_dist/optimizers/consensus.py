@@ -12,6 +12,7 @@ import enum
 import functools
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from chainer_dist import _chainer
 from chainer_dist.collectives.agreement import agree, digest, raise_mismatch
 from chainer_dist.collectives.operation import WAITING, Kind, Operation
 from chainer_dist.optimizers.descriptions import describe, is_of_chainer, is_plain, name_of
@@ -143,7 +144,7 @@ class Settings:
             self._classes,
             self._described,
             [rule.enabled for rule in found],
-            [rule._use_fp32_update for rule in found],
+            [rule._use_fp32_update for rule in found],  # noqa: SLF001 - Chainer's
         )
         if lasting != self._lasting:
             self._lasting, self._base = lasting, digest(lasting)
@@ -165,7 +166,7 @@ class Settings:
                 (f"the update of {name}", "enabled" if rule.enabled else "disabled"),
                 (
                     f"the update of {name} in float32 (use_fp32_update)",
-                    str(bool(rule._use_fp32_update)),
+                    str(bool(rule._use_fp32_update)),  # noqa: SLF001 - Chainer's
                 ),
             ]
             if self._are_alike:
@@ -180,7 +181,7 @@ class Settings:
             found += [("optimizer", *item) for item in hyperparam.get_dict().items()]
         for key in _LOSS_SCALING if self._are_alike else _LOSS_SCALING[:1]:
             found.append(("optimizer", key, getattr(optimizer, key, None)))
-        found += _look_at_hooks("optimizer", optimizer._hookable)
+        found += _look_at_hooks("optimizer", optimizer)
         for name, param in parameters.all.items():
             rule = param.update_rule
             if rule is None:
@@ -189,9 +190,9 @@ class Settings:
             if len(own) > 1:  # more than its parent
                 owner = f"the update rule of {name}"
                 found += [(owner, *item) for item in own.items() if item[0] != "_parent"]
-            hookable = rule._hookable
-            if hookable._pre_update_hooks or hookable._post_update_hooks:
-                found += _look_at_hooks(f"the update rule of {name}", hookable)
+            hookable = rule._hookable  # noqa: SLF001 - Chainer's, read in every update
+            if hookable._pre_update_hooks or hookable._post_update_hooks:  # noqa: SLF001 - Chainer's, read in every update
+                found += _look_at_hooks(f"the update rule of {name}", rule)
         return found
 
     def _describe(self, values: list[_Value]) -> Lines:
@@ -212,13 +213,12 @@ class Settings:
         return functools.partial(Settings, are_alike=self._are_alike), ()
 
 
-def _look_at_hooks(owner: str, hookable: Any) -> list[_Value]:
+def _look_at_hooks(owner: str, hooked: Any) -> list[_Value]:
     """Return hooks in their order, and the attributes of Chainer's."""
     found: list[_Value] = []
-    for time in ("_pre_update_hooks", "_post_update_hooks"):
-        hooks = getattr(hookable, time)
+    for time, hooks in zip(("pre_update_hooks", "post_update_hooks"), _chainer.hooks_of(hooked)):
         if hooks:
-            found.append((owner, time[1:], list(hooks)))
+            found.append((owner, time, list(hooks)))
         for name, hook in hooks.items():
             attributes = dict(vars(hook)) if is_of_chainer(hook) else None
             found.append((owner, f"hook {name}", hook, attributes))

@@ -74,7 +74,7 @@ class FinalGradients(chainer.FunctionHook):  # type: ignore[misc]  # Chainer has
             isinstance(loss, chainer.Variable)
             and type(loss).backward is chainer.Variable.backward
             and "backward" not in vars(loss)
-            and not loss._has_chainerx_array
+            and not loss._has_chainerx_array  # noqa: SLF001 - Chainer's
             and loss.array is not None
         )
 
@@ -103,7 +103,7 @@ class FinalGradients(chainer.FunctionHook):  # type: ignore[misc]  # Chainer has
             self._missing[number] -= 1
             if not self._missing[number]:
                 # Added up as Chainer would at the end, so that there is nothing left to add then.
-                grad = _backprop_utils._reduce(self._table.grads[self._nodes[number]])
+                grad = _backprop_utils._reduce(self._table.grads[self._nodes[number]])  # noqa: SLF001 - Chainer's
                 if grad is not None and grad.array is not None:
                     self._report(number, grad.array)
         self._poll()

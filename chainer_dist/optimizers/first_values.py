@@ -101,7 +101,7 @@ def _let_chainer_look() -> None:
 
     chainer.Parameter.initialize = wrap(chainer.Parameter.initialize, lambda param: param)
     # It draws once more what it has just initialized.
-    LSTMBase._initialize_params = wrap(LSTMBase._initialize_params, lambda link: link.upward.W)
+    LSTMBase._initialize_params = wrap(LSTMBase._initialize_params, lambda link: link.upward.W)  # noqa: SLF001 - Chainer's
 
 
 def _are_equal(one: Any, other: Any) -> bool:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from chainer_dist import _chainer
 from chainer_dist.collectives.agreement import digest
 from chainer_dist.collectives.failures import together
 from chainer_dist.errors import RankMismatchError
@@ -193,7 +194,7 @@ class Replicas:
         """
         parameters = ParameterSet(model)
         own = [
-            (name, param, param.array.copy(), param.update_rule and param.update_rule._fp32_param)
+            (name, param, param.array.copy(), _chainer.float32_copy(param))
             for name, param in zip(parameters.names, parameters.params)
             if self._is_loaded or (has_updated and self._knows(name, parameters))
         ]
@@ -204,7 +205,7 @@ class Replicas:
             for _, param, array, wide in own:
                 np.copyto(param.array, array)
                 if param.update_rule is not None:
-                    param.update_rule._fp32_param = wide
+                    param.update_rule._fp32_param = wide  # noqa: SLF001 - Chainer's
 
 
 def checksum(array: Array) -> int:

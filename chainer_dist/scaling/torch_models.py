@@ -96,7 +96,7 @@ def named_arrays(link: chainer.Link, place: str = "") -> Iterator[tuple[str, Any
                         np.concatenate([each.array for each in part]),
                     )
         return
-    for name in sorted(link._params):
+    for name in sorted(link._params):  # noqa: SLF001 - Chainer's
         yield place + _NAMES.get(name, name), getattr(link, name).array
     for child in link.children():
         yield from named_arrays(child, f"{place}{child.name}.")

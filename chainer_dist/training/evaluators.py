@@ -100,7 +100,7 @@ def _share_samples(iterator: Any, comm: CommunicatorBase, subject: str) -> None:
 
 def _stands_alone(evaluator: Evaluator) -> bool:
     """Tell whether the score is a mean over samples, each of which counts for itself. Local."""
-    own = evaluator._iterators
+    own = evaluator._iterators  # noqa: SLF001 - Chainer's
     iterator = own.get("main")
     if getattr(evaluator.evaluate, "__func__", None) is not Evaluator.evaluate:
         return False
@@ -110,7 +110,7 @@ def _stands_alone(evaluator: Evaluator) -> bool:
         return False
     if evaluator.eval_hook is not None:
         return False
-    links = [link for target in evaluator._targets.values() for link in target.links()]
+    links = [link for target in evaluator._targets.values() for link in target.links()]  # noqa: SLF001 - Chainer's
     return not any(hasattr(link, "reset_state") for link in links)
 
 
@@ -124,9 +124,9 @@ def _evaluate_everywhere(evaluator: Evaluator, comm: CommunicatorBase) -> None:
         return comm.bcast_obj({name: _plain(value) for name, value in result.items()})
 
     evaluator.evaluate = types.MethodType(evaluate, evaluator)
-    evaluator._mn_communicator = comm
+    evaluator._mn_communicator = comm  # noqa: SLF001 - ChainerMN's name
     if comm.rank != 0:
-        evaluator._progress_bar = False
+        evaluator._progress_bar = False  # noqa: SLF001 - Chainer's
 
 
 def _plain(value: Any) -> Any:

@@ -13,6 +13,7 @@ from chainer import iterators
 from chainer.dataset import Iterator
 from chainer.iterators import ShuffleOrderSampler
 
+from chainer_dist import _chainer
 from chainer_dist.collectives.failures import together
 from chainer_dist.iterators.distributed_iterator import DistributedIterator
 from chainer_dist.iterators.divided import DividedIterator
@@ -109,7 +110,7 @@ def distribute_iterator(
         lines = [(f"whether {who} serves a part", str(is_done))]
     samples.compare(comm, lines, "let all ranks make it alike")
     if is_done:
-        return iterator._served_by if is_served else iterator
+        return iterator._served_by if is_served else iterator  # noqa: SLF001 - this module's own
     with together(comm):
         plan = _plan(iterator, comm, batch, who)
     _check_samples(iterator, comm, plan, who)
@@ -131,7 +132,7 @@ def distribute_iterator(
     else:
         # The order that the iterator has drawn is what this one's orders are drawn by: the same ones, whenever
         # this is called.
-        order = iterator._state.order
+        order = _chainer.order_of(iterator)
         seed = comm.bcast_obj(int(samples.fingerprint(order)[:8], 16)) if shuffles else 0
         serving = DistributedIterator(
             iterator.dataset,
@@ -206,7 +207,7 @@ def _check_samples(iterator: Any, comm: CommunicatorBase, plan: _Plan, who: str)
 
 def _replace(iterator: Any, way: type, serving: Iterator) -> Iterator:
     own: Any = type(iterator)
-    iterator._served_by = serving
+    iterator._served_by = serving  # noqa: SLF001 - this module's own
     iterator.__class__ = _derived(own, way)
     return serving
 

@@ -13,6 +13,7 @@ import numpy as np
 from chainer.training import extension, extensions, triggers
 from chainer.training.extensions import _snapshot
 
+from chainer_dist import _chainer
 from chainer_dist._files import read_regular
 from chainer_dist.collectives.calls import is_communicator
 from chainer_dist.collectives.failures import together
@@ -88,7 +89,7 @@ def prepare_extensions(
     Raises:
         RankMismatchError: On every rank, if the trainers have other extensions.
     """
-    entries = trainer._extensions
+    entries = _chainer.extension_entries(trainer)
     order = sorted(entries, key=lambda name: entries[name].priority, reverse=True)
     samples.compare(
         comm,
@@ -98,18 +99,18 @@ def prepare_extensions(
     for name, entry in entries.items():
         entry.trigger = agreed(entry.trigger, comm)
         own = entry.extension
-        if isinstance(own, _snapshot._Snapshot):
+        if isinstance(own, _snapshot._Snapshot):  # noqa: SLF001 - Chainer's
             entry.extension = _Snapshot(own, comm, before)
         elif isinstance(own, extensions.DumpGraph):
             entry.priority = extension.PRIORITY_WRITER  # averages have no graph
         elif isinstance(own, extensions.LogReport) and not _has_own_call(own, extensions.LogReport):
-            own._trigger = agreed(own._trigger, comm)
+            own._trigger = agreed(own._trigger, comm)  # noqa: SLF001 - Chainer's
         with together(comm):
             silent = comm.rank != 0 and _writes(own)
         if not silent:
             continue
         if isinstance(own, extensions.LogReport) and not _has_own_call(own, extensions.LogReport):
-            own._log_name = None  # so its log is there, for who looks at it
+            own._log_name = None  # noqa: SLF001 - Chainer's; its log is kept, and can be read
         elif not isinstance(entry.extension, _Snapshot):
             entry.extension = _Silent(own, name)
     trainer.stop_trigger = agreed(trainer.stop_trigger, comm)
@@ -191,7 +192,7 @@ class _Snapshot:
 
     def initialize(self, trainer: chainer.training.Trainer) -> None:
         comm, snapshot = self._comm, self.actual_extension
-        target = trainer if snapshot._target is None else snapshot._target
+        target = trainer if snapshot._target is None else snapshot._target  # noqa: SLF001 - Chainer's
         data = None
         with together(comm):
             if comm.rank == 0:
@@ -201,7 +202,7 @@ class _Snapshot:
                 finally:
                     snapshot.autoload = autoload
                 if autoload and Path(trainer.out).is_dir():
-                    name = _snapshot._find_latest_snapshot(snapshot.filename, trainer.out)
+                    name = _snapshot._find_latest_snapshot(snapshot.filename, trainer.out)  # noqa: SLF001 - Chainer's
                     data = None if name is None else read_regular(Path(trainer.out) / name)
         data = comm.bcast_obj(data)
         if data is not None:
@@ -284,7 +285,7 @@ def _add_averages(trainer: chainer.training.Trainer, comm: CommunicatorBase) -> 
     """Let observations be averaged when they have been made, and again what is reported later. Local."""
     first = _Average(comm)
     trainer.extend(first, name="chainer_dist.average")
-    entries = trainer._extensions
+    entries = _chainer.extension_entries(trainer)
     order = sorted(entries, key=lambda name: entries[name].priority, reverse=True)
     reports = [name for name in order if isinstance(entries[name].extension, _REPORTS[:2])]
     late = order[
@@ -297,7 +298,7 @@ def _add_averages(trainer: chainer.training.Trainer, comm: CommunicatorBase) -> 
     moved = entries.pop("chainer_dist.average_late")
     items = [*entries.items()]
     items.insert([*entries].index(reports[0]), ("chainer_dist.average_late", moved))
-    trainer._extensions = OrderedDict(items)
+    trainer._extensions = OrderedDict(items)  # noqa: SLF001 - Chainer's
 
 
 def _writes(own: Any) -> bool:

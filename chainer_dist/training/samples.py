@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from chainer import datasets
 
+from chainer_dist import _chainer
 from chainer_dist.collectives.agreement import agree, digest, raise_mismatch
 from chainer_dist.datasets.node_shared import scatter_parts
 from chainer_dist.datasets.pickled_parts import Common
@@ -69,9 +70,9 @@ def _parts(dataset: Any, where: str) -> Iterator[tuple[str, str]]:
     kind = type(dataset).__qualname__
     yield f"{where} (kind)", kind
     if isinstance(dataset, datasets.SubDataset):
-        order = dataset._order
+        _, start, finish, order = _chainer.selected(dataset)
         order = order if order is None else np.asarray(order)
-        yield f"{where} (order of samples)", fingerprint([dataset._start, dataset._finish, order])
+        yield f"{where} (order of samples)", fingerprint([start, finish, order])
     inner = getattr(dataset, "_datasets", getattr(dataset, "_dataset", None))
     if isinstance(inner, dict):
         inner = [*inner.values()]

@@ -98,7 +98,7 @@ def distribute(
     ]
     samples.compare(comm, lines, "let all ranks make it alike")
     for name, optimizer in optimizers.items():
-        updater._optimizers[name] = distribute_optimizer(optimizer, comm)
+        updater._optimizers[name] = distribute_optimizer(optimizer, comm)  # noqa: SLF001 - Chainer's
     for name, iterator in iterators.items():
         iterators[name] = distribute_iterator(iterator, comm, batch, name)
     _prepare_when_run(trainer, comm, evaluators=True)

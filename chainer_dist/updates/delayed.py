@@ -49,14 +49,14 @@ class Delayed(Update):
         having = [param for param, has in zip(parameters.params, parameters.has_grad) if has]
         self.wait()
         done = background(comm).start(grads)
-        scales = [param._loss_scale for param in having]
+        scales = [param._loss_scale for param in having]  # noqa: SLF001 - Chainer's
         before, self._pending = self._pending, _Pending(having, grads, scales, done)
         if before is None:
             return
         means = dict(zip(map(id, before.params), zip(before.grads, before.scales)))
         for param in parameters.params:
             # The rules divide a gradient by the scale that it was computed with.
-            param.grad, param._loss_scale = means.get(id(param), (None, param._loss_scale))
+            param.grad, param._loss_scale = means.get(id(param), (None, param._loss_scale))  # noqa: SLF001 - Chainer's
         exchange.check_means(parameters)
         with randomness.in_use(comm):
             optimizer.update(None)

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from chainer_dist import _chainer
 from chainer_dist.collectives.agreement import check_same
 from chainer_dist.collectives.operation import EXCHANGE, Kind, Operation
 from chainer_dist.parameters import ParameterSet
@@ -72,22 +73,25 @@ class Local(Update):
             if not param.array.flags.writeable:
                 param.array = param.array.copy()
             rule = param.update_rule
-            wide = None if rule is None else rule._fp32_param
+            wide = _chainer.float32_copy(param)
             arrays.append(param.array if wide is None else wide.array)
             if self._schedule.average_state and rule is not None:
                 arrays += [each for each in (rule.state or {}).values() if _is_float(each)]
         with Operation(_AVERAGE, comm):
             comm.mean_arrays(arrays)
         for param in parameters.params:
-            wide = None if param.update_rule is None else param.update_rule._fp32_param
+            wide = _chainer.float32_copy(param)
             if wide is not None:
                 np.copyto(param.array, wide.array, casting="same_kind")
 
     def _describe(self, parameters: ParameterSet) -> Lines:
         wide = [
-            (f"the float32 copy of {name}", "not there" if rule._fp32_param is None else "there")
+            (
+                f"the float32 copy of {name}",
+                "not there" if _chainer.float32_copy(param) is None else "there",
+            )
             for name, param in parameters.all.items()
-            if (rule := param.update_rule) is not None
+            if param.update_rule is not None
         ]
         return wide + describe_states(parameters) if self._schedule.average_state else wide
 

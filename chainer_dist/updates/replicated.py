@@ -74,7 +74,7 @@ class Replicated(Update):
         else:
             mean = None
             if options.compression is not None:
-                options.compression.use_loss_scale(optimizer._loss_scale or 1.0)
+                options.compression.use_loss_scale(optimizer._loss_scale or 1.0)  # noqa: SLF001 - Chainer's
                 mean = functools.partial(options.compression.mean, comm)
             exchange.mean_agreed_grad(
                 comm,

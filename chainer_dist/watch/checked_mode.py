@@ -33,7 +33,7 @@ def compare(operation: Operation) -> None:
     text = _describe(operation)
     if all(agree(comm, digest((operation.number, text)))):
         return
-    line = user_line(sys._getframe())
+    line = user_line(sys._getframe())  # noqa: SLF001 - Python's
     everyone = comm.allgather_obj((operation.number, text, line))
     number, expected, expected_line = everyone[0]
     for rank, (its_number, its_text, its_line) in enumerate(everyone):

@@ -45,7 +45,7 @@ def answer(comm: CommunicatorBase | None, *, full: bool) -> dict[str, Any]:
         full: Whether Python stacks are wanted.
     """
     now = time.perf_counter()
-    frames = sys._current_frames()
+    frames = sys._current_frames()  # noqa: SLF001 - Python's
     stacks = operation.stacks()
     found: dict[str, Any] = {"knows": comm is not None, "number": 0, "recent": [], "waits": None}
     if comm is not None:

@@ -106,7 +106,7 @@ class Watchdog:
 
     def _answer(self, identity: str, full: bool) -> dict[str, Any]:
         comm = self._comms.get(identity)
-        if comm is not None and comm._mpi_comm is None:
+        if comm is not None and comm.is_finalized:
             comm = None
         found = report.answer(comm, full=full)
         found["acts"] = [self._settings.warn is not None, self._settings.abort is not None]
@@ -203,7 +203,7 @@ class Watchdog:
             return self._answer(identity, full)
         if peers[rank] is None:
             return inquiry.Silence("is not watched", tells=False)
-        near = peers[rank].node == comm._inter_rank
+        near = peers[rank].node == comm.inter_rank
         return inquiry.ask(peers[rank], identity, self._patience, near=near, full=full)
 
 

@@ -170,7 +170,7 @@ def test_lazy_datasets_stay_lazy(comm):
     assert dataset.loads == 0
     assert part[0].startswith("(")
     below = part._dataset._dataset
-    assert (dataset if comm.size == 1 else below._common.value).loads == 1
+    assert (dataset if comm.size == 1 else below.common.value).loads == 1
 
 
 @pytest.mark.parametrize("shuffle", [False, True])

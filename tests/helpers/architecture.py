@@ -17,6 +17,7 @@ LAYERS = [
     [
         "_version",
         "_arguments",
+        "_chainer",
         "_files",
         "_connections",
         "_environment",

@@ -154,12 +154,7 @@ def test_orders_of_many_ranks_fit_together(n, batch_size, size, start, seed):
     """For any number of ranks and any beginning, all ranks' indices are the one order of all."""
 
     def order(rank, size, batch_size, n_chunks):
-        iterator = DistributedIterator.__new__(DistributedIterator)
-        iterator.batch_size = batch_size
-        iterator._n_samples, iterator._position = n, start
-        iterator._rank, iterator._size = rank, size
-        iterator._seed, iterator._shuffle = seed, seed is not None
-        chunks = _OwnOrder(iterator)
+        chunks = _OwnOrder(n, batch_size, rank, size, seed=seed, position=start)
         return np.concatenate([chunks(None, 0) for _ in range(n_chunks)]).reshape(-1, batch_size)
 
     ranks = [order(rank, size, batch_size, 2) for rank in range(size)]

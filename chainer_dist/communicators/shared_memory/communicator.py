@@ -48,7 +48,7 @@ class SharedMemoryCommunicator(CommunicatorBase):
     def background(self) -> Self:
         """See :meth:`CommunicatorBase.background`."""
         twin = super().background()
-        twin._patient = True
+        twin._patient = True  # noqa: SLF001 - of the same class
         return twin
 
     @collective("nbytes")

@@ -57,14 +57,15 @@ class Chunk:
         rule = self._rule
         if rule is None or not rule.enabled:
             return
-        if rule._state is None:
-            rule._state = {}
+        state = rule.state
+        if state is None:
+            rule._state = state = {}  # noqa: SLF001 - Chainer's
             rule.init_state(self.param)
             for key, array in self.state.items():
-                array[...] = rule._state[key]
+                array[...] = state[key]
         else:
             for key, array in self.state.items():
-                array[...] = self._local_slice(rule._state[key])
+                array[...] = self._local_slice(state[key])
 
     def read_state(self, key: str, out: Array) -> None:
         """Copy these elements of an array of the state; nothing if the rule has none of that name."""
@@ -76,7 +77,7 @@ class Chunk:
 
     def prepare(self, hooks: Sequence[Callable[[Any, chainer.Parameter], None]]) -> None:
         """Call hooks of the optimizer that work on one parameter at a time."""
-        self.param._loss_scale = self.whole._loss_scale
+        self.param._loss_scale = self.whole._loss_scale  # noqa: SLF001 - Chainer's
         for hook in hooks:
             hook(self.whole.update_rule, self.param)
 
@@ -87,7 +88,7 @@ class Chunk:
         if rule is None:
             return
         vars(rule).update(vars(self.whole.update_rule))  # hyperparameters, t, hooks as they are now
-        rule._state = state = dict(self.state)
+        rule._state = state = dict(self.state)  # noqa: SLF001 - Chainer's
         rule.update(self.param)
         for key, array in self.state.items():
             if state[key] is not array:  # a rule may replace its arrays
@@ -106,7 +107,7 @@ def state_keys(rule: chainer.UpdateRule | None) -> list[str]:
     if rule.state is not None:
         return list(rule.state)
     probe = copy.copy(rule)  # as UpdateRule.serialize finds them out
-    probe._state = {}
+    probe._state = {}  # noqa: SLF001 - Chainer's
     array = np.empty(1, dtype=np.float32)
     probe.init_state(chainer.Variable(array, grad=array))
-    return list(probe._state)
+    return list(probe.state)

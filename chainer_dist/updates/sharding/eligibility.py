@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from chainer_dist import _chainer
 from chainer_dist.parameters import are_identical
 
 if TYPE_CHECKING:
@@ -66,19 +67,20 @@ def _obstacle_in_optimizer(optimizer: chainer.Optimizer) -> str | None:
             getattr(kind, name, None) is not getattr(chainer.GradientMethod, name)
         ):
             return f"{kind.__name__} has its own {name}()"
-    if optimizer._loss_scaling_is_dynamic:
+    if optimizer._loss_scaling_is_dynamic:  # noqa: SLF001 - Chainer's
         return "dynamic loss scaling looks at all gradients before the update"
     if chainer.is_debug():
         return "Chainer's debug mode looks at all averages before the update"
-    return _obstacle_in_hooks(optimizer._hookable) or _obstacle_in_target(optimizer.target)
+    return _obstacle_in_hooks(optimizer) or _obstacle_in_target(optimizer.target)
 
 
-def _obstacle_in_hooks(hookable: Any) -> str | None:
+def _obstacle_in_hooks(optimizer: chainer.Optimizer) -> str | None:
     import chainer
 
-    if hookable._post_update_hooks:
-        return f"the hook {next(iter(hookable._post_update_hooks))} runs after the update"
-    for name, hook in hookable._pre_update_hooks.items():
+    before, after = _chainer.hooks_of(optimizer)
+    for name in after:
+        return f"the hook {name} runs after the update"
+    for name, hook in before.items():
         known = is_elementwise(hook) and getattr(hook, "call_for_each_param", False)
         if not (known or _behaves_as(hook, chainer.optimizer_hooks.GradientClipping)):
             return f"the hook {name} may look at whole parameters"
@@ -125,16 +127,16 @@ def _obstacle_in_param(name: str, param: chainer.Parameter) -> str | None:
     kind = type(rule)
     if not (kind.__module__.startswith("chainer.optimizers.") and kind.__name__ in _RULES):
         return f"nothing is known of the update rule {kind.__name__} of {name}"
-    if rule._use_fp32_update and param.dtype == np.float16:
+    if rule._use_fp32_update and param.dtype == np.float16:  # noqa: SLF001 - Chainer's
         return f"{name} is updated in float32 (use_fp32_update)"
     return _obstacle_in_rule_hooks(name, rule) or _obstacle_in_state(name, param)
 
 
 def _obstacle_in_rule_hooks(name: str, rule: chainer.UpdateRule) -> str | None:
-    hookable = rule._hookable
-    for hook_name in hookable._post_update_hooks:
+    before, after = _chainer.hooks_of(rule)
+    for hook_name in after:
         return f"the hook {hook_name} runs after the update of {name}"
-    for hook_name, hook in hookable._pre_update_hooks.items():
+    for hook_name, hook in before.items():
         if not is_elementwise(hook):
             return f"the hook {hook_name} of {name} may look at the whole parameter"
     return None
@@ -186,16 +188,15 @@ class Signature:
 
         rules = [param.update_rule for param in parameters.params]
         actual = [rule for rule in rules if rule is not None]
-        hookables = [optimizer._hookable, *(rule._hookable for rule in actual)]
         self._objects: list[Any] = [*parameters.params, *rules]
-        for hookable in hookables:
-            if hookable._pre_update_hooks or hookable._post_update_hooks:
-                self._objects += hookable._pre_update_hooks.values()
-                self._objects += [None, *hookable._post_update_hooks.values(), None]
+        for hooked in (optimizer, *actual):
+            before, after = _chainer.hooks_of(hooked)
+            if before or after:
+                self._objects += [*before.values(), None, *after.values(), None]
         self._values = (
             [rule.enabled for rule in actual],
-            [rule._use_fp32_update for rule in actual],
-            optimizer._loss_scaling_is_dynamic,
+            [rule._use_fp32_update for rule in actual],  # noqa: SLF001 - Chainer's
+            optimizer._loss_scaling_is_dynamic,  # noqa: SLF001 - Chainer's
             chainer.is_debug(),
             [name for name in _METHODS if name in vars(optimizer)],
         )

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from chainer_dist import _chainer
 from chainer_dist.updates.sharding.chunk import Chunk
 from chainer_dist.updates.sharding.eligibility import is_uniform
 
@@ -79,10 +80,12 @@ class FusedChunks:
 def _describe(param: chainer.Parameter) -> list[Any] | None:
     """Return what decides what the update of an element is, or None if a hook of the rule may."""
     rule = param.update_rule
-    if rule._hookable._pre_update_hooks:
+    before, _ = _chainer.hooks_of(rule)
+    if before:
         return None
     settings = [each for each in vars(rule).items() if each[0] not in _OWN]
-    return [type(rule), param._loss_scale, settings, vars(rule.hyperparam)]
+    scale = param._loss_scale  # noqa: SLF001 - Chainer's
+    return [type(rule), scale, settings, vars(rule.hyperparam)]
 
 
 def fuse(chunks: Sequence[Chunk], mean: Array | None) -> list[Chunk | FusedChunks]:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 
+from chainer_dist import _chainer
 from chainer_dist.collectives import reduction
 from chainer_dist.collectives.failures import together
 from chainer_dist.collectives.operation import EXCHANGE, Kind, Operation
@@ -81,9 +82,9 @@ class Shards:
         self._params = parameters.params
         # Nothing of these can be shared out; their rules count updates all the same.
         self._empty = [each for each in parameters.all.values() if not _size(each)]
-        hooks = optimizer._hookable._pre_update_hooks.values()
+        hooks, _ = _chainer.hooks_of(optimizer)
         # Where the norm of all gradients is wanted, or they come before the update, they are read twice.
-        clips = not all(map(is_elementwise, hooks))
+        clips = not all(map(is_elementwise, hooks.values()))
         self._unwanted = frozenset(  # the numbers of parameters whose means are not used
             index
             for index, param in enumerate(self._params)
@@ -174,7 +175,8 @@ class Shards:
         self._follow(parameters.arrays)
         stages: list[list[Any]] = [[]]  # of hooks, one before each clipping and one after the last
         clips: list[Any] = []
-        for hook in self._optimizer._hookable._pre_update_hooks.values():
+        hooks, _ = _chainer.hooks_of(self._optimizer)
+        for hook in hooks.values():
             if is_elementwise(hook):
                 stages[-1].append(hook)
             else:
@@ -268,7 +270,7 @@ class Shards:
     def _finish(self) -> None:
         for param, mean in zip(self._params, self.layout.means):
             if mean is not None:
-                param._set_grad_without_check(mean)
+                param._set_grad_without_check(mean)  # noqa: SLF001 - Chainer's, without a check
         self._placement.attach()
         self._optimizer.t += 1
         self.states.count()
