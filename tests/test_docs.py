@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import io
 import json
 import re
@@ -23,7 +24,7 @@ DOCS = mpi_job.ROOT / "docs"
 CONF = f"""
 import sys
 sys.path[:0] = [{str(DOCS / "_ext")!r}, {str(mpi_job.ROOT / "tests" / "helpers")!r}]
-extensions = ["sphinx.ext.autodoc", "layers", "measured", "pictures", "public_names"]
+extensions = ["sphinx.ext.autodoc", "front", "layers", "measured", "pictures", "public_names"]
 exclude_patterns = ["out"]
 """
 MEASURED = """
@@ -31,7 +32,17 @@ Title
 =====
 
 .. measured:: threads
+   :bars: default, ms; fair share, ms
+
+   What the bars are.
 """
+
+
+@pytest.fixture
+def extension(monkeypatch):
+    """Import one of the extensions of Sphinx that the documentation has."""
+    monkeypatch.syspath_prepend(DOCS / "_ext")
+    return importlib.import_module
 
 
 def build(folder, page):
@@ -46,8 +57,9 @@ def build(folder, page):
     return done.stderr, re.sub("<[^>]*>", "", page)
 
 
-def test_measured_tables(tmp_path):
-    """A script's file becomes a table that says where it is from; what is not there is an error."""
+def test_measured_tables(tmp_path, extension):
+    """A script's file becomes bars and a table that says where it is from; what is not there is an error."""
+    plain = extension("measured").plain
     errors, _ = build(tmp_path, MEASURED)
     assert "docs/measured/ has no threads.json: run make bench" in errors
     file = tmp_path / "measured" / "threads.json"
@@ -68,8 +80,48 @@ def test_measured_tables(tmp_path):
         assert text in job.output
     errors, page = build(tmp_path, MEASURED)
     assert "docs/measured" not in errors
-    for text in (*table["columns"], *numbers, content["command"]):
+    for text in (*map(plain, table["columns"]), content["command"], "What the bars are."):
         assert text in page
+    for number in numbers:
+        assert page.count(number) >= 1 + (number in numbers[:2])  # in the table, and beside its bar
+    errors, _ = build(tmp_path, MEASURED.replace("default, ms", "defualt, ms"))
+    assert "no table of threads has the columns ['defualt, ms', 'fair share, ms']" in errors
+
+
+def test_headings_are_words(extension):
+    """What a script abbreviates for a terminal, a page says in full."""
+    plain = extension("measured").plain
+    assert plain("ChainerMN / it") == "times as fast as ChainerMN"
+    assert plain("Adam, batch 64 a rank, 2 ranks") == "Adam, batch 64 per rank, 2 ranks"
+    assert plain("a step of Adam on 2 ranks") == "a step of Adam on 2 ranks"
+
+
+def test_labels_do_not_overlap(extension):
+    """Numbers at the ends of lines that end in almost the same place are moved apart, in their order."""
+    curves = {name: {1: 10.0, 2: 20.0 + number / 10} for number, name in enumerate("abc")}
+    parts, height = extension("charts").lines(curves, unit="examples")
+    ends = {
+        name: float(re.search(rf'y="([-\d.]+)"[^>]*>{name} 20<', "".join(parts))[1])
+        for name in "abc"
+    }
+    assert ends["a"] - ends["b"] >= 17
+    assert ends["b"] - ends["c"] >= 17
+    assert all(0 < y < height for y in ends.values())
+
+
+def test_bars_are_as_long_as_their_numbers(extension):
+    """A bar for half the number is half as long, and where there is no number the reason is written."""
+    charts = extension("charts")
+    groups = {
+        "a": [charts.Bar(2.0, "2")],
+        "b": [charts.Bar(1.0, "1")],
+        "c": [charts.Bar(None, "no")],
+    }
+    parts, _ = charts.bars(groups, ["ms"])
+    text = "".join(parts)
+    long, short = (float(width) for width in re.findall(r'<rect[^>]* width="([\d.]+)"', text))
+    assert long == pytest.approx(2 * short, abs=0.1)
+    assert ">no<" in text
 
 
 def test_every_public_name_must_be_documented(tmp_path):

@@ -13,6 +13,7 @@ import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
+from chainer_dist import kernels
 from chainer_dist._arguments import at_least_one, count, percentage, positive
 from chainer_dist.launcher.options import Parser
 from chainer_dist.scaling import answers, experiment, results, simulate
@@ -193,6 +194,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             "command": shlex.join(["chainer-dist", "predict", *arguments]),
             "machine": machine,
             "simulated": has_simgrid,
+            "kernels": kernels.status().name,
             "schedules": {
                 name: [each._asdict() for each in steps] for name, steps in schedules.items()
             },

@@ -1,22 +1,66 @@
-"""The directive ``measured``: tables of numbers, from the files that the scripts in scripts/ write.
+"""The directive ``measured``: numbers from the files that the scripts in scripts/ write, as charts and as tables.
 
     .. measured:: exchange-2 exchange-4
+       :bars: ms
 
-shows what docs/measured/exchange-2.json and exchange-4.json have, and on which machine and by which
-command it was measured.
+       Milliseconds; shorter is faster.
+
+shows what docs/measured/exchange-2.json and exchange-4.json have, and on which machine and by which command it was measured.
+Above each table that has the columns that ``:bars:`` names is a chart of them, with the content of the directive as its caption.
+Several columns are separated by semicolons, and each may have a name for the chart: ``Chainer / auto = chainer_dist``.
 """
 
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
+import charts
 from docutils import nodes
-from docutils.parsers.rst import Directive
+from docutils.parsers.rst import Directive, directives
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
     from sphinx.application import Sphinx
+
+# Terminals are narrow, and pages are not: what the short headings of the scripts stand for.
+_HEADINGS = {
+    "ChainerMN / it": "times as fast as ChainerMN",
+    "independent / it": "times as fast as copies that exchange nothing",
+    "rest, ms": "the rest, ms",
+    "rest, ChainerMN / it": "the rest: times as fast as ChainerMN",
+    "it / floor": "times as long as the floor",
+    "it / ChainerMN": "times the memory of ChainerMN",
+    "none / it": "times fewer bytes",
+    "auto, ms": "chainer_dist, ms",
+    "channels last, ms": "torch, channels last, ms",
+    "Chainer / auto": "chainer_dist: times as fast as Chainer",
+    "Chainer / torch": "torch: times as fast as Chainer",
+    "auto / torch": "chainer_dist: time as a part of torch's",
+    "ratio": "times as fast",
+    "us each": "microseconds each",
+    "collectives in four": "collectives in four batches",
+}
+# What is in the first column, by the name of the file, where the script leaves its heading empty.
+_FIRST = {
+    "accumulation": "batches",
+    "allocator": "model, memory",
+    "kernels": "model, batch per rank",
+    "sparse_rows": "what is measured",
+}
+# Why a cell may be empty, by the heading of its column.
+_REASONS = {"channels last, ms": "takes no images"}
+UNKNOWN = "not measured"
+_EACH = re.compile(r"(?<=\S) a (rank|batch|step|node|layer)\b")
+
+
+def plain(words: str) -> str:
+    """Return a title or a heading in words for a page."""
+    words = _EACH.sub(r" per \1", _HEADINGS.get(words, words)).replace(" 1 nodes", " 1 node")
+    return re.sub(r"auto is (\w+)", r"chainer_dist computes by \1", words)
 
 
 class Measured(Directive):
@@ -24,9 +68,11 @@ class Measured(Directive):
 
     required_arguments = 1
     optional_arguments = 20
+    option_spec: ClassVar[dict[str, Callable[[str], Any]]] = {"bars": directives.unchanged_required}
+    has_content = True
 
     def run(self) -> list[nodes.Node]:
-        """Return the tables."""
+        """Return charts and tables."""
         env = self.state.document.settings.env
         files = [Path(env.srcdir, "measured", f"{name}.json") for name in self.arguments]
         for file in files:
@@ -34,17 +80,80 @@ class Measured(Directive):
         missing = ", ".join(file.name for file in files if not file.is_file())
         if missing:
             raise self.error(f"docs/measured/ has no {missing}: run make bench")
+        columns = _names(self.options.get("bars", ""))
         found: list[nodes.Node] = []
+        drawn = 0
         for file in files:
             content = json.loads(file.read_text(encoding="utf-8"))
+            first = next(
+                (_FIRST[name] for name in _FIRST if file.name.startswith(name)), "contender"
+            )
             for each in content["tables"]:
-                found.append(nodes.paragraph("", "", nodes.strong(text=each["title"])))
-                found.append(table(each["columns"], each["rows"]))
+                title = plain(each["title"])
+                found.append(nodes.paragraph("", "", nodes.strong(text=title)))
+                if columns and columns.keys() <= {*each["columns"]}:
+                    found += bars(title, each, columns, " ".join(self.content))
+                    found += listed(_as_table(each, first))
+                    drawn += 1
+                else:
+                    found.append(_as_table(each, first))
             found.append(origin(content))
+        if columns and not drawn:
+            raise self.error(
+                f"no table of {', '.join(self.arguments)} has the columns {[*columns]}"
+            )
         return found
 
 
-def table(columns: list[str], rows: list[list[str]]) -> nodes.Node:
+def _names(option: str) -> dict[str, str]:
+    """Return columns, with what they are called in a chart."""
+    pairs = (each.partition("=") for each in option.split(";") if each.strip())
+    return {column.strip(): (name or column).strip() for column, _, name in pairs}
+
+
+def bars(
+    title: str, content: dict[str, Any], columns: dict[str, str], caption: str
+) -> list[nodes.Node]:
+    """Return a chart of some columns of a table, and its caption."""
+    places = [content["columns"].index(each) for each in columns]
+    groups = {row[0]: [_bar(row[place]) for place in places] for row in content["rows"]}
+    return chart(*charts.bars(groups, [*columns.values()]), title, caption)
+
+
+def _bar(cell: str) -> charts.Bar:
+    if not cell:
+        return charts.Bar(None, UNKNOWN)
+    return charts.Bar(float(cell.replace(",", "").rstrip("%")), cell)
+
+
+def chart(parts: list[str], height: float, title: str, caption: str) -> list[nodes.Node]:
+    """Return a chart, and its caption."""
+    shown: list[nodes.Node] = [nodes.raw(text=charts.figure(parts, height, title), format="html")]
+    if caption:
+        shown.insert(0, nodes.paragraph(text=caption, classes=["drawn"]))
+    return shown
+
+
+def listed(numbers: nodes.Node) -> list[nodes.Node]:
+    """Return a table below its chart, folded, as it has the same numbers and some more."""
+    before = '<details class="listed"><summary>All numbers in a table</summary>'
+    return [
+        nodes.raw(text=before, format="html"),
+        numbers,
+        nodes.raw(text="</details>", format="html"),
+    ]
+
+
+def _as_table(content: dict[str, Any], first: str) -> nodes.Node:
+    heads = content["columns"]
+    lines = [
+        [cell or _REASONS.get(head, UNKNOWN) for head, cell in zip(heads, row)]
+        for row in content["rows"]
+    ]
+    return table([plain(head) or first for head in heads], lines)
+
+
+def table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> nodes.Node:
     """Return a table without a title, which would not wrap on a narrow page."""
     group = nodes.tgroup(cols=len(columns))
     group += [nodes.colspec(colwidth=1) for _ in columns]
@@ -53,7 +162,7 @@ def table(columns: list[str], rows: list[list[str]]) -> nodes.Node:
     return nodes.table("", group, classes=["measured"])
 
 
-def _row(cells: list[str]) -> nodes.row:
+def _row(cells: Sequence[str]) -> nodes.row:
     return nodes.row("", *[nodes.entry("", nodes.paragraph(text=cell)) for cell in cells])
 
 

@@ -2,7 +2,7 @@
 
     .. scaled:: efficiency mlp
 
-shows a table made of docs/measured/scaling.json or predictions.json, where ``make scaling`` leaves copies of what it
+shows a chart and a table made of docs/measured/scaling.json or predictions.json, where ``make scaling`` leaves copies of what it
 makes, of scaling-16.json, which is from a larger machine, or of what scripts/benchmarks/validate_prediction.py left in the
 package. :data:`PARTS` lists what there is.
 """
@@ -13,11 +13,14 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import charts
 from docutils import nodes
 from docutils.parsers.rst import Directive
-from measured import origin, table
+from front import computed
+from measured import UNKNOWN, chart, listed, origin, table
 
 from chainer_dist.scaling import answers, validation
+from chainer_dist.scaling.contenders import CONTENDERS
 from chainer_dist.scaling.design import DESIGNS
 
 if TYPE_CHECKING:
@@ -26,19 +29,46 @@ if TYPE_CHECKING:
     from sphinx.application import Sphinx
 
 RANKS = (4, 16, 64, 128, 512, 1024, 4096)
+PEER = "chainermn"
+# Of the designs, those that charts show of other kinds of clusters.
+DRAWN = ("naive", "overlap", "float16")
+
+
+def contenders(content: dict[str, Any]) -> Iterator[nodes.Node]:
+    """Yield who was measured."""
+    shown = {row["contender"] for row in content["rows"]}
+    items = []
+    for name in (name for name in CONTENDERS if name in shown):
+        what = nodes.paragraph(
+            "", "", nodes.literal(text=name), nodes.Text(f": {CONTENDERS[name]}")
+        )
+        items.append(nodes.list_item("", what))
+    yield nodes.bullet_list("", *items)
 
 
 def scaling(content: dict[str, Any], kind: str) -> Iterator[nodes.Node]:
-    """Yield examples a second, and how many times those of one rank they are."""
-    rows = [row for row in content["rows"] if row["kind"] == kind and row["ranks"] > 1]
+    """Yield examples per second, and how many times those of one rank they are."""
+    rows = [row for row in content["rows"] if row["kind"] == kind]
     workloads = [*dict.fromkeys(row["workload"] for row in rows)]
     found = {(row["contender"], row["ranks"], row["workload"]): row for row in rows}
+    ranks = max(row["ranks"] for row in rows if not row["oversubscribed"])
+    everyone = [*dict.fromkeys(row["contender"] for row in rows)]
+    groups = {}
+    for workload in workloads:
+        alone = found[PEER, 1, workload]["throughput"]
+        group = [found.get((who, ranks, workload)) for who in everyone]
+        ratios = [row["throughput"] / alone if row else None for row in group]
+        groups[workload] = [charts.Bar(x, UNKNOWN if x is None else f"{x:.1f}") for x in ratios]
+    caption = f"Times as many examples per second on {ranks} ranks as ChainerMN on one rank; longer is faster."
+    yield from chart(*charts.bars(groups, everyone), f"{kind} scaling", caption)
     lines = []
-    for who, ranks in dict.fromkeys((row["contender"], row["ranks"]) for row in rows):
-        line = [found.get((who, ranks, workload)) for workload in workloads]
+    for who, n in dict.fromkeys((row["contender"], row["ranks"]) for row in rows):
+        line = [found.get((who, n, workload)) for workload in workloads]
         mark = "*" if any(row and row["oversubscribed"] for row in line) else ""
-        lines.append([f"{who}, {ranks} ranks{mark}", *map(_throughput, line)])
-    yield table(["", *workloads], lines)
+        if n > 1:
+            lines.append([f"{who}, {n} ranks{mark}", *map(_throughput, line)])
+    yield from listed(table(["contender", *workloads], lines))
+    yield computed_by(content)
     yield origin(content)
 
 
@@ -47,38 +77,79 @@ def curve(content: dict[str, Any], kind: str) -> Iterator[nodes.Node]:
     rows = [row for row in content["rows"] if row["kind"] == kind]
     ranks = [*dict.fromkeys(row["ranks"] for row in rows)]
     found = {(row["contender"], row["ranks"]): row for row in rows}
-    contenders = dict.fromkeys(row["contender"] for row in rows)
-    lines = [[who, *(_throughput(found.get((who, each))) for each in ranks)] for who in contenders]
-    yield table(["ranks", *map(str, ranks)], lines)
+    everyone = dict.fromkeys(row["contender"] for row in rows)
+    curves = {
+        who: {n: found[who, n]["throughput"] for n in ranks if (who, n) in found}
+        for who in everyone
+    }
+    unit = "examples per second"
+    yield from chart(*charts.lines(curves, unit=unit, height=260), f"{kind} scaling, {unit}", "")
+    lines = [[who, *(_throughput(found.get((who, each))) for each in ranks)] for who in everyone]
+    yield from listed(table(["ranks", *map(str, ranks)], lines))
+    yield computed_by(content)
     yield origin(content)
 
 
+def computed_by(content: dict[str, Any]) -> nodes.Node:
+    """Say what has computed forward and backward, on which every efficiency depends."""
+    return nodes.paragraph(
+        text=f"Steps of chainer_dist were computed by {computed(content)}. Where that is faster, the exchange "
+        "counts for more, and every efficiency between machines is lower."
+    )
+
+
 def _throughput(row: dict[str, Any] | None) -> str:
-    return f"{row['throughput']:,.0f} ({row['efficiency']:.0%})" if row else ""
+    return f"{row['throughput']:,.0f} ({row['efficiency']:.0%})" if row else UNKNOWN
 
 
 def accuracy(content: dict[str, Any]) -> Iterator[nodes.Node]:
     """Yield the seconds until an accuracy was reached."""
-    lines = [[str(each["ranks"]), f"{each['seconds']:.2f}"] for each in content["accuracy"]]
-    yield table(["ranks", "seconds"], lines)
+    found = content["accuracy"]
+    groups = {
+        f"{each['ranks']} rank{'s' * (each['ranks'] > 1)}": [
+            charts.Bar(each["seconds"], f"{each['seconds']:.2f} s")
+        ]
+        for each in found
+    }
+    yield from chart(*charts.bars(groups, [""]), "seconds until the accuracy was reached", "")
+    lines = [[str(each["ranks"]), f"{each['seconds']:.2f}"] for each in found]
+    yield from listed(table(["ranks", "seconds"], lines))
 
 
 def compared(_: dict[str, Any]) -> Iterator[nodes.Node]:
     """Yield how far predictions were from measured steps."""
     machine, comparisons = validation.read()
     yield nodes.paragraph(text=f"{validation.summary(comparisons)}.")
-    yield table(
-        ["model, contender", "hosts", "links", "predicted, ms", "closed form", "measured", "error"],
-        [
+    errors = {
+        f"{each.workload}, {each.contender}, {each.hosts} hosts, {each.rate}": each.error
+        for each in comparisons
+    }
+    worst = sorted(errors, key=lambda name: -abs(errors[name]))[:8]
+    groups = {name: [charts.Bar(abs(errors[name]), f"{errors[name]:+.0%}")] for name in worst}
+    caption = "The eight predictions that were furthest off, in percent of the measured step."
+    yield from chart(*charts.bars(groups, ["error"]), "largest errors of predictions", caption)
+    yield from listed(
+        table(
             [
-                f"{each.workload}, {each.contender}",
-                str(each.hosts),
-                each.rate,
-                *(f"{s * 1e3:.1f}" for s in (each.predicted, each.closed_form, each.measured)),
-                f"{each.error:+.0%}",
-            ]
-            for each in comparisons
-        ],
+                "model, contender",
+                "hosts",
+                "links",
+                "predicted, ms",
+                "closed form",
+                "measured",
+                "error",
+            ],
+            [
+                [
+                    f"{each.workload}, {each.contender}",
+                    str(each.hosts),
+                    each.rate,
+                    *(f"{s * 1e3:.1f}" for s in (each.predicted, each.closed_form, each.measured)),
+                    f"{each.error:+.0%}",
+                ]
+                for each in comparisons
+            ],
+        )
     )
     yield origin(
         {"machine": machine, "command": "python scripts/benchmarks/validate_prediction.py"}
@@ -95,8 +166,12 @@ def recorded(content: dict[str, Any]) -> Iterator[nodes.Node]:
         "node_update": "exchange on the node and update, ours",
     }
     lines = []
+    groups = {}
     for workload, schedules in content["schedules"].items():
         for each in schedules:
+            groups[f"{workload}, {each['ranks']} ranks"] = [
+                charts.Bar(each[key] * 1e3, f"{each[key] * 1e3:.0f}") for key in times
+            ]
             sizes = [nbytes for _, nbytes in each["final"]]
             lines.append(
                 [
@@ -107,13 +182,27 @@ def recorded(content: dict[str, Any]) -> Iterator[nodes.Node]:
                     str(len(sizes)),
                 ]
             )
+    yield from chart(
+        *charts.bars(groups, [*times.values()]),
+        "recorded steps",
+        "Milliseconds of a step, by what they go to.",
+    )
     heads = ["model", "ranks", "batch", *times.values(), "gradients, MB", "tensors"]
-    yield table(heads, lines)
+    yield from listed(table(heads, lines))
+    yield computed_by(content)
     yield origin(content)
 
 
 def efficiency(content: dict[str, Any], workload: str) -> Iterator[nodes.Node]:
     """Yield percent of what as many ranks alone would do, on ordinary clusters."""
+    networks: dict[str, dict[str, dict[int, float]]] = {}
+    for (own, scenario, design), row in _rows(content).items():
+        if own == workload and scenario == row[0].network:
+            points = {x.ranks: x.efficiency * 100 for x in row}
+            networks.setdefault(scenario, {})[design] = points
+    for network, curves in networks.items():
+        title = f"Efficiency in percent, {network}"
+        yield from chart(*charts.lines(curves, unit=title, most=100), title, "")
     lines = [
         [
             f"{scenario}, {design}",
@@ -122,7 +211,7 @@ def efficiency(content: dict[str, Any], workload: str) -> Iterator[nodes.Node]:
         for (own, scenario, design), row in _rows(content).items()
         if own == workload and scenario == row[0].network
     ]
-    yield table(["ranks", *(f"{ranks:,}" for ranks in RANKS)], lines)
+    yield from listed(table(["network, design", *(f"{ranks:,} ranks" for ranks in RANKS)], lines))
 
 
 def clusters(content: dict[str, Any], workload: str) -> Iterator[nodes.Node]:
@@ -133,11 +222,15 @@ def clusters(content: dict[str, Any], workload: str) -> Iterator[nodes.Node]:
         if own == workload and scenario != row[0].network
     }
     lines = []
+    groups = {}
     for scenario in dict.fromkeys(scenario for scenario, _ in found):
+        drawn = [found[scenario, design].efficiency * answers.WORKERS for design in DRAWN]
+        groups[scenario] = [charts.Bar(times, f"{times:.0f}") for times in drawn]
         those = [found[scenario, design] for design in DESIGNS]
         cells = [f"{each.efficiency * answers.WORKERS:.0f}{_mark(each)}" for each in those]
         lines.append([scenario, *cells])
-    yield table(["", *DESIGNS], lines)
+    yield from chart(*charts.bars(groups, DRAWN), f"times as fast as one rank, {workload}", "")
+    yield from listed(table(["cluster", *DESIGNS], lines))
 
 
 def answered(content: dict[str, Any]) -> Iterator[nodes.Node]:
@@ -150,6 +243,7 @@ def answered(content: dict[str, Any]) -> Iterator[nodes.Node]:
 
 # Where each part is from, and what makes it.
 PARTS: dict[str, tuple[str, Callable[..., Iterator[nodes.Node]]]] = {
+    "contenders": ("scaling", contenders),
     "measured": ("scaling", scaling),
     "cores16": ("scaling-16", curve),
     "accuracy": ("scaling", accuracy),
