@@ -41,7 +41,7 @@ export OMPI_ALLOW_RUN_AS_ROOT := 1
 export OMPI_ALLOW_RUN_AS_ROOT_CONFIRM := 1
 endif
 
-.PHONY: help install tools train test test-faults test-packages lint type docs linkcheck bench bench-nodes scaling dist check clean FORCE
+.PHONY: help install tools train test test-faults test-packages lint type docs pictures linkcheck bench bench-nodes scaling dist check clean FORCE
 .DEFAULT_GOAL := help
 
 help:
@@ -55,6 +55,7 @@ help:
 	@echo "make lint       check style with ruff"
 	@echo "make type       check types with mypy"
 	@echo "make docs       build the documentation: docs/_build/html/index.html"
+	@echo "make pictures   make the picture and the numbers of the README from docs/measured/"
 	@echo "make linkcheck  follow the links from the documentation to other sites"
 	@echo "make bench      run the benchmarks of one machine in scripts/; fills docs/measured/"
 	@echo "make bench-nodes  run those on hosts made of this machine, as root; fills docs/measured/"
@@ -121,6 +122,9 @@ test-packages: $(TOOLS)
 docs: $(TOOLS)
 	$(SPHINX) html docs docs/_build/html
 	$(SPHINX) doctest docs docs/_build/doctest
+
+pictures: $(TOOLS)
+	$(RUN) docs/_ext/front.py
 
 linkcheck: $(TOOLS)
 	$(SPHINX) linkcheck docs docs/_build/linkcheck

@@ -29,7 +29,7 @@ extensions = [
     "public_names",
     "scaled",
 ]
-exclude_patterns = ["_build"]
+exclude_patterns = ["_build", "howto/_examples_table.rst"]
 default_role = "any"
 
 html_theme = "furo"

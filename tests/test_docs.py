@@ -124,6 +124,16 @@ def test_bars_are_as_long_as_their_numbers(extension):
     assert ">no<" in text
 
 
+def test_the_readme_shows_what_was_measured(extension):
+    """Its picture and its numbers are what docs/measured/ has: ``make pictures`` writes them."""
+    front = extension("front")
+    folder = DOCS / "measured"
+    assert front.SVG.read_text() == front.standalone(folder)
+    readme = front.README.read_text()
+    between = readme[readme.index(front.BEGIN) + len(front.BEGIN) : readme.index(front.END)]
+    assert between == front.for_readme(folder)
+
+
 def test_every_public_name_must_be_documented(tmp_path):
     """Sphinx warns of those that no page has; the name of the subpackage does as well."""
     page = "Title\n=====\n\n.. autofunction:: chainer_dist.optimizers.create_multi_node_optimizer\n"
