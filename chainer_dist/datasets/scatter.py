@@ -11,6 +11,7 @@ import numpy as np
 from chainer_dist.collectives.agreement import agreed_rank
 from chainer_dist.collectives.calls import check_call
 from chainer_dist.collectives.failures import together
+from chainer_dist.datasets.handles import check_files, refuse_handles
 from chainer_dist.datasets.intervals import Part, split_evenly
 from chainer_dist.datasets.node_shared import scatter_parts
 from chainer_dist.datasets.scattered import ScatteredDataset
@@ -68,7 +69,10 @@ def scatter_dataset(  # noqa: PLR0917 - ChainerMN's positional parameters
         DataSizeError: On every rank, if root's dataset is None.
         ValueError: On every rank, if ``root`` is no rank or not the same on all ranks.
         OSError: On every rank, if a node has no room for its ranks' parts.
-        Exception: On every rank, if the dataset cannot be pickled.
+        TypeError: On every rank, if the dataset holds an open file of h5py, lmdb, zarr, pyarrow or
+            Python, which cannot be sent; it says where, and what to use instead.
+        Exception: On every rank, if the dataset cannot be pickled, or if a rank does not find the
+            same file that a dataset such as :class:`~chainer_dist.datasets.HDF5Dataset` has on root.
     """
     check_call("scatter_dataset(dataset, comm)", comm, dataset)
     del max_buf_len
@@ -76,6 +80,8 @@ def scatter_dataset(  # noqa: PLR0917 - ChainerMN's positional parameters
     order, parts = None, []
     with together(comm):
         if comm.rank == root:
+            if comm.size > 1 or not hasattr(dataset, "__len__"):
+                refuse_handles(dataset)
             n_samples = _n_samples(dataset)
             if shuffle:
                 order = np.random.RandomState(seed).permutation(n_samples)
@@ -87,6 +93,8 @@ def scatter_dataset(  # noqa: PLR0917 - ChainerMN's positional parameters
         return _cut(dataset, order, parts[rank]), parts[rank].n_own
 
     own, n_own = scatter_parts(comm, root, make_part)
+    with together(comm):
+        check_files(own)
     if isinstance(own, Selection):  # of a dataset that is there in full: scripts ask for it
         whole = dataset if comm.rank == root else own.dataset
         return ScatteredDataset(whole, 0, len(own), own.indices, n_own)

@@ -12,6 +12,7 @@ from chainer.dataset import Iterator
 from chainer_dist.collectives.agreement import check_same
 from chainer_dist.collectives.calls import check_call
 from chainer_dist.collectives.failures import together
+from chainer_dist.datasets.handles import check_workers
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -62,7 +63,8 @@ class DistributedIterator(Iterator):  # type: ignore[misc]  # Chainer has no typ
         make_iterator: Called with ``dataset``, ``batch_size`` and ``order_sampler=``; returns a
             Chainer iterator that goes by that sampler: Serial-, Multithread- or
             MultiprocessIterator. It is called for the first batch, and again after ``reset()``,
-            loading and ``finalize()``.
+            loading and ``finalize()``. If worker processes are to be spawned and the dataset holds
+            an open file, the first batch is a TypeError; if they are forked, a RuntimeWarning.
 
     Raises:
         ValueError: On every rank, if the dataset is empty, or a number is out of range.
@@ -149,6 +151,7 @@ class DistributedIterator(Iterator):  # type: ignore[misc]  # Chainer has no typ
                 position=self._position,
             )
             self._loader = self.make_iterator(self.dataset, self.batch_size, order_sampler=order)
+            check_workers(self._loader)
         batch: list[Any] = next(self._loader)
         epoch, self._previous_epoch_detail = self.epoch, self.epoch_detail
         self._position += self._size * self.batch_size

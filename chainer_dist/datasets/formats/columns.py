@@ -1,0 +1,120 @@
+"""What formats with named columns have in common."""
+
+from __future__ import annotations
+
+import copy
+from collections import OrderedDict
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Union
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from chainer_dist.datasets.formats.stored import Positions
+
+__all__ = ["BlockCache", "Columns", "assemble", "check_columns", "check_lengths", "choose"]
+
+# One name: samples are its values. Several: tuples in their order. None: dicts of all there are.
+Columns = Union[str, Sequence[str], None]
+
+
+def check_columns(columns: Columns) -> str | tuple[str, ...] | None:
+    """Return the names of columns as they are kept. Local.
+
+    Raises:
+        TypeError: If they are no name, no list of names and not None.
+        ValueError: If there are none, or one is there twice.
+    """
+    if columns is None or isinstance(columns, str):
+        return columns
+    names = tuple(columns)
+    for name in names:
+        if not isinstance(name, str):
+            raise TypeError(f"columns is a name or a list of names, got {name!r} among them")
+    if not names or len(set(names)) < len(names):
+        raise ValueError(f"columns is {list(names)}, expected one or more different names")
+    return names
+
+
+def choose(columns: str | tuple[str, ...] | None, there: Sequence[str]) -> list[str]:
+    """Return the columns to be read of a file. Local.
+
+    Args:
+        columns: As :func:`check_columns` returns them.
+        there: Those that the file has.
+
+    Raises:
+        ValueError: If the file lacks one, or has none at all.
+    """
+    if not there:
+        raise ValueError("it has no columns")
+    wanted = [*there] if columns is None else [columns] if isinstance(columns, str) else [*columns]
+    for name in wanted:
+        if name not in there:
+            raise ValueError(f"there is no column {name!r}, there are {sorted({*there})}")
+    return wanted
+
+
+def check_lengths(lengths: Mapping[str, int]) -> int:
+    """Return the number of rows that all columns have. Local.
+
+    Raises:
+        ValueError: If they have different numbers.
+    """
+    if len(set(lengths.values())) > 1:
+        raise ValueError(f"its columns have different numbers of rows: {dict(lengths)}")
+    return next(iter(lengths.values()))
+
+
+def assemble(columns: str | tuple[str, ...] | None, values: Mapping[str, Any]) -> list[Any]:
+    """Return samples, given the values of each column, for each sample one. Local."""
+    if columns is None:
+        return [dict(zip(values, row)) for row in zip(*values.values())]
+    if isinstance(columns, str):
+        return list(values[columns])
+    return list(zip(*(values[name] for name in columns)))
+
+
+class BlockCache:
+    """Blocks of rows that can only be read as a whole, of which the last ones are kept.
+
+    Args:
+        capacity: Bytes that are kept; the block read last is, whatever its size.
+    """
+
+    def __init__(self, capacity: int) -> None:
+        self._capacity = capacity
+        self._blocks: OrderedDict[Any, Any] = OrderedDict()
+        self._used = 0
+
+    def rows(
+        self, positions: Positions, ends: Positions, read: Callable[[int], Any], key: Any
+    ) -> Any:
+        """Return copies of some rows, in an array of shape ``(k, ...)``.
+
+        Args:
+            positions: Ascending; shape ``(k,)``, with ``k`` at least 1.
+            ends: Number of the row after each block, ascending.
+            read: Reads a block, given its number: an array of its rows.
+            key: Of the column, beside the number of the block.
+        """
+        numbers = np.searchsorted(ends, positions, side="right")
+        taken = []
+        for number in np.unique(numbers).tolist():
+            begin = ends[number - 1] if number else 0
+            block = self._block((key, number), read)
+            taken.append(block[positions[numbers == number] - begin])
+        found = taken[0] if len(taken) == 1 else np.concatenate(taken)
+        return copy.deepcopy(found) if found.dtype == object else found
+
+    def _block(self, key: tuple[Any, int], read: Callable[[int], Any]) -> Any:
+        if key in self._blocks:
+            self._blocks.move_to_end(key)
+            return self._blocks[key]
+        block = self._blocks[key] = read(key[1])
+        self._used += block.nbytes
+        while self._used > self._capacity and len(self._blocks) > 1:
+            self._used -= self._blocks.popitem(last=False)[1].nbytes
+        return block
