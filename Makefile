@@ -35,7 +35,9 @@ MEASURED := docs/measured
 ON_HOSTS := $(RUN) scripts/cluster/netns_cluster.py --hosts 2 --rate 1gbit -- $(abspath $(RUN))
 
 # Open MPI refuses two things that MPICH does: running as root, and more ranks than cores.
+# The first variable is of Open MPI 5, the second of Open MPI 4.
 export PRTE_MCA_rmaps_default_mapping_policy := :oversubscribe
+export OMPI_MCA_rmaps_base_oversubscribe := 1
 ifeq ($(shell id -u),0)
 export OMPI_ALLOW_RUN_AS_ROOT := 1
 export OMPI_ALLOW_RUN_AS_ROOT_CONFIRM := 1
