@@ -48,7 +48,7 @@ class Collector(serializers.Serializer):  # type: ignore[misc]  # Chainer has no
         links: list[chainer.Link] = []
         for path, part in parts(target):
             if isinstance(part, MultiNodeOptimizer):
-                if part.alike and part._connected().size == comm.size:
+                if part.alike and part.connected().size == comm.size:
                     optimizers.append((path, part))
             elif isinstance(part, chainer.Link):
                 links.append(part)

@@ -112,13 +112,13 @@ class ForeignMultiNodeOptimizer(OptimizerProxy):
                 target.zerograds()
             loss.backward(loss_scale=getattr(self, "_loss_scale", None))
         self._compare(has_gradients=True)
-        self._connected().multi_node_mean_grad(target, self.zero_fill)
+        self.connected().multi_node_mean_grad(target, self.zero_fill)
         self.actual_optimizer.update(None, *args, **kwds)
         self._replicas.keep(ParameterSet(target))
 
     def _compare(self, *, has_gradients: bool) -> None:
         """Make parameters equal that were changed on some rank, other than on the others. Collective."""
-        comm, parameters = self._connected(), ParameterSet(self.target)
+        comm, parameters = self.connected(), ParameterSet(self.target)
         change, values = self._replicas.compare(parameters)
         same_change, same_structure, same_values = agree(comm, change, parameters.digest, values)
         _, differ = self._replicas.judge(
@@ -133,4 +133,4 @@ class ForeignMultiNodeOptimizer(OptimizerProxy):
             self._make_equal(has_gradients=has_gradients)
 
     def _make_equal(self, *, has_gradients: bool) -> None:
-        self._replicas.synchronize(self._connected(), self.target, has_gradients=has_gradients)
+        self._replicas.synchronize(self.connected(), self.target, has_gradients=has_gradients)

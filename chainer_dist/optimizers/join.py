@@ -130,7 +130,7 @@ class Join:
             optimizer.run_step(call._replace(ranks=ranks))
 
     def end_step(self) -> None:
-        """Tell ranks that stand by that this step is over. Collective."""
+        """Let ranks that stand by know that this step is over. Collective."""
         self._exchange_intents(_STEP_IS_OVER)
 
     def stand_by(self) -> None:
@@ -152,7 +152,7 @@ class Join:
 
     @property
     def _comm(self) -> CommunicatorBase:
-        return self._optimizers[0]._connected()
+        return self._optimizers[0].connected()
 
     def _exchange_intents(self, intent: int, *, postponed: bool = False) -> tuple[int, int, bool]:
         """Find out what the other ranks are about to do. Collective.

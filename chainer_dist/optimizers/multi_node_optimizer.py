@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
     from chainer_dist.communicators import CommunicatorBase
+    from chainer_dist.compression import Compression
     from chainer_dist.optimizers.arrangement import Arrangement
 
 __all__ = ["MultiNodeOptimizer"]
@@ -71,6 +72,11 @@ class MultiNodeOptimizer(OptimizerProxy):
     def alike(self) -> bool:
         """Whether parameters and state are the same on all ranks after each update."""
         return all(kind.keeps_equal for kind in kinds(self._options))
+
+    @property
+    def compression(self) -> Compression | None:
+        """Compression of the gradients between nodes, or None."""
+        return self._options.compression
 
     @property
     def overlapped(self) -> bool:
@@ -121,7 +127,7 @@ class MultiNodeOptimizer(OptimizerProxy):
                 changed, or an initializer drew other values than on rank 0.
         """
         self._check_set_up()
-        call = Call(self._connected().size, lossfun, args, kwds, postponed=self._postponed)
+        call = Call(self.connected().size, lossfun, args, kwds, postponed=self._postponed)
         if self.join is None:
             self.run_step(call)
         else:
@@ -174,8 +180,8 @@ class MultiNodeOptimizer(OptimizerProxy):
         chosen = state.plan.chosen
         with contextlib.nullcontext() if chosen is None else chosen.copied_states():
             self.actual_optimizer.serialize(serializer)
-        if self._options.compression is not None:
-            self._options.compression.serialize(serializer["compression"], self._connected())
+        if self.compression is not None:
+            self.compression.serialize(serializer["compression"], self.connected())
 
     def consolidate(self) -> None:
         """Let every rank have all of the update rules' state until the next update. Collective.
@@ -198,8 +204,8 @@ class MultiNodeOptimizer(OptimizerProxy):
         That is gradients that are being accumulated, and what compression has left out.
         """
         self._state.accumulation.serialize(serializer)
-        if self._options.compression is not None and self._connected().rank:
-            self._options.compression.serialize(serializer["compression"], self._connected())
+        if self.compression is not None and self.connected().rank:
+            self.compression.serialize(serializer["compression"], self.connected())
 
     def load_own(
         self, sources: Sequence[chainer.AbstractSerializer], *, takes_over: bool = True
@@ -212,13 +218,13 @@ class MultiNodeOptimizer(OptimizerProxy):
                 rank does for all.
         """
         self._state.accumulation.load(sources, takes_sums=takes_over)
-        comm = self._connected()
-        if self._options.compression is not None and comm.rank and takes_over:
-            self._options.compression.serialize(sources[0]["compression"], comm)
+        comm = self.connected()
+        if self.compression is not None and comm.rank and takes_over:
+            self.compression.serialize(sources[0]["compression"], comm)
 
     def _step(self) -> Step:
         """Return the step that comes next. Local."""
-        context = Context(self._connected(), self.actual_optimizer, self._options, self.randomness)
+        context = Context(self.connected(), self.actual_optimizer, self._options, self.randomness)
         self._state.plan.connect(context)
         return Step(
             context,

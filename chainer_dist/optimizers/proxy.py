@@ -78,7 +78,12 @@ class OptimizerProxy:
                 "update() was called before setup(): call optimizer.setup(model) first, on every rank"
             )
 
-    def _connected(self) -> CommunicatorBase:
+    def connected(self) -> CommunicatorBase:
+        """Return the communicator. Local.
+
+        Raises:
+            RuntimeError: If there is none, as after unpickling.
+        """
         if self.communicator is None:
             raise RuntimeError(
                 "this multi-node optimizer was unpickled and has no communicator; "
