@@ -26,8 +26,8 @@ if TYPE_CHECKING:
 
 __all__ = ["Archive", "Pending"]
 
-# How long a rank may take to see what another has written: network file systems remember for a while
-# what was not there.
+# The time until a rank must see files that another has written: network file systems remember for a while
+# that a file was not there.
 _SECONDS_TO_SEE = 10.0
 
 
@@ -43,9 +43,9 @@ class Archive:
     """Writes and reads the generations of all ranks. What it raises it raises on every rank.
 
     Args:
-        comm: Of the ranks.
-        directory: Which they share.
-        keep: How many generations to keep.
+        comm: Communicator whose ranks save.
+        directory: Directory that they share.
+        keep: Number of generations to keep.
         allow_pickle: Whether arrays of objects may be written and read.
     """
 
@@ -67,8 +67,8 @@ class Archive:
         """Begin to write a generation, in another thread. Collective.
 
         Args:
-            iteration: The same on every rank.
-            state: Of this rank; not changed before it is written.
+            iteration: Number of updates that were made, the same on every rank.
+            state: State of this rank; not changed before it is written.
 
         Raises:
             OSError: If there can be no new directory.
@@ -118,7 +118,7 @@ class Archive:
             generations.remove(self.directory / name)
 
     def _tidy(self, act: Callable[[], Any]) -> None:
-        """Do something on rank 0 that nothing depends on. Local."""
+        """Call a function on rank 0, with a warning if that fails. Local."""
         if self._comm.rank == 0:
             try:
                 act()
@@ -234,7 +234,7 @@ class Archive:
         )
 
     def _ask_rank_0(self, act: Callable[[], Any]) -> Any:
-        """Return what something returns on rank 0, or raise what it raises there. Collective."""
+        """Return the result of a function on rank 0, or raise its error. Collective."""
         return shared(self._comm, 0, act)
 
 

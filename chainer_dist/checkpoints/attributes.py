@@ -40,10 +40,10 @@ class Attributes:
         self._late: weakref.WeakSet[Any] = weakref.WeakSet()
 
     def look(self, target: Any, *, is_late: bool = False) -> None:
-        """Take notice of what is new in a target. Local.
+        """Take notice of objects that are new in a target. Local.
 
         Args:
-            target: To be saved later.
+            target: Object to be saved later.
             is_late: Whether extensions may have set hyperparameters already, so that it is not known what
                 their constructors made them.
         """
@@ -66,7 +66,12 @@ class Attributes:
             return None
 
     def save(self, serializer: Any, target: Any) -> None:
-        """Save what has changed. Local."""
+        """Save the attributes that have changed. Local.
+
+        Args:
+            serializer: Chainer's serializer.
+            target: Object to save.
+        """
         for holder in holders(target):
             prefix = f"{_PREFIX}{holder.path}"
             if isinstance(holder, Serializable):
@@ -102,14 +107,15 @@ class Attributes:
         """Put attributes back, but for hyperparameters, which are returned. Local.
 
         Args:
-            loader: Chainer's, of what this rank had, or rank 0 if another number of ranks has saved.
-            target: Changed in place.
-            own: What this rank had of its own, alone; or what each of another number of ranks had. Then
-                what these had alike is put back.
-            skipped: Paths of what is another object now than the one that was saved.
+            loader: Chainer's deserializer of the entries of this rank, or of rank 0 if another number of
+                ranks has saved.
+            target: Object to load into; changed in place.
+            own: Entries of this rank, in a list of one; or of each rank, if another number of ranks has
+                saved. Then an attribute is put back if it was the same on all of them.
+            skipped: Paths of objects that are others now than those that were saved.
 
         Returns:
-            Hyperparameters to set, and what to tell the user.
+            Hyperparameters to set, and notes for the user.
         """
         settings: list[PutOff] = []
         notes: list[str] = []

@@ -61,7 +61,7 @@ class Checkpoint(extension.Extension):  # type: ignore[misc]  # Chainer has no t
                     checkpoint.leave(state, iteration)
 
     **What is saved.** What Chainer serializes, and besides the random states of every rank
-    (``numpy.random`` and ``random``, those of order samplers, and that of the multi-node optimizer),
+    (of ``numpy.random``, ``random``, order samplers and the multi-node optimizer),
     dynamic loss scales, the float32 copies of ``use_fp32_update``, and gradients that are being
     accumulated. What :meth:`resume` has seen at first and training has changed is saved, too: hyperparameters, and
     which parameters are frozen; attributes of links, such as the hidden states of stateful recurrent ones; and
@@ -87,7 +87,7 @@ class Checkpoint(extension.Extension):  # type: ignore[misc]  # Chainer has no t
     **On another number of ranks** model and optimizer are the same, and a
     :class:`~chainer_dist.iterators.DistributedIterator` goes on exactly. Iterators over scattered parts
     begin the epoch again, in a new order, and each rank's random state is a new one that the old ones
-    determine. Of attributes those are kept that were alike on all ranks. Models with different parts on
+    determine. An attribute is kept if it was the same on all ranks. Models with different parts on
     different ranks are refused.
 
     **What is on disk.** A directory ``<iteration>-<time>`` for each checkpoint, with a manifest of the size
@@ -96,8 +96,8 @@ class Checkpoint(extension.Extension):  # type: ignore[misc]  # Chainer has no t
     counts when all ranks know that it is complete: with ``asynchronous`` that is within about a second in a
     Trainer and where :attr:`preempted` is asked for, and otherwise when anything else is called.
     Then its iteration is written into the file that the environment variable ``CHAINER_DIST_PROGRESS``
-    names, if it does. The files are of arrays and JSON, and are loaded without pickle, those of earlier
-    versions as well; only plain files in the directory itself are opened.
+    names, if it does. The files are of arrays and JSON, and are loaded without pickle, also where an earlier
+    version has saved them; only plain files in the directory itself are opened.
 
     **When the job is to end.** On SIGTERM or SIGUSR1, to whichever rank, all ranks save within about a
     second, or a step if that takes longer, and leave with status 75 (``EX_TEMPFAIL``), finalizers
@@ -116,14 +116,14 @@ class Checkpoint(extension.Extension):  # type: ignore[misc]  # Chainer has no t
             training go on. Either way the older ones stay.
         preemption: Whether signals are heeded.
         allow_pickle: Whether arrays of objects are saved and loaded. Loading them can run any code: only with
-            checkpoints from those whom you trust.
+            checkpoints that you trust.
 
     Raises:
         ValueError, TypeError: On every rank, if an argument is none of these.
         RankMismatchError: On every rank, if they differ.
     """
 
-    # As Chainer's snapshot: after all others, whose state of this iteration belongs to it.
+    # As that of Chainer's snapshot: other extensions run before it, and their state of this iteration is saved.
     priority = -100
     trigger = (1, "epoch")
 

@@ -27,7 +27,7 @@ class Loader(NpzDeserializer):  # type: ignore[misc]  # Chainer has no types
     Args:
         sources: Mappings of names to arrays; the first that has a name counts.
         path: Beginning of all names.
-        ignored: Function that tells of a name whether it is left out; None leaves out none.
+        ignored: Function that returns for a name whether it is left out; None leaves out none.
 
     Attributes:
         stateless: Paths of the update rules that had no state.
@@ -37,7 +37,7 @@ class Loader(NpzDeserializer):  # type: ignore[misc]  # Chainer has no types
         super().__init__(sources, path)
         self._ignored = ignored
         self.stateless: set[str] = set()
-        # None where an earlier version has saved, which did not tell.
+        # None where an earlier version has saved, without these names.
         self._scalars: set[str] | None = None
         for source in sources:
             if SCALARS in source:

@@ -63,7 +63,7 @@ class Rounds:
 
 
 class Meetings:
-    """Lets the ranks find out together whether one was told to end, whether all have written, and what rank 0 wants.
+    """Lets the ranks find out whether one has got a signal to end, whether all have written, and what rank 0 wants.
 
     Args:
         comm: Communicator whose ranks save.
@@ -71,7 +71,7 @@ class Meetings:
         heeds_signals: Whether signals are heeded.
 
     Attributes:
-        preempted: Whether a rank was told to end, as all ranks know; the same on every rank.
+        preempted: Whether a rank has got a signal to end; the same on every rank.
     """
 
     def __init__(self, comm: CommunicatorBase, history: History, *, heeds_signals: bool) -> None:
@@ -107,7 +107,7 @@ class Meetings:
             wanted: Whether this rank wants to save.
 
         Returns:
-            Whether rank 0 wants to save, and whether a rank was told to end; the same on every rank.
+            Whether rank 0 wants to save, and whether a rank has got a signal to end; the same on every rank.
 
         Raises:
             OSError: On every rank, if a checkpoint cannot be written, and that is to raise.

@@ -1,7 +1,7 @@
-"""Ranks that are told to leave, finding out together, and the status that they leave with.
+"""The signals that announce the end of a job, and the status with which ranks leave then.
 
 Batch systems end a job with SIGTERM, or a signal that was asked for (``sbatch --signal=USR1@120``), some
-time before they kill it. Which ranks get the signal, and in which step, nobody knows.
+time before they kill it. Which ranks get the signal, and in which step, is not known beforehand.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ STATUS = 75  # EX_TEMPFAIL of sysexits.h: try again later
 
 
 class Preempted(SystemExit):
-    """Every rank leaves, with status 75, because one was told to; all is saved.
+    """Every rank leaves, with status 75, because one rank has got a signal to end; all is saved.
 
     A ``SystemExit``, so that Chainer's Trainer finalizes everything on its way out.
     """
 
-    # In the place of the attribute that global_except_hook watches: nobody has failed, and no rank
+    # In the place of the attribute that global_except_hook watches: no rank has failed, and none
     # must be ended in the middle of its finalizers.
     code = STATUS
 

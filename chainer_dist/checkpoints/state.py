@@ -1,4 +1,4 @@
-"""What of a training is saved, and how it is put back: all that Chainer saves, and what it leaves out.
+"""The state of a training, saved and put back: all that Chainer saves, and all that it leaves out.
 
 Chainer's own serialization leaves out the random states of a process, what :mod:`~chainer_dist.checkpoints.omissions`
 has, gradients that are being accumulated, and what :mod:`~chainer_dist.checkpoints.attributes` finds. What
@@ -47,7 +47,12 @@ __all__ = ["State", "check_target", "collect", "restore"]
 
 
 class State(NamedTuple):
-    """What one rank writes: what all ranks have alike (rank 0 only), and what is its own."""
+    """The entries that one rank writes.
+
+    Attributes:
+        common: Entries that are the same on all ranks; empty on other ranks than 0.
+        own: Entries of this rank alone.
+    """
 
     common: dict[str, Array]
     own: dict[str, Array]
@@ -82,11 +87,11 @@ def collect(
     """Return the state of a target. Local.
 
     Args:
-        target: What to save.
-        comm: Of the ranks that save theirs.
-        attributes: That know what the target's objects were at first.
+        target: Object to save.
+        comm: Communicator whose ranks save.
+        attributes: Attributes that the target's objects were made with.
         copy: Whether arrays are copied, so that training can go on while they are written.
-        called: Names of a trainer's extensions that were called before training, and are not to be again.
+        called: Names of a trainer's extensions that were called before training, and are not to be called again.
         allow_pickle: Whether arrays of objects may be saved.
 
     Raises:
@@ -117,16 +122,16 @@ def restore(
     """Put a state back. Local.
 
     Args:
-        target: Of the same kind as what was saved; changed in place.
-        common: What all ranks had alike.
-        own: What this rank had of its own, alone in a list.
-        attributes: That know what the target's objects are before anything is loaded.
+        target: Object of the same kind as the one that was saved; changed in place.
+        common: Entries that were the same on all ranks.
+        own: Entries of this rank alone, in a list of one.
+        attributes: Attributes that the target's objects were made with.
         new_place: This rank and the number of ranks, if another number of ranks has saved. Then
-            ``own`` is what each of those had; iterators over a rank's part of the data begin the
-            epoch again, and random states follow from rank 0's.
+            ``own`` has the entries of each rank that has saved; iterators over a rank's part of the data
+            begin the epoch again, and random states follow from rank 0's.
 
     Returns:
-        What was left out, for the user to know.
+        Notes for the user on everything that was left out.
 
     Raises:
         ValueError, KeyError: If the state does not fit to the target.
@@ -142,7 +147,7 @@ def restore(
     if saved:
         found = compare(saved[0], now)
         notes += found if new_place is None or new_place[0] == 0 else []
-    # What rank 0 lacks, as others lack the logs that it writes, may be there on others.
+    # An entry that rank 0 lacks may be there on another rank, as rank 0 alone has the logs that it writes.
     loader = Loader([common, *own], ignored=rank_bound(target) if new_place else None)
     skipped = _unknown_pieces(loader, saved, now)
     serialize_omissions(loader, target)

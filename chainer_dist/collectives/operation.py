@@ -2,7 +2,7 @@
 
 Every collective and every blocking message of a communicator is an :class:`Operation` while it runs,
 and so are the stages of an update. To know it, read :func:`stacks` from another thread (the
-watchdog), be told of the end of each (:data:`observers`), or compare them over
+watchdog), be called at the end of each (:data:`observers`), or compare them over
 the ranks (:attr:`Log.check`). Nothing of that is here: this costs about a microsecond and a half an
 operation, and text is made only when it is asked for.
 """
@@ -99,7 +99,7 @@ class Logged(Protocol):
 
 
 class Observer:
-    """Is told of every operation of every thread; to be derived from."""
+    """A base class; its objects in :data:`observers` are called at the end of every operation of every thread."""
 
     def left(self, operation: Operation, end: float) -> None:
         """Take notice of the end of an operation, in the thread that did it.
@@ -199,7 +199,7 @@ class Operation:
                 each.left(self, end)
 
     def arguments(self) -> dict[str, Any]:
-        """Return the arguments by name, as far as they can be told. Local."""
+        """Return the arguments by name, as far as they are known. Local."""
         if self.kind.signature is None:
             return {}
         try:

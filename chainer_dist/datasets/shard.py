@@ -1,7 +1,7 @@
 """Data that no rank can hold: each rank reads its own part of it, from files that all can reach.
 
 What the ranks get has the order of the files. Shuffling iterators mix the samples of a rank; to mix
-those of all ranks, let each open everything as a :class:`~chainer_dist.datasets.FilesDataset` and
+the samples of all ranks, let each rank open everything as a :class:`~chainer_dist.datasets.FilesDataset` and
 iterate by :class:`~chainer_dist.iterators.DistributedIterator`.
 """
 

@@ -1,4 +1,4 @@
-"""The files of ranks that make up a checkpoint: which there are, who reads them, and which belong together."""
+"""The files of ranks that make up a checkpoint: which there are, which rank reads them, and which belong together."""
 
 from __future__ import annotations
 
@@ -30,25 +30,41 @@ Origin = Optional[tuple[int, int]]  # None: ChainerMN's file, which does not say
 
 
 class RankFile(NamedTuple):
-    """A file by its name: which rank saved it, in which iteration."""
+    """A file by its name.
+
+    Attributes:
+        rank: Rank that has saved it.
+        iteration: Iteration in which it was saved.
+    """
 
     rank: int
     iteration: int
 
 
 class FoundFile(NamedTuple):
-    """Which rank of this job is to read a file, and where it comes from."""
+    """A file as it was found.
+
+    Attributes:
+        reader: Rank of this job that reads it.
+        origin: Number of ranks that have saved, and number of their job; None if the file does not say it.
+    """
 
     reader: int
     origin: Origin
 
 
 class Generation(NamedTuple):
-    """Files that were saved together."""
+    """Files that were saved together.
+
+    Attributes:
+        iteration: Iteration in which they were saved.
+        n_ranks: Number of ranks that have saved.
+        readers: For each rank whose file is there, the rank that reads it.
+    """
 
     iteration: int
     n_ranks: int
-    readers: dict[int, int]  # for each rank that saved one, the rank that reads it
+    readers: dict[int, int]
 
     @property
     def is_complete(self) -> bool:

@@ -58,7 +58,7 @@ def create_multi_node_checkpointer(
         trainer.run()
 
     Deprecated in ChainerMN, and here, in favour of :func:`~chainer_dist.extensions.multi_node_snapshot`, which writes fewer
-    files. Files are named ``name.rank.iteration``, and those of ChainerMN can be loaded.
+    files. Files are named ``name.rank.iteration``, and files of ChainerMN can be loaded.
 
     When training has ended well, a Trainer has the files removed, as ChainerMN does. If it ends by
     any exception, an interrupt included, nothing is removed.
@@ -72,7 +72,7 @@ def create_multi_node_checkpointer(
         path: Directory, made where missing; None is the trainer's ``out``. Ranks on different
             machines may have different ones behind the same name.
         allow_pickle: Whether objects are saved, and loaded, that need pickle. Loading them can run any code:
-            only with files from those whom you trust. Nothing that Chainer serializes needs it.
+            only with files that you trust. Nothing that Chainer serializes needs it.
 
     Returns:
         The extension, for the trainers of all ranks.
@@ -102,7 +102,7 @@ def create_multi_node_checkpointer(
 class _MultiNodeCheckpointer(extension.Extension):  # type: ignore[misc]  # Chainer has no types
     """The extension; see :func:`create_multi_node_checkpointer`."""
 
-    # As Chainer's snapshot: after all others, whose state of this iteration belongs to it.
+    # As that of Chainer's snapshot: other extensions run before it, and their state of this iteration is saved.
     priority = -100
 
     def __init__(
@@ -270,7 +270,7 @@ class _MultiNodeCheckpointer(extension.Extension):  # type: ignore[misc]  # Chai
     def _look_into(
         self, folder: Path, everyone: Sequence[list[RankFile]]
     ) -> dict[RankFile, FoundFile]:
-        """Return all files that can be opened, whoever sees them. Collective."""
+        """Return all files that can be opened on the ranks that see them. Collective."""
         comm = self.comm
         readers: dict[RankFile, int] = {}
         for reader, visible in enumerate(everyone):

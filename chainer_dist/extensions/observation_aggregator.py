@@ -27,8 +27,8 @@ if TYPE_CHECKING:
 class ObservationAggregator(extension.Extension):  # type: ignore[misc]  # Chainer has no types
     """Replaces an observation of the trainer by its summary over all ranks. ChainerMN's extension.
 
-    Each rank collects the values it observes. When the trigger fires, rank 0 summarizes those of
-    all ranks since the last time, and the summary becomes an observation on every rank, for
+    Each rank collects the values it observes. When the trigger fires, rank 0 summarizes the values
+    of all ranks since the last time, and the summary becomes an observation on every rank, for
     LogReport and others that run after it.
 
     Every call is collective: extend the trainers of all ranks with it, and leave its own trigger
@@ -154,7 +154,7 @@ class _NumbersOnly(pickle.Unpickler):
 
 
 def plain_value(value: Any) -> Any:
-    """Return an observed value as numbers and NumPy arrays that nobody else changes. Local."""
+    """Return an observed value as numbers and NumPy arrays that nothing else changes. Local."""
     if isinstance(value, tuple):
         return tuple(plain_value(each) for each in value)
     if isinstance(value, variable.Variable):

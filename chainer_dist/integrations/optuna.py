@@ -97,7 +97,7 @@ class ChainerMNStudy:
                 func(ChainerMNTrial(None, self.comm), self.comm)
 
     def _optimize(self, func: Callable[..., Any], *args: Any, **options: Any) -> None:
-        """Run trials on rank 0, and tell the other ranks of each, and of the end."""
+        """Run trials on rank 0, and let the other ranks know of each, and of the end."""
         raised: list[BaseException] = []
 
         def run(trial: optuna.Trial) -> Any:
@@ -121,7 +121,7 @@ class ChainerMNStudy:
 
 
 class ChainerMNTrial:
-    """A trial of which every rank is told the same. All methods and attributes are collective.
+    """A trial that is the same on every rank. All methods and attributes are collective.
 
     ``suggest_*``, ``params``, ``number`` and whatever else ``optuna.Trial`` has are asked for on rank 0, and
     every rank gets the answer, or the error.
@@ -153,7 +153,7 @@ class ChainerMNTrial:
         return bool(self._ask(lambda trial: trial.should_prune()))
 
     def _ask(self, call: Callable[[optuna.Trial], Any]) -> Any:
-        """Return on every rank what a call returns on rank 0, or raise what it raises there."""
+        """Return on every rank the result of a call on rank 0, or raise its error."""
         trial: Any = self._delegate  # None on other ranks than 0, which do not call
         return shared(self._comm, 0, lambda: call(trial))
 

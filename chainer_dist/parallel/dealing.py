@@ -43,7 +43,8 @@ class End(NamedTuple):
 
     Attributes:
         failed: All items that failed, in the order of their indices.
-        failure: What :func:`describe_error` returns for an error of the input.
+        failure: Description of an error of the input, see
+            :func:`~chainer_dist.collectives.failures.describe_error`; None if there is none.
         error: That error itself on rank 0.
     """
 
@@ -52,7 +53,7 @@ class End(NamedTuple):
     error: BaseException | None
 
     def raise_errors(self, comm: CommunicatorBase, results: Any, *, raises: bool) -> None:
-        """Raise the input's error, or else one for the items that failed. Local; on all ranks alike.
+        """Raise the input's error, or else one for the items that failed. Local; the same on all ranks.
 
         Args:
             comm: Communicator.
@@ -85,7 +86,7 @@ class _Result(NamedTuple):
 
 
 def check(comm: CommunicatorBase, describe: Callable[[], list[tuple[str, str]]]) -> None:
-    """Make sure that all ranks call alike. Collective.
+    """Make sure that all ranks call with the same options. Collective.
 
     Args:
         comm: Communicator.
@@ -119,7 +120,7 @@ class Dealer:
 
     Args:
         comm: Communicator, whose other ranks are in :func:`serve`.
-        chunks: Yields sequences of items; advanced only when there is somebody to work on them.
+        chunks: Yields sequences of items; advanced only when a rank can begin to work on them.
         work: Makes a block of a chunk, and lets no error of an item through.
         ordered: Whether blocks come in the order of chunks, or as they are made.
         ahead: How many chunks at most are in work or wait to be taken from here.
@@ -175,7 +176,7 @@ class Dealer:
         """Let the other ranks return, once they are done with what they have.
 
         Args:
-            failed: What they are told.
+            failed: Failed items that they are sent.
         """
         while any(self._in_work):
             self._receive()
@@ -191,7 +192,7 @@ class Dealer:
         return end._replace(error=self.error)
 
     def _deal(self) -> None:
-        """Give a chunk to all who have none, this rank too, and then one more to the others."""
+        """Give a chunk to all ranks that have none, this rank too, and then one more to the others."""
         self._sending = [request for request in self._sending if not request.test()[0]]
         for enough in range(1, _AHEAD + 1):
             for rank in range(1, self._comm.size):

@@ -51,10 +51,10 @@ def pmap(
     anything, such as a model or an open file. Only items and results travel, of any size, pickled
     unless rank 0 computes them itself. The function may not use ``comm``.
 
-    Rank 0 takes from ``items`` and works only while somebody takes results from the iterator, and
+    Rank 0 takes from ``items`` and works only while results are taken from the iterator, and
     has never more than ``buffersize`` items taken without having handed out their results: items may
     be a generator without an end. Each must be an object of its own, as in a list. The other ranks
-    return when rank 0's iterator is exhausted or closed (as one that nobody holds any more is). Until
+    return when rank 0's iterator is exhausted or closed (as Python does where it is referred to no more). Until
     then rank 0 must use ``comm`` for nothing else. A rank that waits for rank 0, because an item takes
     it so long, is reported as any stall is (see :mod:`chainer_dist.watch`).
 

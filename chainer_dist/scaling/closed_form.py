@@ -1,4 +1,4 @@
-"""The seconds of a step in closed form, and what of them is spent on what."""
+"""The seconds of a step in closed form, and how many of them each cause costs."""
 
 from __future__ import annotations
 

@@ -107,7 +107,7 @@ def seconds_of_update(schedule: Schedule, design: Design) -> float:
 
 
 def is_direct(nodes: int, design: Design) -> bool:
-    """Tell whether nodes send each other their parts of a message, as in ``DirectSum``."""
+    """Return whether nodes send each other their slices of a message, as in ``DirectSum``. Local."""
     return design.by_node and 1 < nodes <= MOST_NODES
 
 

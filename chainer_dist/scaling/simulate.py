@@ -4,7 +4,7 @@ In SMPI (Degomme et al., IEEE TPDS 2017) a trace is replayed on a model of the n
 messages that share a link share its bandwidth. Designs that exchange after backward are a process for each
 rank. Where gradients are exchanged by one rank for all of a node (the ranks of a node each exchange a
 slice, which on the network is the same as one rank that exchanges everything), a node is two processes: one
-computes and tells the other of each gradient that is final; that one exchanges it, and tells of the means.
+computes and signals to the other when a gradient is final; that one exchanges it, and signals when means are there.
 So computation and exchange go on at the same time, and meet where they depend on each other.
 
 What is taken as free: the exchange within a node of designs in which all ranks exchange everything (that of
@@ -45,7 +45,7 @@ __all__ = ["MISSING", "n_actions", "simulate"]
 MISSING = "there is no smpirun: install SimGrid (Debian and Ubuntu: apt install libsimgrid-dev)"
 
 _SPEED = 1e9  # of a simulated core, in operations a second: a nanosecond each
-_TOKEN = 1  # bytes of a message that only tells of something
+_TOKEN = 1  # bytes of a message that is only a signal
 
 
 def n_actions(schedule: Schedule, cluster: Cluster, design: Design) -> int:

@@ -20,14 +20,14 @@ class Address(NamedTuple):
     Attributes:
         node: Ranks of one communicator with equal numbers are on one node.
         job_rank: The rank in ``MPI.COMM_WORLD``.
-        pid: Of its process.
-        started: When that process started, in the kernel's words, and in which namespace of process
-            numbers, to tell it from others of its number; empty if that cannot be told.
-        host: Its node's name.
-        port: On its node.
-        open_address: Where it is reached from other nodes; empty where it is not.
-        open_port: The same.
-        secret: What who asks has to know, and this rank proves to know.
+        pid: Number of its process.
+        started: Time at which that process started, in the kernel's words, and the namespace of process
+            numbers, to tell it from others of its number; empty if it is not known.
+        host: Name of its node.
+        port: Port on its node.
+        open_address: Address at which other nodes reach it; empty if they do not.
+        open_port: Port at that address; 0 if they do not.
+        secret: Bytes that a rank that asks must know, and that this rank proves to know.
         signal: Makes its process print its Python stacks without Python's help; 0 if there is none.
     """
 
@@ -73,12 +73,12 @@ def describe_self(listener: Listener, node: int, job_rank: int, host: str, numbe
         open_address=listener.open_address,
         open_port=listener.open_port,
         secret=listener.secret,
-        signal=number if found is not None else 0,  # only who is known for sure is sent one
+        signal=number if found is not None else 0,  # only to a process that is known for sure
     )
 
 
 def _namespace() -> str:
-    """Return which process numbers this process knows others by; empty if that cannot be told."""
+    """Return the namespace of the process numbers that are seen here; empty if it is not known."""
     try:
         return str(Path("/proc/self/ns/pid").readlink())
     except OSError:
@@ -86,7 +86,7 @@ def _namespace() -> str:
 
 
 def _stat(pid: int) -> tuple[str, str] | None:
-    """Return state and start time of a process, None if that cannot be told."""
+    """Return state and start time of a process, None if they are not known."""
     try:
         text = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace")
     except OSError:

@@ -24,17 +24,17 @@ if TYPE_CHECKING:
 
 _MOST_BYTES = 1 << 20  # of an answer
 _MOST_DIGITS = 400  # of a number in it: no float has more
-_ATTEMPTS = 3  # of who was turned away, as may happen where strangers connect
+_ATTEMPTS = 3  # where a question was turned away, as may happen while strangers connect
 _TURNED_AWAY = (ConnectionResetError, BrokenPipeError)
 _UNABLE = (*STOPPED, *ENDED)
 
 
 class Silence(NamedTuple):
-    """What is known of a rank that did not answer.
+    """All that is known of a rank that did not answer.
 
     Attributes:
-        text: In words.
-        tells: Whether that says something of the rank. If not, it may be where it should be.
+        text: Description in words.
+        tells: Whether it says something of the rank. If not, the rank may be where it should be.
     """
 
     text: str
@@ -47,9 +47,9 @@ def ask(
     """Ask a rank what it does. Local, from any thread; waits for at most a few times ``seconds``.
 
     Args:
-        address: Of the rank.
-        identity: Of the communicator that the question is about.
-        seconds: How long to wait for the rank's attention, and again for its answer.
+        address: Address of the rank.
+        identity: Identity of the communicator that the question is about.
+        seconds: Seconds to wait for the rank's attention, and again for its answer.
         near: Whether the rank is on this node.
         full: Whether its Python stacks are wanted.
 

@@ -25,9 +25,9 @@ if TYPE_CHECKING:
 _IDENTITY_BYTES = 32  # of a communicator, as text
 REQUEST_BYTES = _IDENTITY_BYTES + 1
 LENGTH = struct.Struct("!I")  # of an answer, before it
-_MOST_GUESTS = 128  # connections of whom nothing is known yet
+_MOST_GUESTS = 128  # connections that have not proved yet to be of a rank
 _BACKLOG = 1024
-_SECONDS_TO_ASK = 5.0  # for somebody to prove to be a rank and to say what it wants to know
+_SECONDS_TO_ASK = 5.0  # for a connection to prove that it is of a rank, and to send its question
 _SECONDS_TO_ANSWER = 1.0
 
 
@@ -35,8 +35,8 @@ class Listener:
     """Answers what this rank does, to ranks of its job.
 
     Args:
-        answer: Given the identity of a communicator, and whether stacks are wanted, returns what
-            JSON can hold.
+        answer: Function of the identity of a communicator, and of whether stacks are wanted; it returns
+            a dict that JSON can hold.
     """
 
     def __init__(self, answer: Callable[[str, bool], dict[str, Any]]) -> None:
@@ -74,7 +74,7 @@ class Listener:
         self._wake.send(b".")
 
     def serve(self, seconds: float) -> None:
-        """Answer for so long, and no longer, whoever asks."""
+        """Answer questions for so many seconds, and no longer."""
         deadline = time.perf_counter() + seconds
         left = seconds
         while left > 0:
@@ -93,13 +93,13 @@ class Listener:
                 reply = json.dumps(self._answer(identity, full)).encode()
                 connection.settimeout(_SECONDS_TO_ANSWER)
                 connection.sendall(LENGTH.pack(len(reply)) + reply)
-            except OSError:  # who asked has gone
+            except OSError:  # the rank that asked has gone
                 pass
             except Exception:  # noqa: BLE001 - one answer that fails is no reason to be deaf
                 traceback.print_exc()
 
     def close(self) -> None:
-        """Stop listening: who asks from now on is refused."""
+        """Stop listening: connections are refused from now on."""
         self._reception.close()
         for each in (self._wake, self._woken):
             each.close()

@@ -143,7 +143,7 @@ class LayoutPlan:
         return group
 
     def _cut(self, sizes: list[int], wire: np.dtype[Any]) -> BlockLayout:
-        """Return the blocks, and who reduces which slice; a single rank has all of each."""
+        """Return the blocks, and which rank reduces which slice; a single rank has all of each."""
         if self._comm.size == 1:
             blocks = partition(tuple(sizes), _CHUNK_BYTES // wire.itemsize, 1)
             return BlockLayout(blocks, across=False, place=Place(0, 1, 0, 1, 1))

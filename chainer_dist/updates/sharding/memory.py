@@ -20,7 +20,11 @@ _ALIGNMENT = 64  # bytes: a cache line
 
 
 class Memory:
-    """Arrays in one piece of memory that the ranks of a node share: first planned, then allocated."""
+    """Arrays in one block of memory that the ranks of a node share: first planned, then allocated.
+
+    Args:
+        comm: Communicator whose ranks share memory with those of their node.
+    """
 
     def __init__(self, comm: SharedMemoryCommunicator) -> None:
         self._comm = comm
