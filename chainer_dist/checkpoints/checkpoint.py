@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from chainer.training import extension
 
+from chainer_dist._chainer import extension_entries
 from chainer_dist.checkpoints.agreed_trigger import AgreedTrigger
 from chainer_dist.checkpoints.arguments import describe_options, valid_iteration
 from chainer_dist.checkpoints.attributes import Attributes
@@ -292,7 +293,7 @@ class Checkpoint(extension.Extension):  # type: ignore[misc]  # Chainer has no t
         with together(self.comm):
             self._prepare(trainer, is_late=True)
         self._meetings.listen()
-        entry = trainer._extensions[self.name]
+        entry = extension_entries(trainer)[self.name]
         entry.trigger = AgreedTrigger(
             entry.trigger, self.comm, trainer.updater, self._meetings.meet
         )
@@ -309,7 +310,7 @@ class Checkpoint(extension.Extension):  # type: ignore[misc]  # Chainer has no t
         """Return the names of the extensions that were, if that is what happens just now. Local."""
         if not trainer.is_before_training:
             return []
-        entries = trainer._extensions
+        entries = extension_entries(trainer)
         order = sorted(entries, key=lambda name: entries[name].priority, reverse=True)
         upto = order.index(self.name) + 1
         return [name for name in order[:upto] if entries[name].call_before_training]

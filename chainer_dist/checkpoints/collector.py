@@ -70,7 +70,7 @@ class Collector(serializers.Serializer):  # type: ignore[misc]  # Chainer has no
     def __getitem__(self, key: str) -> Collector:
         child = type(self).__new__(type(self))
         child.__dict__.update(self.__dict__)
-        child._path = f"{self._path}{key.strip('/')}/"
+        child._path = f"{self._path}{key.strip('/')}/"  # noqa: SLF001 - of the same class
         return child
 
     def __call__(self, key: str, value: Any) -> Any:
@@ -87,7 +87,7 @@ class Collector(serializers.Serializer):  # type: ignore[misc]  # Chainer has no
             values = self.common
         elif id(value) in self._arrays:
             self.own_parameters.append(key)
-        array = np.asarray(None if value is None else _cpu._to_cpu(value))
+        array = np.asarray(None if value is None else _cpu._to_cpu(value))  # noqa: SLF001 - Chainer's
         if is_none(array):
             array = NONE
         elif array.dtype.hasobject and not self._allow_pickle:

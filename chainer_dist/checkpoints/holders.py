@@ -13,6 +13,7 @@ import chainer.links as L
 from chainer import training
 from chainer.training import extension, extensions
 
+from chainer_dist._chainer import extension_entries, persistent_names
 from chainer_dist.checkpoints.trainers import has_attributes, is_unable, trainers, unwrapped
 from chainer_dist.serialization.target import parts
 
@@ -88,13 +89,13 @@ def _all_holders(target: Any) -> Iterator[Holder | Serializable]:
             yield from _of_piece(path, part)
     for path, trainer in trainers(target):
         yield from _of_piece(f"{path}stop_trigger/", trainer.stop_trigger)
-        for name, entry in trainer._extensions.items():
+        for name, entry in extension_entries(trainer).items():
             yield from _of_piece(f"{path}extensions/{name}/", entry.extension)
             yield from _of_piece(f"{path}extension_triggers/{name}/", unwrapped(entry.trigger))
 
 
 def _of_link(path: str, link: chainer.Link) -> Holder:
-    left_out = _BOOKKEEPING | link._params | link._persistent
+    left_out = {*_BOOKKEEPING, *link._params, *persistent_names(link)}  # noqa: SLF001 - Chainer's
     if isinstance(link, (chainer.Chain, chainer.ChainList)):
         left_out |= {name for name in vars(link) if isinstance(vars(link)[name], chainer.Link)}
     if isinstance(link, L.Classifier):

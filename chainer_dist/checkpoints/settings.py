@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from chainer.training import extension
 
+from chainer_dist._chainer import extension_entries
 from chainer_dist.checkpoints.trainers import trainers
 
 if TYPE_CHECKING:
@@ -41,7 +42,7 @@ class _Setter(extension.Extension):  # type: ignore[misc]  # Chainer has no type
 
     def initialize(self, trainer: chainer.training.Trainer) -> None:
         _set(self._settings)
-        del trainer._extensions[self.name]  # it has nothing to save
+        del extension_entries(trainer)[self.name]  # it has nothing to save
 
 
 def _set(settings: list[PutOff]) -> None:

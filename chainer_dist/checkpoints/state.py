@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import chainer
 import numpy as np
 
+from chainer_dist._chainer import extension_entries
 from chainer_dist.checkpoints.collector import Collector
 from chainer_dist.checkpoints.description import compare, describe, without_state
 from chainer_dist.checkpoints.entries import (
@@ -161,8 +162,8 @@ def restore(
     put_off(settings, target)
     for _, trainer in trainers(target):
         for name in saved[0]["called"] if saved else ():
-            if name in trainer._extensions:
-                trainer._extensions[name].call_before_training = False
+            if name in extension_entries(trainer):
+                extension_entries(trainer)[name].call_before_training = False
     # At last, as initializing parameters draws numbers.
     if new_place is None:
         set_random_state(decode(own[0][RANDOM]))
@@ -185,7 +186,7 @@ def _begin_without_state(loader: Loader, target: Any, saved: list[dict[str, Any]
                 had_none = loader.has_nothing_but(prefix, "t") and not loader(f"{prefix}t", 0)
             if had_none and param.update_rule is not None:
                 loader.stateless.add(prefix)
-                param.update_rule._state = None
+                param.update_rule._state = None  # noqa: SLF001 - Chainer's
 
 
 def _unknown_pieces(

@@ -9,6 +9,8 @@ from chainer import serializer as serializers
 from chainer import training
 from chainer.training import extensions
 
+from chainer_dist._chainer import extension_entries
+
 if TYPE_CHECKING:
     from collections.abc import Container, Iterator
 
@@ -48,7 +50,7 @@ def serialize_trainer(
         return
     trainer.updater.serialize(serializer["updater"])
     pieces = [("stop_trigger", trainer.stop_trigger)]
-    for name, entry in trainer._extensions.items():
+    for name, entry in extension_entries(trainer).items():
         pieces += [
             (f"extensions/{name}", entry.extension),
             (f"extension_triggers/{name}", entry.trigger),
@@ -60,7 +62,7 @@ def serialize_trainer(
     if isinstance(serializer, serializers.Serializer):
         serializer("_snapshot_elapsed_time", trainer.elapsed_time)
     else:
-        trainer._snapshot_elapsed_time = serializer("_snapshot_elapsed_time", 0.0)
+        trainer._snapshot_elapsed_time = serializer("_snapshot_elapsed_time", 0.0)  # noqa: SLF001 - Chainer's
 
 
 def is_unable(piece: Any) -> bool:

@@ -240,7 +240,8 @@ class MultiNodeOptimizer(OptimizerProxy):
 
     def _copied(self, copy_one: Callable[[Any], Any]) -> Self:
         twin = super()._copied(copy_one)
-        twin._options = twin._options._replace(schedule=copy.copy(twin._options.schedule))
-        twin._state.plan.options = twin._options
-        twin._replicas = twin._state.replicas
+        options, state = twin._options, twin._state  # noqa: SLF001 - of the same class
+        options = options._replace(schedule=copy.copy(options.schedule))
+        twin._options, twin._replicas = options, state.replicas  # noqa: SLF001 - of the same class
+        state.plan.options = options
         return twin

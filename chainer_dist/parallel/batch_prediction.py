@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import chainer
 import numpy as np
-from chainer.dataset import convert
 
+from chainer_dist._chainer import call_converter
 from chainer_dist.collectives.agreement import check_same
 from chainer_dist.datasets.scattered import ScatteredDataset
 from chainer_dist.errors import FailedItem, RankMismatchError
@@ -171,7 +171,7 @@ class BatchPrediction:
 
     def _batch(self, samples: list[Any]) -> Rows:
         with chainer.using_config("train", value=False), chainer.no_backprop_mode():
-            arrays = convert._call_converter(self._converter, samples, None)
+            arrays = call_converter(self._converter, samples, None)
             output = call_with(self._model, arrays)
         if isinstance(output, (dict, tuple, list)) and not output:
             raise ValueError(f"the model returned an empty {type(output).__name__}")
