@@ -52,7 +52,7 @@ def release_freed_memory() -> None:
 
 
 def _glibc() -> ctypes.CDLL | None:
-    """Return the C library, if this module may tell it anything."""
+    """Return the C library, if this module may set options of its allocator."""
     chosen = any(name in os.environ for name in VARIABLES)
     if chosen or "glibc.malloc." in os.environ.get("GLIBC_TUNABLES", ""):
         return None

@@ -62,7 +62,7 @@ class ImportHook:
         execute = loader.exec_module
 
         def exec_module(module: ModuleType) -> None:
-            if self not in sys.meta_path:  # done already: somebody executes an old spec once more
+            if self not in sys.meta_path:  # done already: an old spec is executed once more
                 execute(module)
                 return
             self._run(self.before)
@@ -179,8 +179,8 @@ def _files_of(chainer: Any, trainer: Any) -> list[str]:
 def _raise_errors_of_workers(module: Any) -> None:
     """Let ``MultiprocessIterator`` raise what its workers raise, or that one died, where it would wait for ever.
 
-    The thread that fetches batches from the workers ended with the error, and nobody learned of it. A pool
-    replaces workers that die, but not what they were doing.
+    The thread that fetches batches from the workers ended with the error, which was lost. A pool replaces
+    workers that die, but does not repeat their work.
     """
     loop, queue = module._PrefetchLoop, module._Communicator
     run, get = loop._run, queue.get
@@ -205,14 +205,14 @@ def _raise_errors_of_workers(module: Any) -> None:
 
     loop._run, queue.get = run_and_tell, get_or_raise
     wrapped = ModuleType(
-        module.multiprocessing.__name__, "As it is, with pools that tell of deaths."
+        module.multiprocessing.__name__, "As it is, with pools that report dead workers."
     )
     vars(wrapped).update(vars(module.multiprocessing), Pool=_make_pool)
     module.multiprocessing = wrapped
 
 
 def _make_pool(*args: Any, **kwargs: Any) -> Any:
-    """Return what ``multiprocessing.Pool`` does; who asks for results in vain learns that a worker has died."""
+    """Return a ``multiprocessing.Pool`` whose results raise an error if a worker has died."""
     import multiprocessing
     from multiprocessing.pool import Pool
 
@@ -239,7 +239,7 @@ def _make_pool(*args: Any, **kwargs: Any) -> Any:
                 return get(timeout)
             except multiprocessing.TimeoutError:
                 for worker in [*workers]:
-                    # As the pool has found it: who asks the process itself takes the answer from the pool.
+                    # As the pool has found it: asking the process would take the answer from the pool.
                     status = getattr(worker._popen, "returncode", None)
                     if status == 0:  # it is replaced, as planned
                         workers.remove(worker)

@@ -10,8 +10,9 @@ who listens             its own proof for both                        32 bytes
 ======================  ============================================  ========
 
 A proof is an HMAC of both challenges and of the side that gives it: it is of no use in another connection,
-and whoever answers in a rank's place learns nothing from it. This keeps out who can connect, not who can read
-or change what others send: the network between the hosts of a job is trusted, as it is by MPI.
+and a process that answers in the place of a rank learns nothing from it. This keeps out processes that can connect.
+It does not protect against reading or changing messages: the network between the hosts of a job is trusted, as it is
+by MPI.
 """
 
 from __future__ import annotations
@@ -42,26 +43,26 @@ _HELLO_BYTES = _CHALLENGE_BYTES + _PROOF_BYTES
 _CONNECTS, _LISTENS = b"who connects", b"who listens"
 _SECONDS_TO_GET_FILES = 0.05
 _SECONDS_TO_CONNECT = 10
-_SECONDS_TO_BE_ADMITTED = 60  # by one who may have to do with many at once
+_SECONDS_TO_BE_ADMITTED = 60  # by a process that may have to admit many at once
 _SECONDS_TO_COME_AGAIN = 0.05
 
 
 class Stranger(OSError):  # noqa: N818 - not every one is an error
-    """Who answered does not know the secret."""
+    """The other end of a connection does not know the secret."""
 
 
 class Reception:
-    """Listens, and admits who proves to know a secret. Local.
+    """Listens, and admits connections that prove to know a secret. Local.
 
-    Nobody else costs more than an open file and 64 bytes, for ``seconds`` at most. If more come than there is
-    room for, some of those who have proven nothing yet are turned away at random: a rank that is turned away
-    comes again, and is through long before strangers can have filled the room anew.
+    Any other connection costs an open file and 64 bytes at most, for ``seconds`` at most. Where there is no room,
+    some connections that have proven nothing yet are closed at random. A rank whose connection is closed
+    connects again, and is admitted long before strangers can have taken all the room again.
 
     Args:
-        secret: What has to be known.
-        most: How many may be here that have not been admitted yet.
-        seconds: For all that somebody has to say before being admitted.
-        n_bytes: What is received, after the proof, before somebody is admitted.
+        secret: The secret that both ends know.
+        most: Largest number of connections that are not admitted yet.
+        seconds: Time in which a connection must have been admitted.
+        n_bytes: Number of bytes that are received after the proof, before a connection is admitted.
     """
 
     def __init__(self, secret: bytes, *, most: int, seconds: float, n_bytes: int = 0) -> None:
@@ -187,7 +188,7 @@ class Reception:
 
 
 class _Guest:
-    """Who has connected."""
+    """A connection that is not admitted yet."""
 
     def __init__(self, connection: socket.socket, deadline: float) -> None:
         self.connection = connection
@@ -198,7 +199,7 @@ class _Guest:
 
 
 def reach(where: str) -> socket.socket:
-    """Return a connection to who listens with the same secret; where there is no room, come again. Local.
+    """Return a connection to a process that listens with the same secret; where it has no room, connect again. Local.
 
     Args:
         where: The secret in hexadecimal, and addresses with ports, as in ``secret,address/port,address/port``.
@@ -238,16 +239,16 @@ def _admitted(where: tuple[str, int], secret: bytes) -> socket.socket:
 
 
 def introduce(connection: socket.socket, secret: bytes, deadline: float) -> None:
-    """Prove to who listens that this process knows a secret, and have that proven. Local.
+    """Prove to the listening process that this one knows a secret, and check its proof. Local.
 
     Args:
-        connection: As it was made.
-        secret: What both know.
-        deadline: By ``time.monotonic``, of the whole.
+        connection: New connection to the listening process.
+        secret: The secret that both ends know.
+        deadline: Time by ``time.monotonic``, in seconds, at which all of it must be done.
 
     Raises:
-        Stranger: If who listens does not know it.
-        ConnectionResetError: If who listens has no room, or takes this process for a stranger.
+        Stranger: If the listening process does not know it.
+        ConnectionResetError: If the listening process has no room, or takes this one for a stranger.
         OSError: If the connection breaks, or the time is over.
     """
     challenge = receive(connection, _CHALLENGE_BYTES, deadline)
@@ -262,9 +263,9 @@ def receive(connection: socket.socket, n_bytes: int, deadline: float) -> bytes:
     """Return exactly so many bytes. Local.
 
     Args:
-        connection: To receive them from; its timeout is changed.
-        n_bytes: How many.
-        deadline: By ``time.monotonic``, of the whole.
+        connection: The connection to receive from; its timeout is changed.
+        n_bytes: Number of bytes.
+        deadline: Time by ``time.monotonic``, in seconds, at which all of it must be done.
 
     Raises:
         ConnectionResetError: If the other side closes before.

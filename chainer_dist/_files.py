@@ -26,14 +26,14 @@ _ENDING = re.compile(r"\.[0-9a-f]{16}\.tmp", re.ASCII)
 def replacing(path: Path, *, text: bool = True) -> Iterator[IO[Any]]:
     """Open a file for writing that takes its place at the end, once it is on disk. Local.
 
-    Whatever happens, an older file of this name is not lost, and nobody sees a part of the new one.
+    Whatever happens, an older file of this name is not lost, and no reader sees the new one unfinished.
     Several writers do not disturb one another: the last to end wins. The new file has the permissions
-    of the older one, or else those of any new file. What writers of this file that were killed have left
-    beside it is removed.
+    of the older one, or else the ones that any new file gets. Temporary files that killed writers of this file
+    have left beside it are removed.
 
     Args:
-        path: Where it is to be.
-        text: Whether it is of text, in UTF-8, or of bytes.
+        path: Path of the new file.
+        text: Whether the file takes text, which is written as UTF-8, or bytes.
     """
     path = Path(path)
     prefix = _prefix(path)
@@ -56,7 +56,7 @@ def open_regular(path: str | os.PathLike[str], *, follow: bool = False) -> Binar
     """Open a file for reading, if it is a plain file. Local; never waits.
 
     Args:
-        path: Of the file.
+        path: Path of the file.
         follow: Whether it may be a symbolic link to one.
 
     Raises:
@@ -89,8 +89,8 @@ def read_regular(
     """Return what is in a plain file. Local.
 
     Args:
-        path: Of the file.
-        limit: How many bytes there may be at most; None is any number.
+        path: Path of the file.
+        limit: Largest number of bytes that the file may have; None is any number.
         follow: Whether it may be a symbolic link.
 
     Raises:

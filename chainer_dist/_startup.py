@@ -4,7 +4,7 @@ With ``CHAINER_DIST_AS_CHAINERMN=1`` in the environment it waits for that of Cha
 the package is imported; see ``chainer_dist.chainermn``.
 
 This source is the content of ``chainer_dist.pth``, which ``setup.py`` writes into the wheel and which
-Python runs at every start. So it is short, and imports nothing before somebody imports ``chainer``.
+Python runs at every start. So it is short, and imports nothing before the program imports ``chainer``.
 """
 
 import os

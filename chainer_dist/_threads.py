@@ -47,10 +47,10 @@ def limit_threads(node_comm: MPI.Intracomm) -> int | None:
         The number of threads, at least 1, or None if nothing was done.
     """
     chosen = any(os.environ.get(name) not in (None, _set_by_us.get(name)) for name in VARIABLES)
-    everyone = node_comm.allgather((_cores(), chosen))
+    everyone = node_comm.allgather((cores(), chosen))
     if node_comm.size == 1 or any(theirs for _, theirs in everyone):
         return None
-    threads = fair_share([cores for cores, _ in everyone], node_comm.rank, _quota())
+    threads = fair_share([theirs for theirs, _ in everyone], node_comm.rank, quota())
     threads = min([threads, *map(int, _set_by_us.values())])
     threadpoolctl.threadpool_limits(threads)
     _set_by_us.update(dict.fromkeys(VARIABLES, str(threads)))
@@ -66,7 +66,7 @@ def fair_share(affinities: Sequence[Collection[int]], rank: int, quota: float | 
 
     Args:
         affinities: For each rank of the node, the cores that it may run on.
-        rank: Whose share to return.
+        rank: The rank within the node whose share is returned.
         quota: The processor time that all these ranks together may use, in cores; None is all.
 
     Returns:
@@ -79,16 +79,17 @@ def fair_share(affinities: Sequence[Collection[int]], rank: int, quota: float | 
     return max(1, int(share))
 
 
-def _cores() -> list[int]:
+def cores() -> list[int]:
+    """Return the numbers of the cores that this process may use. Local."""
     if hasattr(os, "sched_getaffinity"):
         return sorted(os.sched_getaffinity(0))
     return list(range(os.cpu_count() or 1))
 
 
-def _quota(
+def quota(
     groups: Path = Path("/sys/fs/cgroup"), own: Path = Path("/proc/self/cgroup")
 ) -> float | None:
-    """Return the limit of processor time that a container or a batch system set, in cores.
+    """Return the limit of processor time that a container or a batch system set, in cores; None for none. Local.
 
     It is looked for in the group of this process and in the root, which is a container's own.
     """
@@ -101,7 +102,7 @@ def _quota(
     limits = []
     for group in files:
         if all(file.exists() for file in group):
-            quota, period = " ".join(file.read_text(encoding="utf-8") for file in group).split()
-            if quota not in ("max", "-1"):
-                limits.append(int(quota) / int(period))
+            most, period = " ".join(file.read_text(encoding="utf-8") for file in group).split()
+            if most not in ("max", "-1"):
+                limits.append(int(most) / int(period))
     return min(limits, default=None)

@@ -18,7 +18,7 @@ __all__ = [
 
 
 class RankMismatchError(ValueError):
-    """Ranks that must agree passed different things to one operation.
+    """Ranks that must agree passed different arguments to one operation.
 
     Raised on every rank of the communicator with the same text, which names the first rank that
     differs from rank 0 and what differs (the parameter, its shape or dtype, the option).
@@ -30,7 +30,7 @@ class NonFiniteGradientError(ValueError):
 
     Raised in checked mode (``CHAINER_DIST_CHECKED=1``) on every rank with the same text, which names
     the lowest rank that has one, the parameter, and how many values are affected. An average would
-    spread them to all ranks. In Chainer's debug mode (``chainer.set_debug``) averages are looked at,
+    spread them to all ranks. In Chainer's debug mode (``chainer.set_debug``) averages are checked,
     which a sum that is too large makes infinite.
     """
 
@@ -41,11 +41,11 @@ class FinalizedCommunicatorError(RuntimeError):
 
 @dataclasses.dataclass(frozen=True)
 class FailedItem:
-    """What stands among results in the place of an item that failed.
+    """A failed item, which stands in the place of its result.
 
     Attributes:
-        index: Of the item, counted from 0 over the whole input.
-        rank: Where it failed.
+        index: Index of the item, counted from 0 over the whole input.
+        rank: Rank on which it failed.
         error: Class and text of the error, and the line of the script that raised it.
     """
 
@@ -64,8 +64,8 @@ class FailedItemsError(RuntimeError):
 
     Attributes:
         failures: A :class:`FailedItem` for each, in the order of their indices, on every rank.
-        results: All results in their places, with the failures in theirs, on the ranks that were to
-            get results and where those were collected; None elsewhere.
+        results: All results in their places, with failures in theirs, on the ranks that were to get them,
+            if results were collected; None elsewhere.
     """
 
     _SHOWN = 5

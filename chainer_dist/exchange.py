@@ -46,12 +46,11 @@ def mean_grad(comm: ArrayCommunicator, model: chainer.Link, *, zero_fill: bool =
     are skipped. float16 gradients are summed in float32 and rounded once.
 
     Args:
-        comm: Over whose ranks the mean is taken.
-        model: Its gradients are replaced; a link, or anything else with ``namedparams()``. Names,
+        comm: The communicator over whose ranks the mean is taken.
+        model: A link, or another object with ``namedparams()``, whose gradients are replaced. Names,
             shapes and dtypes are the same on every rank.
-        zero_fill: What to do about a gradient that is None. If True it counts as zero where other
-            ranks have one, and becomes an array of zeros in any case; if False it stays None,
-            and must be None on every rank.
+        zero_fill: Whether a gradient that is None counts as zero where other ranks have one, and becomes an
+            array of zeros in any case. If False it stays None, and must be None on every rank.
 
     Raises:
         RankMismatchError: On every rank, naming the rank and the parameter, if parameters differ
@@ -84,9 +83,9 @@ def mean_agreed_grad(
     """Do what :func:`mean_grad` does, for parameters that the ranks agree on. Collective.
 
     Args:
-        comm: Over whose ranks the mean is taken.
-        parameters: Of equal structure on every rank, and NumPy arrays.
-        same_grads: Whether the same parameters have a gradient on every rank; if not, ``zero_fill``.
+        comm: The communicator over whose ranks the mean is taken.
+        parameters: Parameters with NumPy arrays, of equal structure on every rank.
+        same_grads: Whether the same parameters have a gradient on every rank; if not, ``zero_fill`` is True.
         zero_fill: See :func:`mean_grad`.
         mean: Called with the gradients, by name, to replace them by their means over the ranks, in place;
             None for ``comm.mean_arrays``.
@@ -126,10 +125,10 @@ def check_finite(comm: ArrayCommunicator, parameters: ParameterSet, *, look: boo
     """Raise on every rank if a gradient has NaN or infinity on any. Collective, in checked mode only.
 
     Args:
-        comm: Whose ranks look, if it is checked (see :mod:`chainer_dist.watch`); otherwise nothing
-            happens.
-        parameters: Whose gradients are looked at.
-        look: Whether this rank's count.
+        comm: The communicator. Nothing happens unless it is in checked mode (see
+            :mod:`chainer_dist.watch`).
+        parameters: Parameters whose gradients are checked.
+        look: Whether gradients of this rank count.
 
     Raises:
         NonFiniteGradientError: Names the lowest rank that has one, and the parameter.
@@ -174,8 +173,8 @@ def bcast_data(comm: ArrayCommunicator, model: chainer.Link) -> None:
     is initialized with that shape where it is not. One that no rank has initialized is left so.
 
     Args:
-        comm: Whose ranks become equal.
-        model: Its parameters change; a link, or anything else with ``namedparams()``. Names, and
+        comm: The communicator whose ranks become equal.
+        model: A link, or another object with ``namedparams()``, whose parameters change. Names, and
             shapes and dtypes where initialized, are the same on every rank. Persistent values are
             left alone.
 

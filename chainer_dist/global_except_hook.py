@@ -7,8 +7,8 @@ exit with a status other than zero on any rank calls ``MPI_Abort``. This is on f
 :func:`remove_hook`, turns it off. ChainerMN's module of this name is off unless asked for.
 
 Whatever ``sys.excepthook`` the script or a library has set, before or afterwards, prints the exception as
-ever, once; the job ends when it returns, raises or leaves, and a minute later if it does none of these. Nobody
-has to call the hook that was there before: Python itself reports an exception that nothing has caught, as the
+ever, once; the job ends when it returns, raises or leaves, and a minute later if it does none of these. The
+hook that was there before need not be called: Python itself reports an exception that nothing has caught, as the
 audit event ``sys.excepthook``.
 
 Nothing happens in processes that have not started MPI, in children of a rank, in threads beside the
@@ -46,7 +46,7 @@ SECONDS_TO_REPORT = 60.0  # for the script's own exception hook, which may send 
 
 _pid: int | None = None  # of the process that added the hook
 _listens = False  # to audit events, which nothing ends
-_cause: dict[str, Any] = {}  # what was told
+_cause: dict[str, Any] = {}  # the facts that were reported
 _python_exit = sys.exit
 _python_code: Any = SystemExit.__dict__["code"]
 
@@ -95,7 +95,7 @@ def _notice(event: str, arguments: tuple[Any, ...]) -> None:
     hook, kind, error, trace = arguments
     status = 130 if issubclass(kind, KeyboardInterrupt) else 1
     reason = f"uncaught {kind.__name__}"
-    _tell_cause(status=status, exception=_first_line(kind, error))  # the hook may leave by itself
+    report_cause(status=status, exception=_first_line(kind, error))  # the hook may leave by itself
     has_returned = threading.Event()
 
     def abort_later() -> None:
@@ -103,7 +103,7 @@ def _notice(event: str, arguments: tuple[Any, ...]) -> None:
             _abort(mpi, f"{reason}, and an exception hook that does not return,", status)
 
     try:
-        if not _is_terminal(sys.stdin):  # where somebody may be debugging
+        if not _is_terminal(sys.stdin):  # where a debugger may be in use
             _thread.start_new_thread(abort_later, ())  # threading wants sys.excepthook to be there
         status = _call_hook(hook, kind, error, trace) or status
     finally:  # also when it is interrupted
@@ -144,7 +144,7 @@ def _is_terminal(stream: Any) -> bool:
         return False
 
 
-# SystemExit does not pass sys.excepthook, and atexit does not tell why the process ends. But the
+# SystemExit does not pass sys.excepthook, and atexit does not say why the process ends. But the
 # interpreter reads the exception's `code`, as the only reader with no Python code above it.
 # Simpler ways do less. A sys.exit of our own misses `raise SystemExit`. A SystemExit of our own in builtins
 # is not the class that C code raises, and `except SystemExit` would miss that. The C library's on_exit
@@ -168,7 +168,7 @@ def _set_exit_code(descriptor: Any) -> None:
 @functools.wraps(_python_exit)
 def _exit(*args: Any) -> None:
     # Before Python 3.12 sys.exit leaves no exception for the interpreter to read, only its code,
-    # unless somebody looks at it on the way.
+    # unless Python code handles the exception on the way.
     try:
         _python_exit(*args)
     except SystemExit:  # noqa: TRY203 - looking at it is the purpose
@@ -176,7 +176,7 @@ def _exit(*args: Any) -> None:
 
 
 def _replace_exit(old: Any, new: Any) -> None:
-    # In sys and wherever somebody wrote `from sys import exit`.
+    # In sys and in every module with `from sys import exit`.
     for module in list(sys.modules.values()):
         names = getattr(module, "__dict__", {})
         if names.get("exit") is old:
@@ -193,7 +193,7 @@ def _leave(error: SystemExit, code: Any) -> None:
         sys.stderr.write(_stack(error))
         if not isinstance(code, int):
             sys.stderr.write(f"{code}\n")
-    _tell_cause(exception="")
+    report_cause(exception="")
     _abort(mpi, message, status)
 
 
@@ -216,10 +216,10 @@ def _first_line(kind: type[BaseException], error: BaseException) -> str:
     return kind.__name__
 
 
-def _tell_cause(**facts: Any) -> None:
-    """Tell ``chainer-dist run``, if it has started this process, why it ends. Local.
+def report_cause(**facts: Any) -> None:
+    """Report to ``chainer-dist run``, if it has started this process, why the process ends. Local.
 
-    Not by what is printed: that may say anything.
+    The report is a file: what is printed may say anything.
 
     Args:
         facts: ``status`` of this rank, ``exception`` in one line, ``stall`` for which it ends the job.
@@ -227,14 +227,14 @@ def _tell_cause(**facts: Any) -> None:
     file = os.environ.get(_environment.CAUSE)
     _cause.update(facts, pid=os.getpid())
     if file:
-        with contextlib.suppress(OSError), open(file, "w", encoding="ascii") as told:  # noqa: PTH123 - quick
-            json.dump(_cause, told)
+        with contextlib.suppress(OSError), open(file, "w", encoding="ascii") as report:  # noqa: PTH123 - quick
+            json.dump(_cause, report)
 
 
 def _abort(mpi: ModuleType, reason: str, status: int) -> None:
     world = mpi.COMM_WORLD
     status = status or 1  # of 256, say
-    _tell_cause(status=status)
+    report_cause(status=status)
     with contextlib.suppress(Exception):
         sys.stdout.flush()
         sys.stderr.write(

@@ -26,7 +26,7 @@ _cached_digest = functools.lru_cache(maxsize=256)(digest)
 
 
 class _Layout:
-    """The parts of a :class:`ParameterSet` that stay as they are while no array is replaced."""
+    """The attributes of a :class:`ParameterSet` that do not change while no array is replaced."""
 
     def __init__(
         self, model: chainer.Link, walked: list[chainer.Parameter], found: list[Array | None]
@@ -91,7 +91,7 @@ def _layout(model: chainer.Link) -> _Layout:
 
 
 def are_identical(ones: Sequence[Any], others: Sequence[Any]) -> bool:
-    """Tell whether two sequences hold the same objects."""
+    """Return whether two sequences hold the same objects. Local."""
     return len(ones) == len(others) and all(map(operator.is_, ones, others))
 
 
@@ -103,14 +103,14 @@ class ParameterSet:
 
     Attributes:
         structure: Names, shapes and dtypes, comparable between calls and between ranks.
-        digest: Of the structure.
+        digest: Digest of the structure.
         all: All parameters, by name.
-        params: The initialized parameters, those that can have a gradient.
-        names: Their names.
-        arrays: Their arrays.
-        unsupported: Why they cannot be exchanged, or an empty string.
-        grads: Their gradients, or None.
-        has_grad: Which of them have a gradient.
+        params: The initialized parameters, which can have a gradient.
+        names: Names of ``params``.
+        arrays: Arrays of ``params``.
+        unsupported: Reason why they cannot be exchanged, or an empty string.
+        grads: Gradients of ``params``, each an array or None.
+        has_grad: One bool for each of ``params``: whether it has a gradient.
     """
 
     def __init__(self, model: chainer.Link) -> None:
@@ -130,21 +130,21 @@ class ParameterSet:
         return [param for param, has in zip(self.params, self.has_grad) if not has]
 
     def fill_zeros(self) -> None:
-        """Give those that have no gradient one of zeros."""
+        """Give initialized parameters without a gradient one of zeros."""
         for param in self.without_grad():
             param.grad = np.zeros_like(param.array)
         self.look_at_grads()
 
     def look_at_grads(self) -> None:
-        """Take over gradients that were set since."""
+        """Read the gradients of the parameters again, after they were set."""
         self.grads = [param.grad for param in self.params]
         self.has_grad = tuple([grad is not None for grad in self.grads])
 
     def count_as_having(self, has_grad: Sequence[bool]) -> None:
-        """Take some for having a gradient that is kept elsewhere, or for having none that counts.
+        """Set which parameters count as having a gradient, for example one that is kept elsewhere.
 
         Args:
-            has_grad: For each of :attr:`params` whether it is to be one that has a gradient.
+            has_grad: One bool for each of :attr:`params`.
         """
         self.has_grad = tuple(has_grad)
 

@@ -1,4 +1,4 @@
-"""Updaters for ranks whose parts of a dataset differ in length."""
+"""Updaters for ranks whose datasets differ in length."""
 
 from __future__ import annotations
 
@@ -15,8 +15,11 @@ if TYPE_CHECKING:
 __all__ = ["create_multi_node_updater"]
 
 
-class _MultiNodeUpdater:
-    """Wraps an updater; epochs are its own, everything else is the wrapped updater's."""
+class MultiNodeUpdater:
+    """Wraps an updater for ranks whose datasets differ in length; see :func:`create_multi_node_updater`.
+
+    Epochs are its own; all other attributes are the wrapped updater's.
+    """
 
     def __init__(self, actual_updater: Any, communicator: CommunicatorBase) -> None:
         self.actual_updater = actual_updater
@@ -38,7 +41,7 @@ class _MultiNodeUpdater:
         return self.epoch + self._fraction
 
     def update(self) -> None:
-        """Update once, or stand by if this rank has done its part of the epoch. Collective."""
+        """Update once, or stand by if this rank is done with the epoch. Collective."""
         actual = self.actual_updater
         self._join.attach()
         try:
@@ -61,7 +64,7 @@ class _MultiNodeUpdater:
             self._is_done = self._is_empty
 
     def connect_trainer(self, trainer: chainer.training.Trainer) -> None:
-        """Tell the wrapped updater which trainer it is in. Local."""
+        """Connect the wrapped updater with a trainer. Local."""
         self.actual_updater.connect_trainer(trainer)
 
     def finalize(self) -> None:
@@ -95,7 +98,7 @@ class _MultiNodeUpdater:
 
 def create_multi_node_updater(
     actual_updater: chainer.training.Updater, communicator: CommunicatorBase
-) -> _MultiNodeUpdater:
+) -> MultiNodeUpdater:
     """Make an updater of a Trainer for ranks whose datasets differ in length. Collective.
 
     In each epoch every rank goes through its own dataset once. One that is done stands by until
@@ -123,4 +126,4 @@ def create_multi_node_updater(
         actual_updater,
         needs="get_all_optimizers",
     )
-    return _MultiNodeUpdater(actual_updater, communicator)
+    return MultiNodeUpdater(actual_updater, communicator)

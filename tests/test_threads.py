@@ -74,9 +74,9 @@ def test_quota(tmp_path, files, quota):
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text(text)
     own = tmp_path / "own"
-    assert _threads._quota(tmp_path, own) == (quota if "job/step/cpu.max" not in files else 4)
+    assert _threads.quota(tmp_path, own) == (quota if "job/step/cpu.max" not in files else 4)
     own.write_text("4:cpu:/\n0::/job/step\n")
-    assert _threads._quota(tmp_path, own) == quota
+    assert _threads.quota(tmp_path, own) == quota
 
 
 @pytest.fixture
@@ -107,8 +107,8 @@ def test_creating_a_communicator_limits_threads():
             assert blas_threads() == before
             assert "OMP_NUM_THREADS" not in os.environ
             return
-        everyone = comm.allgather_obj(_threads._cores())
-        share = _threads.fair_share(everyone, comm.rank, _threads._quota())
+        everyone = comm.allgather_obj(_threads.cores())
+        share = _threads.fair_share(everyone, comm.rank, _threads.quota())
         assert blas_threads() == {share}
         assert {os.environ[name] for name in _threads.VARIABLES} == {str(share)}
         # A second communicator does not take our own setting for the user's.

@@ -22,7 +22,7 @@ INT_MAX = 2147483647
 
 
 def init_ranks(mpi_comm: MPI.Intracomm) -> tuple[int, int, int, int, int]:
-    """Tell where this process is. Collective.
+    """Return the numbers of this process within its node and of its node. Collective.
 
     Returns:
         Its rank, its number among the ranks of its node, how many those are, the number of its node,

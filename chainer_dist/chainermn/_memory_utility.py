@@ -32,7 +32,7 @@ def extract_params_set_data(model: chainer.Link) -> list[chainer.Parameter]:
 
 
 def extract_params_set_grad(model: chainer.Link, zero_fill: bool) -> list[chainer.Parameter]:
-    """Return those of a model's parameters whose gradients are exchanged, by name. Local.
+    """Return the parameters of a model whose gradients are exchanged, in the order of their names. Local.
 
     Args:
         model: Anything with ``namedparams()``.

@@ -116,7 +116,7 @@ def _scatter_index(
 
 
 def _build_ctrl_msg(*values: float) -> Array:
-    """Return what of its state ChainerMN's multi-node iterator sends before a batch."""
+    """Return the values that ChainerMN's multi-node iterator sends before a batch, as an array."""
     return np.array(values, dtype=np.float64)
 
 

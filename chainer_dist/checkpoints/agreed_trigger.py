@@ -1,4 +1,4 @@
-"""A trigger that fires on all ranks in the same iteration, whatever each rank's own does."""
+"""A trigger that fires on all ranks in the same iteration, also where their own triggers do not."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from chainer.training import triggers
 
 from chainer_dist.collectives.agreement import agree, digest
 from chainer_dist.serialization.target import RANK_FREE_ITERATORS
-from chainer_dist.updaters import _MultiNodeUpdater
+from chainer_dist.updaters import MultiNodeUpdater
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -21,17 +21,17 @@ __all__ = ["AgreedTrigger"]
 
 
 class AgreedTrigger:
-    """Wraps a trigger; everything but when it fires is the wrapped trigger's own. Creating it is collective.
+    """Wraps a trigger, and changes nothing but when it fires. Creating it is collective.
 
-    Where it is known that the ranks' triggers fire together it fires as they do. By time, or by epochs
-    of different lengths, they may not: then it fires soon after rank 0's.
+    Where the triggers of all ranks are known to fire together, it fires as they do. Triggers by time, or by
+    epochs of different lengths, may not: then it fires soon after rank 0's.
 
     Args:
         actual_trigger: The trigger to wrap.
-        comm: Of the ranks.
-        updater: Of the trainer.
-        meet: Called in each iteration, with whether this rank wants to fire, sooner or later. Returns,
-            the same on every rank, whether rank 0 wants to, and whether to fire in any case.
+        comm: The communicator whose ranks fire together.
+        updater: The updater of the trainer.
+        meet: Collective function that is called in each iteration with whether the trigger of this rank has
+            fired. It returns, the same on every rank, whether rank 0's has, and whether to fire in any case.
     """
 
     def __init__(
@@ -49,7 +49,7 @@ class AgreedTrigger:
         self._exact = known and same and times is not None
 
     def __call__(self, trainer: chainer.training.Trainer) -> bool:
-        """Tell whether to fire. Collective in some iterations; the same on every rank."""
+        """Return whether to fire, the same on every rank. Collective in some iterations."""
         due = bool(self.actual_trigger(trainer))
         self._wanted = self._wanted or (due and not self._exact)
         agreed, always = self._meet(self._wanted)
@@ -64,14 +64,14 @@ class AgreedTrigger:
 
 
 def _describe(trigger: Any, updater: Any) -> str | None:
-    """Say when a trigger fires, if it does on all ranks that say the same, or return None. Local."""
+    """Return when a trigger fires, in words; None if ranks with the same words may fire at different times. Local."""
     if type(trigger) not in (triggers.IntervalTrigger, triggers.ManualScheduleTrigger):
         return None
     times = vars(trigger).get("period", vars(trigger).get("points"))
     if trigger.unit == "iteration":
         return f"{times} {trigger.unit}"
     iterator: Any = getattr(updater, "_iterators", {}).get("main")
-    if isinstance(updater, _MultiNodeUpdater) or isinstance(iterator, RANK_FREE_ITERATORS):
+    if isinstance(updater, MultiNodeUpdater) or isinstance(iterator, RANK_FREE_ITERATORS):
         return f"{times} {trigger.unit}"
     try:
         epoch = f"{len(iterator.dataset)} in {iterator.batch_size} at {updater.epoch_detail}"

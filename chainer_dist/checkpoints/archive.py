@@ -239,7 +239,7 @@ class Archive:
 
 
 def _wait_for(path: Path) -> bool:
-    """Tell whether a file is there, or soon is. Local."""
+    """Return whether a file is there, or soon is. Local."""
     end = time.monotonic() + _SECONDS_TO_SEE
     while not path.exists():
         if time.monotonic() > end:

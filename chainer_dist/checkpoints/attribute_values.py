@@ -105,7 +105,7 @@ def read_alike(
 
 
 def are_alike(own: Sequence[Mapping[str, Array]], prefix: str) -> bool:
-    """Tell whether all ranks have saved the same below a prefix. Local."""
+    """Return whether all ranks have saved the same below a prefix. Local."""
     if len(own) == 1:
         return True
     keys = [{key for key in source if key.startswith(prefix)} for source in own]

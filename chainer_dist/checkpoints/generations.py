@@ -52,7 +52,7 @@ COMMON_FILE = "common.npz"
 
 _MANIFEST = "manifest.json"
 _FORMAT = 2
-_KNOWN_FORMATS = (1, 2)  # the first had None as a pickle, and no description of what it is of
+_KNOWN_FORMATS = (1, 2)  # the first had None as a pickle, and no description of the saved objects
 _LARGEST_MANIFEST = 1 << 27  # bytes; a rank takes about 150
 _NAME = re.compile(r"(0|[1-9]\d*)-([0-9a-f]{16})", re.ASCII)
 _UNFINISHED = ".tmp"
@@ -60,14 +60,14 @@ _CHUNK = 1 << 20  # bytes read at a time
 
 
 class File(NamedTuple):
-    """What a manifest knows of a file."""
+    """The size and the checksum of a file, as a manifest has them."""
 
     size: int  # bytes
     sha256: str
 
 
 class Manifest(NamedTuple):
-    """What a generation consists of."""
+    """The manifest of a generation: its iteration, its number of ranks, and its files by name."""
 
     iteration: int
     ranks: int
@@ -75,7 +75,7 @@ class Manifest(NamedTuple):
 
 
 def rank_file(rank: int) -> str:
-    """Return the name of the file with what is one rank's own."""
+    """Return the name of the file of one rank."""
     return f"rank-{rank}.npz"
 
 
@@ -130,7 +130,7 @@ def commit(path: Path, manifest: Manifest) -> Path:
 
 
 def read_manifest(path: Path) -> Manifest:
-    """Read what a generation consists of. Local.
+    """Read the manifest of a generation. Local.
 
     Raises:
         ValueError: If the manifest is damaged, or of a format that is not known.
@@ -152,7 +152,7 @@ def read_manifest(path: Path) -> Manifest:
         raise ValueError(f"{_MANIFEST} is of iteration {content['iteration']}")
     ranks = content["ranks"]
     files = {name: File(**file) for name, file in content["files"].items()}
-    # Its checksum tells of damage only: anyone can make a manifest.
+    # The checksum detects damage, and no more: anyone can make a manifest.
     fits = type(ranks) is int and len(files) == ranks + 1
     if not fits or {*files} != {COMMON_FILE, *map(rank_file, range(ranks))}:
         raise ValueError(f"{_MANIFEST} does not list one file of each rank and {COMMON_FILE}")
@@ -163,7 +163,7 @@ def check_files(path: Path, manifest: Manifest, names: Iterable[str]) -> None:
     """Read files of a generation. Local.
 
     Raises:
-        ValueError: If one is not what was written.
+        ValueError: If a file has changed since it was written.
         OSError: If one cannot be read.
     """
     for name in names:

@@ -86,7 +86,7 @@ class Loader(NpzDeserializer):  # type: ignore[misc]  # Chainer has no types
             raise ValueError(f"{key} was saved as {shape}, and is {value.shape} now")
 
     def has_nothing_but(self, prefix: str, name: str) -> bool:
-        """Tell whether at most the entry ``name`` was saved below ``prefix``. Local."""
+        """Return whether at most the entry ``name`` was saved below ``prefix``. Local."""
         return not any(
             key.startswith(prefix) and key != f"{prefix}{name}"
             for source in self.npz

@@ -21,13 +21,13 @@ _MOST_STEPS = 100  # between two rounds
 
 
 class Rounds:
-    """Lets the ranks exchange a few numbers in steps that all of them know beforehand.
+    """Exchanges a few numbers between the ranks, in steps that all ranks know beforehand.
 
-    About every half second, by the time that the slowest rank takes for a step, at the latest after
-    100 steps: so it costs next to nothing.
+    There is one exchange about every half second, by the time that the slowest rank takes for a step, and
+    at least one every 100 steps, so that it takes little time.
 
     Args:
-        comm: Communicator whose ranks they are.
+        comm: The communicator whose ranks exchange.
     """
 
     def __init__(self, comm: CommunicatorBase) -> None:
@@ -43,7 +43,7 @@ class Rounds:
             numbers: Numbers of this rank, as many on every rank.
 
         Returns:
-            The largest of each over the ranks, or None in the steps between.
+            The maximum of each number over the ranks, or None in a step without an exchange.
         """
         from mpi4py import MPI
 

@@ -16,8 +16,8 @@ from chainer.iterators._statemachine import IteratorState
 
 from chainer_dist.checkpoints.entries import BESIDE, decode, encode
 from chainer_dist.checkpoints.random_states import global_generator
-from chainer_dist.iterators.multi_node_iterator import _MultiNodeIterator
-from chainer_dist.iterators.synchronized_iterator import _Order, _SynchronizedSampler
+from chainer_dist.iterators.multi_node_iterator import MultiNodeIterator
+from chainer_dist.iterators.synchronized_iterator import EpochOrder, SynchronizedSampler
 from chainer_dist.optimizers.multi_node_optimizer import MultiNodeOptimizer
 from chainer_dist.serialization.target import parts
 
@@ -40,9 +40,9 @@ def prepare(target: Any) -> None:
         )
         if prefetches and type(iterator.order_sampler) is iterators.ShuffleOrderSampler:
             seed = int(np.random.randint(2**32 - 1, dtype=np.int64))  # noqa: NPY002
-            sampler = _SynchronizedSampler(iterator.order_sampler, seed)
+            sampler = SynchronizedSampler(iterator.order_sampler, seed)
             iterator.order_sampler = sampler
-            order = iterator._state.order.view(_Order)
+            order = iterator._state.order.view(EpochOrder)
             order.number = (0, 0)
             state = iterator._state
             if isinstance(iterator, iterators.MultiprocessIterator):
@@ -70,7 +70,7 @@ def serialize_omissions(serializer: Any, target: Any) -> None:
             part.randomness.state = _serialize_generator(serializer, f"{path}random", state)
     for path, iterator in _plain_iterators(target):
         sampler = iterator.order_sampler
-        if isinstance(sampler, _SynchronizedSampler):
+        if isinstance(sampler, SynchronizedSampler):
             order = iterator._state.order  # the iterator loads into this array, or into a copy
             number = (sampler.resets, order.number[1])
             sampler.seed = serializer(f"{path}seed", sampler.seed)
@@ -119,7 +119,7 @@ def _serialize_generator(serializer: _Optional, key: str, state: Any) -> Any:
 def _plain_iterators(target: Any) -> Iterator[tuple[str, Any]]:
     """Yield Chainer's own iterators that a target has on this rank, with their paths."""
     for path, part in parts(target):
-        iterator = part.actual_iterator if isinstance(part, _MultiNodeIterator) else part
+        iterator = part.actual_iterator if isinstance(part, MultiNodeIterator) else part
         if isinstance(
             iterator,
             (

@@ -1,7 +1,7 @@
-"""The signals that announce the end of a job, and the status with which ranks leave then.
+"""Signals that announce the end of a job, how all ranks agree to leave, and the status with which they leave.
 
-Batch systems end a job with SIGTERM, or a signal that was asked for (``sbatch --signal=USR1@120``), some
-time before they kill it. Which ranks get the signal, and in which step, is not known beforehand.
+Batch systems send SIGTERM, or a signal that the user chose (``sbatch --signal=USR1@120``), some
+time before they kill a job. They do not define which ranks get the signal, or in which step.
 """
 
 from __future__ import annotations
@@ -19,21 +19,21 @@ STATUS = 75  # EX_TEMPFAIL of sysexits.h: try again later
 
 
 class Preempted(SystemExit):
-    """Every rank leaves, with status 75, because one rank has got a signal to end; all is saved.
+    """Every rank leaves, with status 75, because one got a signal; all is saved.
 
     A ``SystemExit``, so that Chainer's Trainer finalizes everything on its way out.
     """
 
-    # In the place of the attribute that global_except_hook watches: no rank has failed, and none
+    # In the place of the attribute that global_except_hook watches: this is no failure, and no rank
     # must be ended in the middle of its finalizers.
     code = STATUS
 
 
 class Signals:
-    """Takes note of the signals that announce the end of a job.
+    """Catches the signals that announce the end of a job.
 
     Attributes:
-        received: The number of the last one, 0 before.
+        received: Number of the last signal that came, or 0.
     """
 
     def __init__(self) -> None:
@@ -41,10 +41,10 @@ class Signals:
         self._before: dict[int, Any] = {}
 
     def listen(self) -> None:
-        """Take note from now on, of those that nothing else was arranged for. Local.
+        """Catch signals from now on, unless the program has handlers for them. Local.
 
         Raises:
-            RuntimeError: In another thread than the main one.
+            RuntimeError: If this is not the main thread.
         """
         if threading.current_thread() is not threading.main_thread():
             raise RuntimeError(
@@ -58,7 +58,7 @@ class Signals:
             _listening.append(self)
 
     def stop(self) -> None:
-        """Leave the signals to what they did before. Local."""
+        """Restore the handlers from before :meth:`listen`. Local."""
         if threading.current_thread() is threading.main_thread():
             while self._before:
                 signal.signal(*self._before.popitem())
@@ -84,7 +84,7 @@ def _after_fork_in_parent() -> None:
 
 
 def _after_fork_in_child() -> None:
-    # A worker of a data loader, say, is ended by the signal that it is sent to end it.
+    # A signal must end a child, such as a worker of a data loader.
     for signals in [*_listening]:
         signals.stop()
     _after_fork_in_parent()

@@ -66,11 +66,11 @@ def serialize_trainer(
 
 
 def is_unable(piece: Any) -> bool:
-    """Tell whether an extension cannot serialize itself, though it has a method for that. Local."""
+    """Return whether an extension cannot serialize itself, though it has a method for that. Local."""
     return getattr(type(piece), "serialize", None) in [each.serialize for each in _UNABLE]
 
 
 def has_attributes(piece: Any) -> bool:
-    """Tell whether something is an object that may keep state in attributes: no function, module or class. Local."""
+    """Return whether something is an object that may keep state in attributes: no function, module or class. Local."""
     kinds = (types.FunctionType, types.MethodType, types.ModuleType, type)
     return hasattr(piece, "__dict__") and not isinstance(piece, kinds)

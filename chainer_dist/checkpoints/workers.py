@@ -1,9 +1,9 @@
-"""Workers of data loaders that go on when the end of their job is announced.
+"""Workers of data loaders that survive the signal by which the end of a job is announced.
 
-mpiexec passes the signal that announces it on to all processes of a rank. The workers of a
-MultiprocessIterator would die of it, and the rank would wait for a batch for ever, instead of coming to
-the step in which all ranks save. Workers learn what they need with the dataset, however they were
-started, and a fork server by importing this module before it serves. Nothing here communicates.
+mpiexec passes that signal on to all processes of a rank. The workers of a MultiprocessIterator would die
+of it, and the rank would wait for a batch for ever, instead of coming to the step in which all ranks save.
+A wrapper of the dataset changes the handlers in a worker, however that was started; a fork server imports
+this module before it serves. Nothing here communicates.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
-"""Ranks that compare what they have.
+"""Ranks compare values, and agree on them.
 
-All of it is collective, and what is raised is raised on every rank; see :mod:`chainer_dist.collectives.failures`.
+All of it is collective, and an error is raised on every rank; see :mod:`chainer_dist.collectives.failures`.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def digest(description: object) -> int:
 
 
 def agree(comm: ObjectCommunicator, *digests: int) -> tuple[bool, ...]:
-    """Tell for each digest whether all ranks passed the same. Collective: one small allreduce.
+    """Return for each digest whether all ranks passed the same. Collective: one small allreduce.
 
     Args:
         comm: The communicator whose ranks compare.
@@ -60,9 +60,9 @@ def agreed_rank(comm: ObjectCommunicator, rank: object, name: str) -> int:
     """Return ``rank`` if it is the same valid rank on all ranks. Collective.
 
     Args:
-        comm: The communicator that it is a rank of.
-        rank: What a user gave.
-        name: The parameter, for errors.
+        comm: The communicator of which it is a rank.
+        rank: The argument that the user gave, of any type.
+        name: Name of the parameter, for errors.
 
     Raises:
         ValueError: On every rank, if it is no rank of ``comm`` on some.
@@ -87,7 +87,7 @@ def agreed_rank(comm: ObjectCommunicator, rank: object, name: str) -> int:
 
 
 def check_same(comm: ObjectCommunicator, lines: Sequence[tuple[str, str]]) -> None:
-    """Raise on every rank if ranks describe what they have in different words. Collective: one small allreduce.
+    """Raise on every rank if the descriptions of the ranks differ. Collective: one small allreduce.
 
     Args:
         comm: The communicator whose ranks compare.
@@ -154,5 +154,5 @@ def raise_mismatch(comm: ObjectCommunicator, lines: Sequence[tuple[str, str]]) -
                 )
             raise RankMismatchError(text)
     raise RankMismatchError(
-        f"ranks disagree, but describe what they have in the same words: {everyone[0]}"
+        f"ranks disagree, but describe their values in the same words: {everyone[0]}"
     )

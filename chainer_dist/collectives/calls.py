@@ -13,7 +13,7 @@ _LONGEST = 60  # characters of what stands in a place
 
 
 def is_communicator(value: Any) -> bool:
-    """Tell whether something has what the ranks of a communicator are addressed by. Local."""
+    """Return whether an object has the attributes of a communicator: ``rank``, ``size`` and ``bcast_obj``. Local."""
     return not isinstance(value, type) and all(
         hasattr(value, name) for name in ("rank", "size", "bcast_obj")
     )
@@ -25,12 +25,12 @@ def check_call(call: str, comm: Any, *others: Any, needs: str | None = None) -> 
     Args:
         call: The call as it is written, with the name of the communicator's parameter first or last among those
             that ``others`` has values of, such as ``"scatter_dataset(dataset, comm)"``.
-        comm: What stands in the place of the communicator.
-        others: What stands in the other places, in their order.
+        comm: The argument in the place of the communicator.
+        others: The arguments in the other places, in their order.
         needs: A method or attribute that the first of the others must have.
 
     Raises:
-        TypeError: Says what stands in which place.
+        TypeError: If an argument is in the wrong place; it says what each place has.
     """
     lacks = needs is not None and (isinstance(others[0], type) or not hasattr(others[0], needs))
     if is_communicator(comm) and not lacks and not any(map(is_communicator, others)):

@@ -1,11 +1,11 @@
 """Errors of one rank, raised on all of them.
 
 A rank that raises alone leaves its peers waiting in the next collective. An operation avoids that
-with :func:`together` and :func:`raise_together`, and with what :mod:`chainer_dist.collectives.agreement` has:
-all are collective, and what they raise they raise everywhere.
+with :func:`together` and :func:`raise_together`, and with the functions of
+:mod:`chainer_dist.collectives.agreement`: all are collective, and raise an error on every rank.
 
-That goes for whatever is raised: code of users may call ``sys.exit``, and an interrupt may come at any
-time. These two end the rank that they are of as they would end it without others.
+That includes ``SystemExit``, since code of users may call ``sys.exit``, and ``KeyboardInterrupt``. The rank on
+which one of these two was raised ends as it would in a job of one rank.
 """
 
 from __future__ import annotations
@@ -26,25 +26,25 @@ if TYPE_CHECKING:
 
 
 class ErrorClass(NamedTuple):
-    """The class of an error. Every rank can receive it, whatever the class is.
+    """The class of an error, in a form that every rank can receive.
 
     Attributes:
-        name: Its name.
-        pickles: Of it and of the classes that it is derived from, nearest first. Empty bytes stand for
-            one that cannot be pickled; one of the others may be unknown to another rank.
+        name: Name of the class.
+        pickles: Pickles of the class and of its base classes, nearest first. Empty bytes stand for a class
+            that cannot be pickled; any other may be unknown to another rank.
     """
 
     name: str
     pickles: list[bytes]
 
 
-# What a rank tells the others of its error: class and text.
+# An error as other ranks receive it: class and text.
 Failure = Optional[tuple[ErrorClass, str]]
 
-# Often the first that ranks do together, so here they wait for the slowest.
+# Often the first operation of a step, so the ranks wait for the slowest one in it.
 AGREE = Kind("agreement", WAITING)
 
-# Classes that say nothing of what went wrong.
+# Classes that do not say what went wrong.
 _GENERAL = (Exception, BaseException, object)
 
 
@@ -52,11 +52,11 @@ def raise_together(comm: Group, error: BaseException | None) -> None:
     """Raise on every rank if any rank has an error. Collective: one small allreduce if none has.
 
     Args:
-        comm: The communicator whose ranks ask.
-        error: What went wrong on this rank, or None.
+        comm: The communicator whose ranks compare.
+        error: The error of this rank, or None.
 
     Raises:
-        BaseException: What :func:`raise_first` raises of the ranks' errors.
+        BaseException: The error that :func:`raise_first` takes from those of all ranks.
     """
     from mpi4py import MPI
 
@@ -85,7 +85,7 @@ def together(comm: Group) -> AbstractContextManager[None]:
         comm: The communicator whose ranks do this together.
 
     Raises:
-        BaseException: What :func:`raise_first` raises of the ranks' errors; on a single rank what was raised.
+        BaseException: The error that :func:`raise_first` takes; on a single rank the error itself.
     """
     return _Together(comm)
 
@@ -109,7 +109,7 @@ class _Together:
 
 
 def describe_error(error: BaseException | None) -> Failure:
-    """Return what other ranks are told of an error, or None. Local."""
+    """Return an error in a form that other ranks can receive, or None. Local."""
     if error is None:
         return None
     kind = type(error)
@@ -122,13 +122,13 @@ def describe_error(error: BaseException | None) -> Failure:
 def raise_first(failures: Mapping[int, Failure], error: BaseException | None) -> None:
     """Raise what the lowest rank that failed described, if any did. Local.
 
-    It is of the same class if that class can be had here and takes a message. Otherwise it is of the
-    nearest class that it is derived from, RuntimeError in the place of Exception, and its text says the
-    name of the class. A rank whose own error is no Exception, such as SystemExit, raises that itself.
+    The error is of the same class if that can be unpickled here and takes a message. Otherwise it is of the
+    nearest base class, with RuntimeError in the place of Exception, and its text begins with the
+    name of the class. A rank whose own error is no Exception, such as SystemExit, raises that one itself.
 
     Args:
-        failures: For each rank what :func:`describe_error` returned there.
-        error: What went wrong on this rank, or None; it becomes the cause.
+        failures: Result of :func:`describe_error` on each rank.
+        error: The error of this rank, or None; it becomes the cause.
     """
     if error is not None and not isinstance(error, Exception):
         raise error

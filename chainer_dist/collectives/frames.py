@@ -28,7 +28,7 @@ def user_line(frame: FrameType | None) -> str:
 
 
 def calls_user_code(frame: FrameType | None) -> bool:
-    """Tell whether chainer_dist is calling code that is not its own in this frame. Local.
+    """Return whether chainer_dist is calling code that is not its own in this frame. Local.
 
     The standard library does not count: chainer_dist itself waits by it.
     """

@@ -1,4 +1,4 @@
-"""A group of ranks: who they are, on which nodes, how the group is split and given back."""
+"""A group of ranks: their numbers and nodes, how the group is split, and how it is finalized."""
 
 from __future__ import annotations
 
@@ -47,14 +47,14 @@ class Group:
         self._derived: dict[str, tuple[Any, Callable[[Any], object]]] = {}
         self._mpi_comm: MPI.Intracomm | None = mpi_comm
         mpi_comm.Set_errhandler(MPI.ERRORS_RETURN)
-        # Host names lie in containers; what counts is who can share memory.
+        # Host names mislead in containers; a node is the ranks that can share memory.
         self._node_comm = cast(
             "MPI.Intracomm", mpi_comm.Split_type(MPI.COMM_TYPE_SHARED, key=mpi_comm.rank)
         )
         # A node is numbered by its lowest rank, so that node 0 is the one rank 0 is on.
         leader = self._node_comm.bcast(mpi_comm.rank)
-        # The first allgather of pkl5 duplicates the communicator, and no thread can run while it
-        # waits for the other ranks with that: here they all come at once.
+        # The first allgather of pkl5 duplicates the communicator, and no thread of the process can run while
+        # that waits for other ranks: here all ranks call it at the same time.
         leaders = sorted(set(pkl5.Intracomm(mpi_comm).allgather(leader)))
         self._inter_rank = leaders.index(leader)
         self._inter_size = len(leaders)
@@ -140,13 +140,13 @@ class Group:
         """Return something that is made once and goes with this group. Collective at first.
 
         That is for code that needs another communicator over these ranks. MPI has only some thousand, and
-        one is freed by all of its ranks together, which garbage collectors would not do; so it is the
-        same for all who ask, and is given back with this group.
+        all ranks of one must free it together, which garbage collectors do not do. So every caller gets
+        the same object, which is freed with this group.
 
         Args:
-            name: What is wanted, the same on every rank.
-            make: Called at first, by all ranks.
-            free: Called by :meth:`finalize` with what ``make`` returned, by all ranks.
+            name: Name of the object, the same on every rank.
+            make: Function that makes it; all ranks call it, once.
+            free: Function that :meth:`finalize` calls with the object on all ranks.
         """
         if name not in self._derived:
             self._derived[name] = make(), free

@@ -63,7 +63,7 @@ class ObjectCommunicator(Group):
 
         Returns:
             An mpi4py request, to ``wait()`` for or to ``test()`` until its first value is true. A large
-            object gets on only while this rank is in some call of MPI.
+            object is sent only while this rank is in some call of MPI.
 
         Raises:
             Exception: If the object cannot be pickled; the receiver then raises as well.
@@ -194,8 +194,8 @@ class ObjectCommunicator(Group):
 
         return pkl5.Intracomm(self.mpi_comm)
 
-    # The five below are shared with arrays: `make` returns the object, or raises what is wrong
-    # with it, and all ranks are told.
+    # The five below are for arrays as well: `make` returns the object, or raises what is wrong
+    # with it, which all ranks then raise.
 
     def _bcast(self, make: Callable[[], Any], root: int) -> Any:
         """Return root's object; None on root itself."""
@@ -229,8 +229,8 @@ class ObjectCommunicator(Group):
         """Return the objects that came; raise on every rank what went wrong on one. Collective.
 
         Args:
-            messages: That this rank has received.
-            error: Why this rank could not send its own.
+            messages: Messages that this rank has received.
+            error: The error because of which this rank could not send its own, or None.
         """
         opened = []
         with together(self):

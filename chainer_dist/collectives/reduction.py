@@ -58,7 +58,7 @@ def begin_sum(mpi_comm: MPI.Intracomm, x: Array) -> MPI.Request:
     """Begin to replace a C-contiguous array of a wire dtype by its sum over the ranks. Collective.
 
     Args:
-        mpi_comm: Over whose ranks.
+        mpi_comm: The communicator over whose ranks the sum is taken.
         x: An array of less than ``MAX_COUNT`` elements, which no other code touches until the request is done.
     """
     from mpi4py import MPI

@@ -1,6 +1,6 @@
 """Communicators: how ranks exchange arrays, objects, gradients and parameters.
 
-Read :mod:`~chainer_dist.communicators.communicator_base` for what all of them can do; each kind
+Read :mod:`~chainer_dist.communicators.communicator_base` for the methods that all have; each kind
 is one small file. Nothing here starts MPI before :func:`~chainer_dist.create_communicator` is called, so that
 data-loader workers may import it.
 """
@@ -53,8 +53,8 @@ def create_communicator(
             That one averages in memory which the ranks of a node share; ``single_node`` is the
             same and refuses a second node. ``naive`` makes one MPI call for each parameter.
             ``flat`` packs all gradients of a dtype into one buffer, and so do ``hierarchical``,
-            in which one rank a node talks to other nodes, and ``two_dimensional``, in which
-            each rank of a node does with a slice. ``dummy`` exchanges nothing (for measurements).
+            in which one rank of each node exchanges with other nodes, and ``two_dimensional``, in
+            which each rank of a node exchanges a slice. ``dummy`` exchanges nothing (for measurements).
         mpi_comm: mpi4py intracommunicator, by default ``MPI.COMM_WORLD``. It is duplicated.
         allreduce_grad_dtype: None. ChainerMN took a dtype with ``pure_nccl`` only.
         batched_copy: Accepted for ChainerMN scripts; packing is always batched.
@@ -67,8 +67,8 @@ def create_communicator(
         ValueError: If the name is not known, ``allreduce_grad_dtype`` is given, or a
             ``single_node`` communicator is to span nodes.
         ImportError: If mpi4py finds no MPI library.
-        RuntimeError: In a child process of a rank, such as a worker of a data loader. Where that is because
-            the script has no ``if __name__ == "__main__"``, the rank raises as well.
+        RuntimeError: If this is a child process of a rank, such as a worker of a data loader. If the reason is
+            that the script has no ``if __name__ == "__main__"``, the rank raises as well.
     """
     children.refuse()
     name = _AUTO if communicator_name == "auto" else communicator_name

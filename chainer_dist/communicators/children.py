@@ -1,14 +1,13 @@
 """Child processes of a rank, such as the workers of data loaders: none of them can communicate.
 
 What multiprocessing starts by ``spawn`` or ``forkserver`` imports the script first. If that has no
-``if __name__ == "__main__"``, it comes to ``create_communicator`` in the child, where MPI would wait for ever
-for the other ranks, and the rank for the child. So it raises there; and as perhaps no code waits for the end of the
-child, the rank is sent a signal, on which it raises as well. A forked child has a copy of the rank's MPI, with
-which it must do nothing.
+``if __name__ == "__main__"``, the child calls ``create_communicator``, where MPI would wait for ever
+for the other ranks, and the rank for the child. So the call raises in the child. As perhaps no code of the rank waits
+for the end of the child, the rank is sent a signal, on which it raises as well. A forked child has a copy of the
+rank's MPI, which it must not use.
 
-The script may as well import ``mpi4py.MPI`` at its top, which starts MPI: in a child by the connections to mpiexec of
-the rank, which are not the child's. So mpi4py does not start MPI in children of ranks, and programs that these start
-inherit that.
+The script may also import ``mpi4py.MPI`` at its top, which starts MPI: in a child over the connections between its
+rank and mpiexec. So mpi4py is set not to start MPI in children of ranks, and programs that they start inherit that.
 """
 
 from __future__ import annotations
@@ -36,10 +35,10 @@ _ADVICE = (
     "opposed to what it defines, under\n\n"
     '    if __name__ == "__main__":\n'
 )
-# No other signal has no other use; some systems have none to spare.
+# The only signal without another use; some systems do not have it.
 _SIGNAL = int(signal.SIGRTMAX) - 6 if hasattr(signal, "SIGRTMAX") else 0
 
-# Where mpi4py looks whether importing it is to start MPI; and some of what mpiexec tells ranks.
+# Variables by which mpi4py decides whether its import starts MPI, and some that mpiexec sets for ranks.
 _START = "MPI4PY_RC_INITIALIZE"
 _OF_MPIEXEC = frozenset({"PMI_RANK", "PMIX_RANK", "OMPI_COMM_WORLD_RANK"})
 
@@ -76,7 +75,7 @@ _FORKED = (
 
 
 def listen() -> None:
-    """Raise in this rank, from now on, what children of it cannot tell otherwise. Local."""
+    """Let errors of children that are importing the script be raised in this rank from now on. Local."""
     if (
         _SIGNAL
         and threading.current_thread() is threading.main_thread()  # others cannot arrange that
@@ -111,7 +110,7 @@ def _start_without_mpi(start: Callable[..., int]) -> Callable[..., int]:
     """Let processes that a rank starts import mpi4py without starting MPI.
 
     Args:
-        start: By what multiprocessing starts all but forked processes.
+        start: Function by which multiprocessing starts all but forked processes.
     """
 
     @functools.wraps(start)

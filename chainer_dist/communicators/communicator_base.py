@@ -22,8 +22,8 @@ class CommunicatorBase(ArrayCommunicator):
     """A communicator: arrays, objects, and the gradients and parameters of models.
 
     A new kind of communicator is a subclass in a file of its own that says in
-    ``mean_arrays`` how the mean of many arrays is found, and one line in :mod:`chainer_dist.communicators`. What
-    concerns a model lives in :mod:`chainer_dist.exchange`, once for all kinds.
+    ``mean_arrays`` how the mean of many arrays is computed, and one line in :mod:`chainer_dist.communicators`. The
+    exchange of models is in :mod:`chainer_dist.exchange`, once for all kinds.
     """
 
     @property

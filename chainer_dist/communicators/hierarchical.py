@@ -1,4 +1,4 @@
-"""The communicator in which one rank a node speaks for the others."""
+"""The communicator in which one rank of each node exchanges with other nodes."""
 
 from __future__ import annotations
 

@@ -45,7 +45,7 @@ class TwoDimensionalCommunicator(FlatCommunicator):
         from mpi4py import MPI
 
         if "_slices" not in self.__dict__:
-            # Nodes may have different numbers of ranks; so many slices as the smallest has.
+            # Nodes may have different numbers of ranks: there are as many slices as the smallest node has ranks.
             slices = cast("int", self.mpi_comm.allreduce(self.intra_size, MPI.MIN))
             color = self.intra_rank if self.intra_rank < slices else MPI.UNDEFINED
             self._slices = slices, cast("MPI.Intracomm", self.mpi_comm.Split(color, self.rank))

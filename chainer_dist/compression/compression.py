@@ -1,4 +1,4 @@
-"""What all ways of compressing have in common: where they act, their error feedback, their state."""
+"""The base of all ways of compressing: between which ranks they act, their error feedback, their state."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _TOO_LARGE = 2.0**64
 
 
 class Nodes(NamedTuple):
-    """One rank of each node, which speaks for it."""
+    """One rank of each node, which exchanges for its node."""
 
     mpi_comm: MPI.Intracomm
     weights: list[float]  # of the nodes' means in the mean over all ranks
@@ -52,23 +52,23 @@ class Compression(abc.ABC):
         self.sent = 0
         self._comm: CommunicatorBase | None = None
         self._node: CommunicatorBase | None = None
-        self._nodes: Nodes | None = None  # None on ranks that do not speak for their node
+        self._nodes: Nodes | None = None  # None on ranks that do not exchange for their node
 
     @abc.abstractmethod
     def mean(self, comm: CommunicatorBase, grads: dict[str, Array]) -> None:
         """Replace gradients by their means over the ranks, in place: the same bits everywhere. Collective.
 
         Args:
-            comm: Over whose ranks; the same at every call.
-            grads: By parameter name, in the same order, shapes and dtypes on every rank: writable
-                float arrays of any layout, no two of which share memory.
+            comm: The communicator over whose ranks the means are taken; the same at every call.
+            grads: Writable float arrays of any layout by parameter name, no two of which share memory.
+                Order, shapes and dtypes are the same on every rank.
         """
 
     def use_loss_scale(self, scale: float) -> None:
-        """Take notice of what gradients of the next exchange are multiplied by. Local.
+        """Set the factor by which gradients of the next exchange are multiplied. Local.
 
         Args:
-            scale: The same on every rank; 1 if they are as they are.
+            scale: The loss scale, the same on every rank; 1 without loss scaling.
         """
         del scale  # nothing is kept that was multiplied by another one
 
@@ -76,13 +76,13 @@ class Compression(abc.ABC):
         """Save or load what is kept from one exchange to the next. Local.
 
         Args:
-            serializer: Chainer's.
-            comm: Over whose ranks. A rank does not load what only another one has left out.
+            serializer: A serializer of Chainer's.
+            comm: The communicator of the exchange. A rank loads only its own residual.
         """
         del serializer, comm  # nothing is kept
 
     def _connect(self, comm: CommunicatorBase) -> None:
-        """Find out who speaks for each node. Collective at first."""
+        """Find the rank that exchanges for each node. Collective at first."""
         self._comm = comm
         self._node, self._nodes = comm.derived(
             "compression", lambda: _split_by_node(comm), _free_both
@@ -149,9 +149,9 @@ class NodeCompression(Compression):
         """Replace arrays by their approximate weighted means over the nodes, in place. Collective.
 
         Args:
-            nodes: Over which ranks, and with which weights.
-            grads: By parameter name, in the same order everywhere: writable arrays of any layout,
-                float32 or float64.
+            nodes: The ranks that exchange, one for each node, and the weights of their nodes.
+            grads: Writable float32 or float64 arrays of any layout by parameter name, in the same order
+                on every rank.
         """
 
     def mean(self, comm: CommunicatorBase, grads: dict[str, Array]) -> None:
@@ -204,7 +204,7 @@ class Kept:
     """Arrays by parameter name that a way of compressing keeps from one exchange to the next.
 
     Attributes:
-        arrays: What is kept.
+        arrays: The arrays that are kept, by parameter name.
     """
 
     def __init__(self) -> None:
@@ -226,11 +226,11 @@ class Kept:
         }
 
     def serialize(self, serializer: chainer.AbstractSerializer, rank: int | None = None) -> None:
-        """Save or load the arrays; those of one rank are loaded on that rank only. Local.
+        """Save or load the arrays; arrays of one rank are loaded on that rank only. Local.
 
         Args:
-            serializer: Chainer's.
-            rank: This rank, if the arrays are its own; None if all ranks have the same.
+            serializer: A serializer of Chainer's.
+            rank: This rank, if the arrays are its own; None if they are the same on all ranks.
         """
         import chainer
 
@@ -265,12 +265,12 @@ class Residual(Kept):
 
 
 def are_finite(arrays: Iterable[Array]) -> bool:
-    """Tell whether there is neither NaN nor infinity in any array. Local."""
+    """Return whether all values of all arrays are finite. Local."""
     return all(np.isfinite(array).all() for array in arrays)
 
 
 def are_too_large(array: Array) -> bool:
-    """Tell whether gradients have something that is not to be kept for the next: NaN, or beyond 2**64. Local."""
+    """Return whether a gradient has NaN or a value beyond 2**64, and so is not kept for the next update. Local."""
     return bool(array.size) and not (array.min() > -_TOO_LARGE and array.max() < _TOO_LARGE)
 
 
@@ -293,7 +293,7 @@ def allreduce_mean(nodes: Nodes, arrays: list[Array]) -> int:
     """Replace arrays by their exact weighted means, in one message. Collective.
 
     Returns:
-        How many bytes this rank sent.
+        Number of bytes that this rank sent.
     """
     groups: dict[Any, list[Array]] = {}
     for array in arrays:

@@ -35,7 +35,7 @@ class PowerSGD(NodeCompression):
     parameters can differ in the last bits.
 
     Args:
-        rank: Of the approximation.
+        rank: Rank of the approximation, 1 or more.
 
     Raises:
         ValueError: If ``rank`` is not at least 1.

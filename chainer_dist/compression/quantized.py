@@ -27,9 +27,9 @@ _U32 = np.uint32
 
 
 class Quantized(NodeCompression):
-    """Sends each number in a coarser format, once to who sums it and once back.
+    """Sends each number in a coarser format twice: to the rank that sums it, and back.
 
-    Every rank gets a part of all gradients from the others, sums it in float32, and sends the sum to
+    Every rank gets a slice of all gradients from the others, sums it in float32, and sends the sum to
     all: each number is rounded twice, however many ranks there are.
     """
 
@@ -196,7 +196,7 @@ class Int8(Quantized):
     Rounding errors are kept and added to the next gradients (error feedback).
 
     Args:
-        block: Numbers that have a scale in common.
+        block: Number of values that have a scale in common, 1 or more.
 
     Raises:
         ValueError: If ``block`` is not at least 1.

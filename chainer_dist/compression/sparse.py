@@ -47,17 +47,17 @@ class TopK(NodeCompression):
 
     Each node then sums up momentum before it chooses what to send. On one node, and with a
     ``density`` of 1, this is ``MomentumSGD`` (but for the momentum of what was sent, which the paper
-    clears). Hooks see what comes out, so weight decay belongs to the loss.
+    clears). Hooks see the result, so weight decay belongs to the loss.
 
     The first updates change parameters most, and bear delay least: with ``warmup_updates`` they
     send more, from a quarter of all numbers on, less from update to update by one factor.
     Over ``warmup_updates`` that is 0.075 of all numbers on average for a ``density`` of 0.01.
 
     Args:
-        density: The part of all numbers that is sent, above 0 and up to 1.
-        warmup_updates: After how many updates ``density`` is reached, 0 or more; the same on every
-            rank.
-        momentum: What is left of a gradient's momentum at the next update, 0 up to below 1; the
+        density: Fraction of all numbers that is sent, above 0 and up to 1.
+        warmup_updates: Number of updates after which ``density`` is reached, 0 or more; the same on
+            every rank.
+        momentum: Factor of a gradient's momentum from one update to the next, from 0 to below 1; the
             same on every rank.
 
     Raises:

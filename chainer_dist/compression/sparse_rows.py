@@ -1,4 +1,4 @@
-"""Only the rows of a gradient that are not zero, as those of the words in a batch."""
+"""Only the rows of a gradient that are not zero, such as the rows of the words in a batch."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ class SparseRows(Compression):
     """Exchanges the rows of each gradient that are not zero on some rank, and their numbers. Exact.
 
     For embeddings (the ``W`` of ``EmbedID``), of which a batch changes a few rows, on a node and
-    between nodes. Nothing is left out: results are those of the exact mean to rounding, and on one
-    node those of the communicator ``shared_memory``, to the bit (but that -0 is 0), as rows are
+    between nodes. Nothing is left out: results equal the exact mean up to rounding. On one node they
+    equal the results of the communicator ``shared_memory`` to the bit (except that -0 is 0), as rows are
     summed in the order of rank.
 
     A gradient of shape ``(n, ...)`` has ``n`` rows. Where the rows that all ranks have would be more

@@ -105,7 +105,7 @@ def open_arrays(path: str | os.PathLike[str]) -> Any:
 
 
 class _Rows:
-    """The rows of an array, each read when it is asked for, not when somebody looks at it."""
+    """The rows of an array, each read when it is indexed, and not before."""
 
     def __init__(self, array: np.ndarray[Any, np.dtype[Any]]) -> None:
         self._array = array
@@ -155,7 +155,7 @@ def count_samples(path: str, open_file: Callable[[str], Any]) -> int:
     """Return how many samples a file has. Local.
 
     Raises:
-        Exception: Of the class that ``open_file`` or ``len`` raised, naming the file.
+        Exception: An error of the class that ``open_file`` or ``len`` raised; it names the file.
     """
     try:
         return len(open_file(path))

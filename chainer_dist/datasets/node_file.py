@@ -25,7 +25,7 @@ class NodeFile:
     fatal SIGBUS in some rank. Once no directory is left it keeps counting what it would need.
 
     Args:
-        directories: Where to put the file, best first.
+        directories: Directories in which the file may be, best first.
     """
 
     def __init__(self, directories: Sequence[Path]) -> None:

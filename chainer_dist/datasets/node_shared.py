@@ -102,7 +102,7 @@ class _RemoteStore:
             self._mpi_comm.Send([chunk, MPI.BYTE], self._writer, _TAG)
 
     def end(self, *, complete: bool) -> None:
-        """Send word that nothing more comes, and whether that was all."""
+        """Send that nothing more comes, and whether that was all. Local."""
         self._mpi_comm.send(complete, self._writer, _TAG)
 
 

@@ -112,7 +112,7 @@ def scatter_index(
         n_total_samples: Samples in all; root's counts.
         comm: Communicator.
         root: Rank whose arguments count, the same on every rank.
-        force_equal_length: As with :func:`scatter_dataset`.
+        force_equal_length: See :func:`scatter_dataset`.
 
     Returns:
         First sample of this rank, and the one after its last.

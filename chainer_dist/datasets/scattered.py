@@ -55,14 +55,14 @@ take.register(ScatteredDataset)(take_through)
 
 @functools.singledispatch
 def own_samples(dataset: Any) -> Mask | None:
-    """Tell which samples count for this rank, when every sample is to count once. Local.
+    """Return which samples count for this rank, when every sample is to count once. Local.
 
     Args:
         dataset: A :class:`ScatteredDataset`, one of Chainer's datasets around some, or any other.
 
     Returns:
         bool array of shape ``(len(dataset),)``, False where the sample is a duplicate of another
-        rank's. None where there is no duplicate, as far as can be told.
+        rank's. None where no duplicate is known.
     """
     del dataset
     return None

@@ -212,7 +212,7 @@ def _copied(dataset: Any, **attributes: Any) -> Any:
 
 
 def _inherits_indexing(dataset: Any, *classes: type) -> bool:
-    """Tell whether samples are found as one of ``classes`` finds them, or in a way of its own."""
+    """Return whether samples are found as one of ``classes`` finds them, or in a way of its own."""
     own = type(dataset)
     return any(
         all(

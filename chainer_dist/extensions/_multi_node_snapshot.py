@@ -50,7 +50,7 @@ def multi_node_snapshot(
     set's lowest rank needs to find its own files in its ``trainer.out``, and sends them to the
     others. A damaged file has all ranks go back to the one before, with a warning.
 
-    The number of ranks may change. A set without files takes those of the lowest rank that has
+    The number of ranks may change. A set without files takes the files of the lowest rank that has
     some. What iterators over scattered data saved fits the new parts no more: they begin the
     present epoch again, in a new order. A :class:`~chainer_dist.iterators.DistributedIterator` and
     the iterators of ``create_multi_node_iterator`` and ``create_synchronized_iterator`` go on
@@ -64,13 +64,13 @@ def multi_node_snapshot(
 
     Args:
         comm: Communicator.
-        snapshot: What :func:`chainer.training.extensions.snapshot` or ``snapshot_object`` returned.
-            Its ``filename`` is changed.
+        snapshot: Extension that :func:`chainer.training.extensions.snapshot` or ``snapshot_object``
+            returned. Its ``filename`` is changed.
         replica_sets: The sets, each a rank or some ranks. Ranks in none of them are one more set.
             The same on every rank. For example, on 4 ranks: ``[]`` is ``{0, 1, 2, 3}``; ``[0]`` is
             ``{0}`` and ``{1, 2, 3}``; ``[[0, 1], [2, 3]]`` is just that.
-        allow_pickle: Whether ``autoload`` loads objects that need pickle. That can run any code: only with
-            files from those whom you trust. Nothing that Chainer serializes needs it.
+        allow_pickle: Whether ``autoload`` loads objects that need pickle. That can run any code: allow it
+            only for files from a source that you trust. Chainer's own objects do not need it.
 
     Returns:
         The extension, for the trainers of all ranks. The same as ChainerMN's.
@@ -144,7 +144,7 @@ class _MultiNodeSnapshot(extension.Extension):  # type: ignore[misc]  # Chainer 
             self.snapshot.on_error(trainer, exc, tb)
 
     def __call__(self, trainer: chainer.training.Trainer) -> None:
-        """Save on the lowest rank of each set. Collective: one small message tells of errors."""
+        """Save on the lowest rank of each set. Collective: one small message, for errors."""
         consolidate(trainer)
         with together(self.comm):
             if self.is_master:
@@ -194,7 +194,7 @@ class _MultiNodeSnapshot(extension.Extension):  # type: ignore[misc]  # Chainer 
             )
 
     def _saved_by_others(self, data: bytes) -> bool:
-        """Tell whether a snapshot is known to be of another number of ranks. Local."""
+        """Return whether a snapshot is known to be of another number of ranks. Local."""
         arrays = ArrayFile(io.BytesIO(data))
         # The extension may have had another name.
         found = [key for key in arrays if re.fullmatch("(.*/)?extensions/[^/]+/ranks", key)]

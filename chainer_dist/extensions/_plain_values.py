@@ -35,8 +35,8 @@ def pack(value: Any, *, is_small: bool = False) -> tuple[Any, list[Array]]:
     """Return a value as something that JSON has, and arrays that it refers to by number. Local.
 
     Args:
-        value: To pack.
-        is_small: Whether what has many elements is no plain value either.
+        value: The value to pack.
+        is_small: Whether values with many elements are refused as well.
 
     Raises:
         NotPlainError: If there is something in it of any other kind.
@@ -53,10 +53,10 @@ def unpack(packed: Any, arrays: Sequence[Array], current: Any = None) -> Any:
     """Return the value that was packed. Local.
 
     Args:
-        packed: What :func:`pack` returned.
-        arrays: The same.
-        current: A random generator of the kind that was packed is set to its state, so that whoever
-            else draws from it does so, too.
+        packed: First result of :func:`pack`.
+        arrays: Second result of :func:`pack`.
+        current: Present value. A random generator of the kind that was packed is set to its state, so
+            that all code that draws from it goes on from there.
 
     Raises:
         ValueError: If nothing of the kind was packed.

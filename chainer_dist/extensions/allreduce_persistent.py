@@ -20,8 +20,8 @@ if TYPE_CHECKING:
 class AllreducePersistent(extension.Extension):  # type: ignore[misc]  # Chainer has no types
     """Replaces the float persistent values of a model by their means over the ranks.
 
-    The same as ChainerMN's extension. It makes the running mean and variance of
-    BatchNormalization those of all ranks' samples, nearly: the mean of variances leaves out how
+    The same as ChainerMN's extension. With it the running mean and variance of BatchNormalization are
+    nearly the statistics of all ranks' samples: the mean of variances leaves out how
     far the ranks' means lie apart, which :class:`~chainer_dist.links.MultiNodeBatchNormalization`
     does not. To be called before the model is evaluated or saved: by default once an epoch, before
     evaluators.
@@ -50,7 +50,7 @@ class AllreducePersistent(extension.Extension):  # type: ignore[misc]  # Chainer
             TypeError: On every rank, if an array is not NumPy's.
         """
         del trainer
-        persistents = sorted(_persistents(self.model), key=lambda item: item[0])
+        persistents = sorted(persistent_values(self.model), key=lambda item: item[0])
         lines = [(name, _kind(link.__dict__[key])) for name, link, key in persistents]
         check_same(self.comm, lines)
         means, arrays = [], []
@@ -72,7 +72,8 @@ class AllreducePersistent(extension.Extension):  # type: ignore[misc]  # Chainer
                 setattr(link, key, mean if isinstance(value, np.ndarray) else type(value)(mean))
 
 
-def _persistents(model: chainer.Link) -> list[tuple[str, chainer.Link, str]]:
+def persistent_values(model: chainer.Link) -> list[tuple[str, chainer.Link, str]]:
+    """Return path, link and name of each persistent value of a model. Local."""
     return [
         (f"{path}/{name}", link, name)
         for path, link in model.namedlinks()

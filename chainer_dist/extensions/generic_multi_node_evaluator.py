@@ -13,7 +13,7 @@ from chainer_dist import _chainer
 from chainer_dist.collectives.agreement import check_same
 from chainer_dist.collectives.calls import check_call
 from chainer_dist.collectives.failures import together
-from chainer_dist.iterators.multi_node_iterator import _MultiNodeIterator
+from chainer_dist.iterators.multi_node_iterator import MultiNodeIterator
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -34,7 +34,7 @@ class GenericMultiNodeEvaluator(extension.Extension):  # type: ignore[misc]  # C
 
     Args:
         comm: Communicator, or None to evaluate in this process alone.
-        iterator: Over this rank's samples, ending after an epoch. It is reset before each
+        iterator: Iterator over this rank's samples that ends after an epoch. It is reset before each
             evaluation, or copied if it cannot be reset.
         target: Called with the arrays of a batch, unless ``calc_local`` is overridden.
         device: Given to the converter.
@@ -106,8 +106,8 @@ class GenericMultiNodeEvaluator(extension.Extension):  # type: ignore[misc]  # C
         """Return the result of one batch. Local; override it to compute something else.
 
         Args:
-            args: What the converter made of the batch, if that is a tuple or one array.
-            kwargs: The same, if it is a dict.
+            args: Arrays of the batch, if the converter returns a tuple or one array.
+            kwargs: Arrays of the batch, if the converter returns a dict.
 
         Returns:
             A picklable object. None is left out of the results.
@@ -118,8 +118,8 @@ class GenericMultiNodeEvaluator(extension.Extension):  # type: ignore[misc]  # C
         """Return the result of the evaluation. Called once, on root; override it.
 
         Args:
-            results: What ``calc_local`` returned for each batch of each rank: the first batches
-                of all ranks in the order of rank, then the second ones, and so on.
+            results: Results of ``calc_local`` for each batch of each rank: for the first batches of all ranks
+                in the order of rank, then for the second ones, and so on.
 
         Returns:
             Anything; by default the results themselves.
@@ -157,8 +157,8 @@ def call_with(called: Callable[..., Any], arrays: Any) -> Any:
 
 
 def has_no_samples(iterator: Any) -> bool:
-    """Tell whether an iterator's dataset is empty; Chainer's cannot iterate over nothing. Local."""
-    if isinstance(iterator, _MultiNodeIterator):
+    """Return whether an iterator's dataset is empty, over which Chainer's iterators cannot iterate. Local."""
+    if isinstance(iterator, MultiNodeIterator):
         return False  # only its master has the dataset, and all ranks must go on alike
     dataset: Any = getattr(iterator, "dataset", None)
     return hasattr(dataset, "__len__") and len(dataset) == 0

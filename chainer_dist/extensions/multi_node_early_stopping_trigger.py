@@ -37,7 +37,7 @@ class MultiNodeEarlyStoppingTrigger:
         verbose: Whether rank 0 prints when it stops.
         max_trigger: When to stop in any case.
         suffix: The mean is observed under the name ``monitor + suffix`` on every rank.
-        patients: The same as ``patience``, for old scripts.
+        patients: Another name of ``patience``, for old scripts.
 
     Raises:
         TypeError: If both ``patience`` and ``patients`` are given.
@@ -76,7 +76,7 @@ class MultiNodeEarlyStoppingTrigger:
         self._last_seen: tuple[Any, int] | None = None  # trainer and its iteration
 
     def __call__(self, trainer: chainer.training.Trainer) -> bool:
-        """Tell whether to stop. Collective; the same on every rank."""
+        """Return whether to stop, the same on every rank. Collective."""
         self._last_seen = weakref.proxy(trainer), trainer.updater.iteration
         self.aggregator(trainer)
         stop: bool = self.comm.bcast_obj(self.actual_trigger(trainer))

@@ -75,7 +75,7 @@ def create_multi_node_evaluator(
 
     Two cases are less exact. A class that overrides ``evaluate()`` has its local means weighted
     by the local number of samples, duplicates taken into its means. With an iterator that is none
-    of Chainer's, duplicates cannot be told from other samples and count twice, after a warning;
+    of Chainer's, duplicates are not recognized, and count twice, after a warning;
     scatter with ``force_equal_length=False`` then.
 
     Every evaluation is collective: all ranks call the evaluator at the same time, which an

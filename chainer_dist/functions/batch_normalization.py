@@ -76,14 +76,14 @@ class MultiNodeBatchNormalization(chainer.FunctionNode):  # type: ignore[misc]  
 
     It can be differentiated any number of times.
 
-    While ``chainer.config.chainer_dist_standing_by`` is true on a rank, that rank takes part with
-    no samples: its ``x`` and its loss count nothing for the statistics and their gradients, and
+    While ``chainer.config.chainer_dist_standing_by`` is true on a rank, that rank counts as one
+    without samples: its ``x`` and its loss count nothing for the statistics and their gradients, and
     its own output is ``x`` normalized by the statistics of the others.
 
     Args:
         comm: Communicator.
         eps: Added to the variance.
-        axis: Ascending axes over which the mean is taken; None for all but those of channels,
+        axis: Ascending axes over which the mean is taken; None for all but the axes of channels,
             which follow the first axis.
 
     Attributes:
@@ -104,7 +104,7 @@ class MultiNodeBatchNormalization(chainer.FunctionNode):  # type: ignore[misc]  
     def check(self, x: Any, gamma: Any, beta: Any) -> None:
         """Raise what is wrong with the inputs. Local.
 
-        To be called before ``apply``, so that the other ranks can be told by :func:`fail`.
+        Call it before ``apply``, so that :func:`fail` can raise the error on the other ranks.
 
         Raises:
             TypeError: If one is no NumPy array of floats, or a Variable of one.
@@ -250,11 +250,11 @@ def _without_gradient(variable: Any, values: Array) -> Any:
 
 
 def fail(comm: CommunicatorBase, error: BaseException) -> NoReturn:
-    """Take part in the forward exchange by raising on every rank. Collective.
+    """Raise on every rank, in the place of the forward exchange. Collective.
 
     Args:
         comm: Communicator.
-        error: What keeps this rank from computing.
+        error: The error because of which this rank cannot compute.
 
     Raises:
         Exception: The error of the lowest rank that has one.
@@ -283,8 +283,8 @@ def merge_over_ranks(
     Args:
         comm: Communicator.
         moments: Rows of count, mean and sum of squared deviations, float64.
-        lines: What ranks must agree on, as :func:`raise_mismatch` takes it.
-        error: What keeps this rank from having moments.
+        lines: Descriptions that must be the same on every rank, as :func:`raise_mismatch` takes them.
+        error: The error because of which this rank has no moments, or None.
 
     Returns:
         A new array of the shape of ``moments``, the same bits on every rank.

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import chainer
 import numpy as np
 
-from chainer_dist.functions import _messages
+from chainer_dist.functions import gradient_messages
 from chainer_dist.functions._node import (
     CommunicationNode,
     checked_array,
@@ -20,8 +20,8 @@ from chainer_dist.functions._node import (
 if TYPE_CHECKING:
     from chainer_dist.communicators import CommunicatorBase
 
-# What was received with a gradient to send back, as long as the graph lives. If something fails,
-# their senders are told.
+# Receptions whose gradients are to be sent back, as long as the graph lives. If something fails,
+# their senders are sent the error.
 _unanswered: weakref.WeakSet[_Recv] = weakref.WeakSet()
 
 
@@ -45,8 +45,8 @@ class _Send(CommunicationNode):
         Returns:
             A delegate.
         """
-        _messages.check_peer(self._comm, self._peer, self._tag)
-        _messages.make_room()
+        gradient_messages.check_peer(self._comm, self._peer, self._tag)
+        gradient_messages.make_room()
         (delegate,) = self.apply(inputs)
         return delegate
 
@@ -59,10 +59,10 @@ class _Send(CommunicationNode):
         """Send the arrays."""
         xs = inputs[:-1]
         if chainer.config.enable_backprop and any(is_float(x.dtype) for x in xs):
-            self._number = _messages.new_number()
+            self._number = gradient_messages.new_number()
         as_tuple = len(xs) > 1 if self._as_tuple is None else self._as_tuple
         data = xs if as_tuple else xs[0]
-        _messages.post(self._comm, lambda: data, self._peer, self._tag, self._number)
+        gradient_messages.post(self._comm, lambda: data, self._peer, self._tag, self._number)
         return (np.empty(0, dtype=np.float32),)
 
     def backward(self, indexes: tuple[int, ...], _: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -70,7 +70,7 @@ class _Send(CommunicationNode):
         received: tuple[Any, ...] = ()
         if self._number is not None:
             try:
-                gradients = _messages.take_gradient(self._comm, self._peer, self._number)
+                gradients = gradient_messages.take_gradient(self._comm, self._peer, self._number)
             except BaseException as error:
                 refuse_gradients(self._comm, error)
                 raise
@@ -113,7 +113,7 @@ class _Recv(CommunicationNode):
         Returns:
             A variable, or a tuple of them if several were sent.
         """
-        _messages.check_peer(self.comm, self._peer, self._tag)
+        gradient_messages.check_peer(self.comm, self._peer, self._tag)
         *ys, _ = self.apply(inputs or (new_delegate(),))
         return tuple(ys) if len(ys) > 1 else ys[0]
 
@@ -124,7 +124,7 @@ class _Recv(CommunicationNode):
 
     def forward(self, _: tuple[Any, ...]) -> tuple[Any, ...]:
         """Receive arrays."""
-        received, self._number = _messages.take(self.comm, self._peer, self._tag)
+        received, self._number = gradient_messages.take(self.comm, self._peer, self._tag)
         self.as_tuple = isinstance(received, tuple)
         ys = received if self.as_tuple else (received,)
         self._outputs = [(y.shape, y.dtype) for y in ys]
@@ -143,15 +143,15 @@ class _Recv(CommunicationNode):
                 for grad, (shape, dtype) in zip(grads, self._outputs)
                 if is_float(dtype)
             ]
-            _messages.post_gradient(self.comm, arrays, self._peer, self._number)
+            gradient_messages.post_gradient(self.comm, arrays, self._peer, self._number)
         _unanswered.discard(self)
         return (zeros(self.inputs[0].shape, self.inputs[0].dtype),)
 
     def refuse(self, error: BaseException) -> None:
-        """Tell the sender that there will be no gradient."""
+        """Send the error to the sender in the place of a gradient."""
         _unanswered.discard(self)
         if self._number is not None:
-            _messages.post_gradient(self.comm, (), self._peer, self._number, error)
+            gradient_messages.post_gradient(self.comm, (), self._peer, self._number, error)
             self._number = None
 
 
@@ -181,10 +181,10 @@ def send(x: Any, communicator: CommunicatorBase, rank: int, tag: int = 0) -> Any
     Raises:
         ValueError: If ``rank`` is this rank or none, the tag is out of range, or ``x`` is empty.
         TypeError: If ``x`` is something else; the receiver then raises as well.
-        RuntimeError: In backward, if the receiver has backprop mode off.
+        RuntimeError: Raised in backward, if the receiver has backprop mode off.
     """
-    rank, tag = _messages.check_peer(communicator, rank, tag)
-    _messages.make_room()
+    rank, tag = gradient_messages.check_peer(communicator, rank, tag)
+    gradient_messages.make_room()
     return send_soon(x, communicator, rank, tag)
 
 
@@ -212,7 +212,7 @@ def send_failure(error: BaseException, comm: CommunicatorBase, rank: int, tag: i
         raise error
 
     try:
-        _messages.post(comm, fail, rank, tag)
+        gradient_messages.post(comm, fail, rank, tag)
     except BaseException as raised:
         if raised is not error:
             raise
@@ -246,9 +246,9 @@ def recv(
 
     Raises:
         ValueError: If ``rank`` is this rank or none, or the tag is out of range.
-        Exception: What the sender could not send it for.
+        Exception: The error because of which the sender could not send it.
     """
-    rank, tag = _messages.check_peer(communicator, rank, tag)
+    rank, tag = gradient_messages.check_peer(communicator, rank, tag)
     if delegate_variable is not None:
         delegate_variable.name = "delegate_variable"
     (*ys, _), _ = receive(communicator, rank, tag, delegate_variable)
@@ -262,7 +262,7 @@ def receive(
 
     Returns:
         The variables followed by a delegate, from which backward sends their gradients whether
-        the loss depends on them or not; and a function that tells the sender of an error.
+        the loss depends on them or not; and a function that sends the sender an error.
     """
     node = _Recv(comm, rank, tag)
     delegate = new_delegate() if delegate_variable is None else delegate_variable
@@ -270,7 +270,7 @@ def receive(
 
 
 def refuse_gradients(comm: CommunicatorBase, error: BaseException) -> None:
-    """Tell every rank that waits for a gradient from this one that there will be none. Local."""
+    """Send an error to every rank that waits for a gradient from this one. Local."""
     for node in list(_unanswered):
         if node.comm is comm:
             node.refuse(error)

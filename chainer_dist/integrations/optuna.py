@@ -149,7 +149,7 @@ class ChainerMNTrial:
         self._ask(lambda trial: trial.report(value, step))
 
     def should_prune(self) -> bool:
-        """Tell whether the trial is to be pruned, the same on every rank. Collective."""
+        """Return whether the trial is to be pruned, the same on every rank. Collective."""
         return bool(self._ask(lambda trial: trial.should_prune()))
 
     def _ask(self, call: Callable[[optuna.Trial], Any]) -> Any:

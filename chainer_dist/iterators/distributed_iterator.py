@@ -51,15 +51,15 @@ class DistributedIterator(Iterator):  # type: ignore[misc]  # Chainer has no typ
     for a moment, and keeps its own indices.
 
     Args:
-        dataset: Of the same samples in the same order on every rank, with ``__len__`` and
-            ``__getitem__(int)``.
-        batch_size: Samples in a batch of one rank, the same on every rank.
+        dataset: Dataset with ``__len__`` and ``__getitem__(int)``, which has the same samples in the same
+            order on every rank.
+        batch_size: Number of samples in a batch of one rank, the same on every rank.
         comm: Communicator.
         shuffle: Whether to shuffle; otherwise every epoch has the order of the dataset. The same
             on every rank.
-        seed: From 0 to 2**32 - 1. Seed and number of the epoch determine an epoch's order,
-            whatever the number of ranks. None draws one from ``numpy.random`` on every rank,
-            of which rank 0's counts. The same on every rank.
+        seed: Integer from 0 to 2**32 - 1, the same on every rank. It determines, with the number of the
+            epoch, the order of an epoch, on any number of ranks. None draws one from
+            ``numpy.random`` on every rank, of which rank 0's counts.
         make_iterator: Called with ``dataset``, ``batch_size`` and ``order_sampler=``; returns a
             Chainer iterator that goes by that sampler: Serial-, Multithread- or
             MultiprocessIterator. It is called for the first batch, and again after ``reset()``,
@@ -87,10 +87,10 @@ class DistributedIterator(Iterator):  # type: ignore[misc]  # Chainer has no typ
     ) -> None:
         check_call("DistributedIterator(dataset, batch_size, comm)", comm, dataset, batch_size)
         with together(comm):
-            self._n_samples = _integer("the length of the dataset", len(dataset), 1)
-            batch_size = _integer("batch_size", batch_size, 1)
+            self._n_samples = checked_integer("the length of the dataset", len(dataset), 1)
+            batch_size = checked_integer("batch_size", batch_size, 1)
             if seed is not None:
-                seed = _integer("seed", seed, 0, _SEEDS)
+                seed = checked_integer("seed", seed, 0, _SEEDS)
             lines = [
                 ("the length of the dataset", str(self._n_samples)),
                 ("batch_size", str(batch_size)),
@@ -238,7 +238,7 @@ class _OwnOrder:
         return order
 
 
-def _integer(name: str, value: Any, least: int, end: int | None = None) -> int:
+def checked_integer(name: str, value: Any, least: int, end: int | None = None) -> int:
     """Return ``value`` as an int if it is one from ``least`` on, and below ``end``."""
     try:
         number = operator.index(value)

@@ -21,8 +21,8 @@ class DividedIterator(Iterator):  # type: ignore[misc]  # Chainer has no types
     """Draws each batch on all ranks, and yields this rank's share of it.
 
     For iterators that have an order of their own, such as streams of a text whose states go on from batch
-    to batch. Side by side, in the order of rank, the shares are the batch. Epochs and everything else are
-    those of the wrapped iterator.
+    to batch. Side by side, in the order of rank, the shares are the batch. Epochs and all other
+    attributes are the wrapped iterator's.
 
     Args:
         actual_iterator: Yields equal batches on all ranks, each a list.
@@ -30,7 +30,7 @@ class DividedIterator(Iterator):  # type: ignore[misc]  # Chainer has no types
         fingerprint: Returns a text of a batch that differs where the batch does.
 
     Raises:
-        ValueError: From ``next()``, on every rank, if a batch cannot be shared out equally, or differs.
+        ValueError: Raised by ``next()`` on every rank, if a batch cannot be shared out equally, or differs.
     """
 
     def __init__(
@@ -53,15 +53,15 @@ class DividedIterator(Iterator):  # type: ignore[misc]  # Chainer has no types
         self.is_drawing = True
         try:
             batch = next(self.actual_iterator)
-            told = f"{len(batch)} {self._fingerprint(batch)}"
+            mine = f"{len(batch)} {self._fingerprint(batch)}"
         except StopIteration:
-            told = "the end"
+            mine = "the end"
         except BaseException as caught:  # noqa: BLE001 - datasets may raise anything
-            error, told = caught, "error"
+            error, mine = caught, "error"
         finally:
             self.is_drawing = False
-        if not all(agree(comm, digest(told))):
-            everyone = comm.allgather_obj((describe_error(error), told))
+        if not all(agree(comm, digest(mine))):
+            everyone = comm.allgather_obj((describe_error(error), mine))
             raise_first({rank: failure for rank, (failure, _) in enumerate(everyone)}, error)
             rank = next(i for i, (_, each) in enumerate(everyone) if each != everyone[0][1])
             raise ValueError(
@@ -71,7 +71,7 @@ class DividedIterator(Iterator):  # type: ignore[misc]  # Chainer has no types
             )
         if error is not None:
             raise error
-        if told == "the end":
+        if mine == "the end":
             raise StopIteration
         share, rest = divmod(len(batch), comm.size)
         if rest or not share:

@@ -32,7 +32,7 @@ _ATTRIBUTES = (
 _NOT_SENT = object()
 
 
-class _MultiNodeIterator(Iterator):  # type: ignore[misc]  # Chainer has no types
+class MultiNodeIterator(Iterator):  # type: ignore[misc]  # Chainer has no types
     """Yields on every rank what the iterator of the master rank yields.
 
     The position of the master's iterator travels with each batch. So saving and loading need no
@@ -162,8 +162,8 @@ class _MultiNodeIterator(Iterator):  # type: ignore[misc]  # Chainer has no type
 
 def create_multi_node_iterator(
     actual_iterator: Any, communicator: CommunicatorBase, rank_master: int = 0
-) -> _MultiNodeIterator:
-    """Make all ranks iterate over the same batches, those of one rank. Collective.
+) -> MultiNodeIterator:
+    """Make all ranks iterate over the batches of one rank. Collective.
 
     For models that are split over ranks, which need the same samples on each. In every step the
     master sends its batch to all others; where every rank can read the dataset,
@@ -191,14 +191,14 @@ def create_multi_node_iterator(
     Raises:
         RankMismatchError: On every rank, if ``rank_master`` differs.
         ValueError, TypeError: On every rank, if it is no rank, or there is no iterator on it.
-        Exception: From ``next()`` and ``reset()``, on every rank: whatever the master's iterator
-            raises, or its batch when it is pickled.
+        Exception: Raised by ``next()`` and ``reset()`` on every rank: the error of the master's iterator,
+            or of its batch when that is pickled.
     """
     check_call(
         "create_multi_node_iterator(actual_iterator, communicator)", communicator, actual_iterator
     )
     rank_master = agreed_rank(communicator, rank_master, "rank_master")
-    return _MultiNodeIterator(actual_iterator, communicator, rank_master)
+    return MultiNodeIterator(actual_iterator, communicator, rank_master)
 
 
 def _epoch_size(iterator: Any) -> int | None:

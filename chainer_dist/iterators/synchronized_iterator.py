@@ -21,8 +21,8 @@ if TYPE_CHECKING:
     from chainer_dist.communicators import CommunicatorBase
 
 
-class _Order(np.ndarray[Any, np.dtype[Any]]):
-    """An order of samples that knows which one it is: after how many resets, and epochs since."""
+class EpochOrder(np.ndarray[Any, np.dtype[Any]]):
+    """An order of samples, with the number of resets before it and of epochs since."""
 
     number: tuple[int, int] | None = None
 
@@ -30,11 +30,11 @@ class _Order(np.ndarray[Any, np.dtype[Any]]):
         self.number = getattr(obj, "number", None)
 
 
-class _SynchronizedSampler:
-    """Draws orders that depend on nothing but a seed and the number of the order.
+class SynchronizedSampler:
+    """Draws orders that depend only on a seed and the number of the order.
 
-    Iterators that prefetch ask for the next order at a time that no rank can foresee, and may ask
-    again after a reset. With one random stream that alone would let the ranks' orders differ.
+    Iterators that prefetch draw the next order at a time that differs between ranks, and may draw it
+    again after a reset. From one random stream ranks would then draw different orders.
     """
 
     def __init__(self, actual_sampler: Callable[[Any, Any], Any], seed: int) -> None:
@@ -42,7 +42,8 @@ class _SynchronizedSampler:
         self.seed = seed
         self.resets = 0
 
-    def __call__(self, current_order: Any, current_position: int) -> _Order:
+    def __call__(self, current_order: Any, current_position: int) -> EpochOrder:
+        """Return the order of the next epoch, or of the first one after a reset. Local."""
         number = getattr(current_order, "number", None)
         if number is None:  # the iterator was reset
             self.resets += 1
@@ -59,12 +60,12 @@ class _SynchronizedSampler:
                 drawn = self.actual_sampler(current_order, current_position)
             finally:
                 np.random.set_state(own)  # noqa: NPY002
-        order = np.asarray(drawn).view(_Order)
+        order = np.asarray(drawn).view(EpochOrder)
         order.number = number
         return order
 
 
-class _SynchronizedIterator(Iterator):  # type: ignore[misc]  # Chainer has no types
+class SynchronizedIterator(Iterator):  # type: ignore[misc]  # Chainer has no types
     """Wraps an iterator; everything but the few names below is the wrapped iterator's own."""
 
     def __init__(self, actual_iterator: Any, communicator: CommunicatorBase) -> None:
@@ -88,7 +89,7 @@ class _SynchronizedIterator(Iterator):  # type: ignore[misc]  # Chainer has no t
     def serialize(self, serializer: Any) -> None:
         """Save or load position, order and seed. Local; load it on every rank."""
         sampler = self.actual_iterator.order_sampler
-        if isinstance(sampler, _SynchronizedSampler):
+        if isinstance(sampler, SynchronizedSampler):
             order = _chainer.order_of(self.actual_iterator)
             try:
                 seed = serializer("synchronized_seed", sampler.seed)
@@ -115,7 +116,7 @@ class _SynchronizedIterator(Iterator):  # type: ignore[misc]  # Chainer has no t
 
 def create_synchronized_iterator(
     actual_iterator: Any, communicator: CommunicatorBase
-) -> _SynchronizedIterator:
+) -> SynchronizedIterator:
     """Make the iterators of all ranks go through their datasets in the same order. Collective.
 
     For models that are split over ranks, which need the same samples on each, where every rank has
@@ -136,7 +137,7 @@ def create_synchronized_iterator(
         communicator: Communicator.
 
     Returns:
-        A wrapper; attributes that are read and set are those of ``actual_iterator``.
+        A wrapper, which reads and sets the attributes of ``actual_iterator``.
 
     Raises:
         ValueError: On every rank, if the iterator has no ``order_sampler``.
@@ -161,7 +162,7 @@ def create_synchronized_iterator(
             ("the first order of samples (is its generator seeded alike?)", _first(actual_iterator))
         ]
     check_same(communicator, lines)
-    return _SynchronizedIterator(actual_iterator, communicator)
+    return SynchronizedIterator(actual_iterator, communicator)
 
 
 def _describe(iterator: Any) -> list[tuple[str, str]]:
@@ -182,10 +183,10 @@ def _describe(iterator: Any) -> list[tuple[str, str]]:
 
 def _reset_with_seed(iterator: Any, seed: int) -> None:
     sampler = iterator.order_sampler
-    if isinstance(sampler, _SynchronizedSampler):  # created twice
+    if isinstance(sampler, SynchronizedSampler):  # created twice
         sampler = sampler.actual_sampler
     if sampler is not None:
-        iterator.order_sampler = _SynchronizedSampler(sampler, seed)
+        iterator.order_sampler = SynchronizedSampler(sampler, seed)
         if hasattr(iterator, "_prefetch_loop"):  # MultiprocessIterator
             iterator._prefetch_loop.order_sampler = iterator.order_sampler  # noqa: SLF001 - Chainer's
     iterator.reset()

@@ -1,4 +1,4 @@
-"""At which addresses of this host the ranks on other hosts can reach the launcher."""
+"""Addresses of this host at which ranks on other hosts can reach the launcher."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ if TYPE_CHECKING:
 
 __all__ = ["SOMEWHERE", "addresses"]
 
-# An address that is nobody's: the way to it begins at the interface that most ways begin at.
+# An address that no host has (RFC 5737): packets to it leave by the interface of the default route.
 SOMEWHERE = "198.51.100.1"
 
 
 def addresses(hosts: Sequence[Host], given: str | None = None) -> list[str]:
-    """Return at which addresses ranks on these hosts may reach this host. Local.
+    """Return addresses at which ranks on these hosts may reach this host. Local.
 
     Args:
-        hosts: Where ranks run; none is this host only.
-        given: What the user says.
+        hosts: Hosts of the ranks; none is this host only.
+        given: Address or name that the user gave; None for the ones that are found.
 
     Raises:
         LaunchError: If there is none.

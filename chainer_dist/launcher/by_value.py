@@ -1,4 +1,4 @@
-"""Pickling functions and classes that no other process could import, such as those of a notebook."""
+"""Pickling functions and classes that no other process could import, for example from a notebook."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """Running a function on many ranks from Python: :func:`chainer_dist.launch`.
 
-The ranks are those of an ordinary job of ``chainer-dist run``, in processes of their own. Each connects to the
+The ranks belong to an ordinary job of ``chainer-dist run``, in processes of their own. Each connects to the
 process that called :func:`launch`, proves that it belongs to the job (see :mod:`chainer_dist._connections`),
 fetches the function, calls it, and sends back what it returned or raised.
 """
@@ -94,20 +94,20 @@ def launch(
 
     Args:
         function: The function to be called on each rank.
-        args: Its positional arguments, the same on all ranks.
+        args: Positional arguments of the function, the same on all ranks.
         n: The number of ranks; by default the slots of the hosts, or 2 on this machine.
         hosts: The hosts and how many ranks each takes, as in ``"node1:4,node2:4"``; by default this machine.
-        kwargs: Its keyword arguments.
+        kwargs: Keyword arguments of the function, the same on all ranks.
         hostfile: The name of a file of hosts, in the format of MPICH or Open MPI, in place of ``hosts``.
         timeout: Seconds after which the job is ended; by default never.
-        env: Environment variables of the ranks, beside those of this process.
+        env: Environment variables of the ranks by name, in addition to the ones of this process.
         options: More options of ``chainer-dist run``, such as ``["--checked"]``.
 
     Returns:
         The values that the function returned, in the order of rank; they must be picklable.
 
     Raises:
-        Exception: What the function raised on the rank that failed first, with that rank's traceback as its cause.
+        Exception: The error of the function on the rank that failed first, with that rank's traceback as its cause.
         LaunchError: If the job cannot be started, a rank dies without an exception, or time is over. All
             processes of the job have ended by then, as they have after an interrupt.
         RuntimeError: If this process is itself a rank.
@@ -156,9 +156,9 @@ class _Call:
     """One call of a function on all ranks: the connections from them, and what they answer.
 
     Args:
-        task: What ranks fetch.
-        hosts: Where they run; none is this host only.
-        n_ranks: How many there are.
+        task: The pickled function and its arguments, which ranks fetch.
+        hosts: Hosts of the ranks; none is this host only.
+        n_ranks: Number of ranks.
     """
 
     def __init__(self, task: bytes, hosts: Sequence[Host], n_ranks: int) -> None:
@@ -250,9 +250,7 @@ class _Call:
 
     def _serve(self, connection: socket.socket, rank: int) -> None:
         """Hand a rank the function, and take its answer."""
-        with contextlib.suppress(
-            OSError, ValueError
-        ):  # a rank that dies is told of by the launcher
+        with contextlib.suppress(OSError, ValueError):  # the launcher reports a rank that dies
             connection.setblocking(True)  # noqa: FBT003 - positional only
             send(connection, self._task)
             returned, content, text = pickle.loads(receive(connection))

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 __all__ = ["main"]
 
-SECONDS_TO_BE_READ = 2.0  # for the last words, where somebody or a time limit has ended the job
+SECONDS_TO_BE_READ = 2.0  # for the last lines, where the user or a time limit has ended the job
 HERE = Path(__file__).resolve().parent
 _ELF = b"\x7fELF"
 
@@ -45,7 +45,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Do what the command line says. Local.
 
     Args:
-        arguments: Without the program's name; by default those of this process.
+        arguments: Arguments without the program's name; by default the arguments of this process.
 
     Returns:
         The exit status: that of the job, 1 if it cannot be started, 2 if the call is wrong.
@@ -167,7 +167,7 @@ def _launch(
         )
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
-    # Who reads the output may be slow, and may be waited for as long as the job.
+    # The reader of the output may be slow, and may be waited for as long as the job.
     was_ended = outcome.final and outcome.reason
     patience = SECONDS_TO_BE_READ if was_ended else limit - time.monotonic()
     if output.finish(patience) or was_ended or outcome.status:
@@ -293,7 +293,7 @@ def _places(options: argparse.Namespace) -> tuple[int, list[Host]]:
 
 
 def _hosts(options: argparse.Namespace) -> list[Host]:
-    """Return the hosts that the user names, or those of the scheduler's allocation, or none."""
+    """Return the hosts that the user names, or the hosts of the scheduler's allocation, or none."""
     from chainer_dist.launcher import allocations, hostfiles
 
     try:

@@ -18,7 +18,8 @@ def physical_cores(topology: Path = TOPOLOGY) -> list[list[int]]:
     """Return the cores that this process may use. Local.
 
     Args:
-        topology: Where Linux describes the processors. What is not described counts as a core.
+        topology: Folder in which Linux describes the processors. A processor without a description
+            counts as a core.
 
     Returns:
         For each core the numbers of its hardware threads; cores that share a socket are neighbours.
@@ -44,8 +45,8 @@ def divide(cores: list[list[int]], n_ranks: int) -> list[list[int]]:
     """Divide cores among the ranks of a machine. Local.
 
     Args:
-        cores: What :func:`physical_cores` returns.
-        n_ranks: How many ranks there are on the machine, at least 1.
+        cores: Result of :func:`physical_cores`.
+        n_ranks: Number of ranks on the machine, at least 1.
 
     Returns:
         For each rank the hardware threads it may use. Ranks get neighbouring cores, no two the same
@@ -65,6 +66,6 @@ def n_cores() -> int:
     """Return how many cores this process may use, less if a container limits its time. Local."""
     from chainer_dist import _threads  # imports a library, which the launcher seldom needs
 
-    quota = _threads._quota()
+    quota = _threads.quota()
     n = len(physical_cores())
     return n if quota is None else max(1, min(n, int(quota)))

@@ -1,4 +1,4 @@
-"""Hosts that come and go: a script tells which there are, and the job goes on with as many ranks as fit.
+"""Hosts that come and go: a script lists the present ones, and the job goes on with as many ranks as fit.
 
 The contract of the script is Horovod's: it is run again and again, and prints a line ``host:slots`` for each host
 that may be used now.
@@ -30,8 +30,8 @@ class Discovery:
 
     Args:
         script: Path of a program.
-        min_ranks: The job waits until there is room for so many.
-        max_ranks: It never has more; None is as many as there are slots.
+        min_ranks: Smallest number of ranks: the job waits until there is room for them.
+        max_ranks: Largest number of ranks; None is as many as there are slots.
     """
 
     def __init__(self, script: str, min_ranks: int, max_ranks: int | None) -> None:
@@ -49,7 +49,7 @@ class Discovery:
             hosts = self._run()
         except LaunchError as error:
             if not self._has_failed:
-                output.say(f"{error}; the hosts are taken to be those of before")
+                output.say(f"{error}; the job stays on the hosts that it has")
             self._has_failed = True
             return None
         self._has_failed = False
@@ -91,7 +91,7 @@ class Discovery:
             _sleep()
 
     def plan(self, hosts: Sequence[Host]) -> tuple[int, list[Host]]:
-        """Return the number of ranks, and those of the hosts that they need. Local."""
+        """Return the number of ranks, and the hosts that they need. Local."""
         n_ranks = hostfiles.n_slots(hosts)
         if self._max_ranks is not None:
             n_ranks = min(n_ranks, self._max_ranks)

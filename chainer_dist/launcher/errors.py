@@ -1,4 +1,4 @@
-"""What the launcher reports in one line instead of a traceback."""
+"""Errors that the launcher reports in one line instead of a traceback."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""On which hosts a job runs, and how many ranks each takes.
+"""The hosts of a job, and the number of ranks that each takes.
 
 Hosts come from the command line, from a file in the format of MPICH or of Open MPI, or from the
 scheduler: see :mod:`~chainer_dist.launcher.allocations`.
@@ -41,9 +41,9 @@ class Host(NamedTuple):
     """A machine.
 
     Attributes:
-        name: As ``mpiexec`` is to reach it.
-        slots: How many ranks it takes, at least 1.
-        max_slots: How many it may take if there are more ranks than slots; None is any number.
+        name: Name or address by which ``mpiexec`` reaches it.
+        slots: Number of ranks that it takes, at least 1.
+        max_slots: Largest number of ranks where there are more ranks than slots; None is any number.
     """
 
     name: str
@@ -70,13 +70,13 @@ def parse_hostfile(text: str, source: str) -> list[Host]:
 
     Args:
         text: Content of the file.
-        source: Its name, for the error.
+        source: Name of the file, for the error.
 
     Returns:
         The hosts in the order of the file, each once, at least one.
 
     Raises:
-        LaunchError: With the file's name and the line's number, if a line is none of these.
+        LaunchError: If a line is in neither format; it names the file and the line.
     """
     hosts = []
     for number, line in enumerate(text.split("\n"), 1):
@@ -129,8 +129,8 @@ def read_hostfile(file: str, variable: str = "") -> list[Host]:
     """Read the hostfile of that name; see :func:`parse_hostfile`. Local.
 
     Args:
-        file: Its name.
-        variable: The environment variable that has the name, for errors.
+        file: Name of the file.
+        variable: Name of the environment variable that has the file's name, for errors.
 
     Raises:
         LaunchError: If it is not there or cannot be read.

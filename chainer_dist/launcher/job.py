@@ -68,10 +68,11 @@ class Job:
         environ: Environment of ``mpiexec``.
         n_ranks: How many monitors are expected.
         reach: Addresses of this host that the hosts of the ranks can reach.
-        stdin: What rank 0 reads.
-        how: What is to be done with the output of the ranks.
+        stdin: Standard input of rank 0.
+        how: Format of the output of the ranks.
         seconds: Time limit.
-        change: Called now and then in another thread; returns why other hosts are to be used, in words, or "".
+        change: Function that is called now and then in another thread. It returns why other hosts are to be
+            used, in words, or "".
     """
 
     def __init__(
@@ -138,7 +139,7 @@ class Job:
 
     async def _start(self, environ: Mapping[str, str]) -> asyncio.subprocess.Process:
         # What a terminal or a scheduler sends to all processes must not end mpiexec before the ranks
-        # have had their say. In a session of its own it could not ask for ssh's passwords.
+        # have printed their last lines. In a session of its own it could not ask for ssh's passwords.
         before = signal.pthread_sigmask(signal.SIG_BLOCK, wire.FORWARDED)
         try:
             return await asyncio.create_subprocess_exec(
@@ -237,7 +238,7 @@ class Job:
         return True
 
     def _forward(self, number: signal.Signals) -> None:
-        """Pass a signal on to the scripts, before anything else: its words may have no reader."""
+        """Pass a signal on to the scripts first, and print after that: the output may have no reader."""
         if number == signal.SIGINT and self._signal is signal.SIGINT:
             self._judge(128 + number, "interrupted twice: the ranks were killed")
             self._monitors.send_all(wire.KILL)
@@ -287,7 +288,7 @@ class Job:
     def _was_written(self) -> None:
         self._monitors.pay_all()
         if output.has_no_reader():
-            self._judge(128 + signal.SIGPIPE, "nobody reads the output any more")
+            self._judge(128 + signal.SIGPIPE, "the output has no reader any more")
 
     def _outcome(self) -> Outcome:
         monitors = self._monitors
@@ -325,7 +326,7 @@ class Job:
         if status < 0:
             status = 128 - status
             reason = f"mpiexec was killed by {name_of_signal(status - 128)}"
-        # Of who calls MPI_Abort, mpiexec has the status and, in MPICH, the rank itself says that it was.
+        # mpiexec has the status of a rank that calls MPI_Abort; in MPICH that rank itself says that it did.
         aborted = [rank for rank in bad if status in rank.printer.words.aborts]
         left = [str(rank.number) for rank in ranks if rank.status == 0]
         if aborted:

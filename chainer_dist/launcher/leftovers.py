@@ -38,15 +38,15 @@ _NAMES = (
 def remove_shared_memory(since: float) -> None:
     """Remove files of shared memory that no process uses any more. Local; on Linux.
 
-    Removed are files of this user that are called as those of MPI and Python are, and that no process maps
-    or has open, in this container or another one. Where the kernel does not tell that, none are.
+    These are files of this user, with names that MPI and Python give, that no process maps or has open, in
+    this container or another one. Where the kernel does not know that, none are removed.
 
     Args:
-        since: Only files that were made later, by ``time.time``. Others may have left older ones.
+        since: Time by ``time.time``, in seconds. Older files are kept, as they may belong to other jobs.
     """
     if not hasattr(fcntl, "F_SETLEASE"):
         return
-    # The kernel sends it to who has a lease while somebody else opens the file, and it kills.
+    # The kernel sends this signal, which kills, to the holder of a lease when another process opens the file.
     before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGIO])
     try:
         for path in list(_files_of_this_user(since)):
@@ -73,7 +73,7 @@ def _remove_unless_used(path: Path) -> None:
     """Remove a file.
 
     Raises:
-        OSError: If a process uses it, or the kernel cannot tell.
+        OSError: If a process uses it, or the kernel does not know.
     """
     file = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
     try:

@@ -66,8 +66,8 @@ class Monitor:
         self._pid = 0
         self._due: list[tuple[float, signal.Signals]] = []  # when the script gets which signal
         self._asked = False  # whether it got one
-        self._alone = False  # whether nobody waits for this monitor any more
-        self._told = b""  # of its progress
+        self._alone = False  # whether no process waits for this monitor any more
+        self._reported = b""  # of its progress
         self._noted = b""
 
     def run(self, command: Sequence[str], cpus: Sequence[int] | None) -> int:
@@ -75,10 +75,10 @@ class Monitor:
 
         Args:
             command: Program and arguments.
-            cpus: What to bind it to.
+            cpus: Hardware threads to which it is bound; None to leave it free.
 
         Returns:
-            Its exit status, 128 and the signal's number if it was killed.
+            Its exit status; 128 plus the number of the signal if it was killed.
         """
         script = self._start(command, cpus)
         while script.poll() is None:
@@ -165,15 +165,15 @@ class Monitor:
             del self._pipes[pipe]
 
     def _pass_on_rest(self) -> None:
-        """Send what is left in the pipes after the end of all who could write to them."""
+        """Send what is left in the pipes after the end of all processes that could write to them."""
         for pipe, kind in self._pipes.items():
             os.set_blocking(pipe.fileno(), False)
-            with contextlib.suppress(BlockingIOError):  # somebody else holds it
+            with contextlib.suppress(BlockingIOError):  # another process has it open
                 while output := os.read(pipe.fileno(), wire.CHUNK):
                     self._tell(kind, output)
 
     def _read_cause(self) -> dict[str, Any]:
-        """Return what the script has told of its end, not one of its children; or nothing."""
+        """Return what the script itself, not a child, has reported of its end; or nothing."""
         try:
             with self._cause.open("rb") as file:
                 cause = json.loads(file.read(wire.CHUNK))
@@ -206,8 +206,8 @@ class Monitor:
             progress = self._progress.read_bytes().strip()
         except OSError:
             return  # nothing has been written yet
-        if progress != self._told:
-            self._told = progress
+        if progress != self._reported:
+            self._reported = progress
             self._tell(wire.PROGRESS, progress[:100])
 
     def _tell_notes(self) -> None:

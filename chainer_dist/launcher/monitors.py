@@ -36,17 +36,17 @@ _ALONE = (
 
 
 class Monitors:
-    """Listens to the monitors of a job: who is there, what the ranks print, who has failed first.
+    """Listens to the monitors of a job: which ranks run, what they print, and which has failed first.
 
     Args:
-        n_ranks: How many monitors are expected.
-        stdin: What rank 0 reads.
-        how: What is to be done with the output of the ranks.
-        changed: Set whenever something has happened that a job may wait for.
+        n_ranks: Number of monitors that are expected.
+        stdin: Standard input of rank 0.
+        how: Format of the output of the ranks.
+        changed: Event that is set whenever something has happened that a job may wait for.
 
     Attributes:
-        ranks: Those that have said hello, by number.
-        failed: Those that failed by themselves, in this order.
+        ranks: Ranks whose monitor has connected, by number.
+        failed: Ranks that failed by themselves, in the order in which they failed.
         progress: The largest number that ranks have written as their progress, or None.
         parting: The signal with which the ranks are asked to end, late ones too; None until then.
         blames: Whether a rank that fails does so by itself: not once the launcher ends the ranks.
@@ -89,7 +89,7 @@ class Monitors:
             rank.send(kind, b"%d" % number)
 
     def say_if_alone(self) -> None:
-        """Say that ranks had nothing to do with one another, where there are several."""
+        """Print a warning if there were several ranks, and no rank made a communicator."""
         if self._n_ranks > 1 and all(rank.alone for rank in self.ranks.values()):
             output.say(_ALONE.format(self._n_ranks))
 
@@ -100,7 +100,7 @@ class Monitors:
             reach: Addresses of this host that the hosts of the ranks can reach.
 
         Returns:
-            What monitors find in their environment: the secret of the job, and where to connect to.
+            Text for the environment of monitors: the secret of the job, and the addresses to connect to.
 
         Raises:
             LaunchError: If this host has no such address.
@@ -133,12 +133,12 @@ class Monitors:
                 raise error
 
     def pay_all(self) -> None:
-        """Have the ranks send more output, unless who reads it is behind."""
+        """Let the ranks send more output, unless its reader is behind."""
         for rank in self.ranks.values():
             self._pay(rank)
 
     def _admit(self) -> None:
-        """Talk to who has proven to be a monitor."""
+        """Begin conversations with connections that have proven to be monitors."""
         for connection, _ in self._reception.admit():
             self._talks.add(self._loop.create_task(self._serve(connection)))
 

@@ -1,6 +1,6 @@
-"""Which MPI mpi4py loads, the ``mpiexec`` that belongs to it, and how to call that one.
+"""The MPI that mpi4py loads, the ``mpiexec`` that belongs to it, and how to call that one.
 
-An ``mpiexec`` of another MPI starts ranks that do not know of one another: each believes to be alone.
+An ``mpiexec`` of another MPI starts processes each of which is rank 0 of a job of one.
 So the launcher asks mpi4py which library it loads and looks for that library's own ``mpiexec``.
 """
 
@@ -100,9 +100,9 @@ class Mpi(NamedTuple):
     Attributes:
         family: "MPICH", "Open MPI" or "Intel MPI".
         version: Version of the library.
-        library: Path of the library; "" where the system does not tell.
+        library: Path of the library; "" where the system does not show it.
         mpiexec: Path of the ``mpiexec`` that belongs to it.
-        mpiexec_version: Version of that.
+        mpiexec_version: Version of that ``mpiexec``.
     """
 
     family: str
@@ -177,12 +177,11 @@ def command(mpi: Mpi, n_ranks: int, hosts: Sequence[Host], variables: Sequence[s
     """Return the call of ``mpiexec``, to be followed by the program and its arguments. Local.
 
     Args:
-        mpi: What :func:`find` returns.
+        mpi: Result of :func:`find`.
         n_ranks: Number of ranks.
-        hosts: Where they run; none is this host.
-        variables: Names of environment variables that must reach other hosts, beside those of this
-            process that concern Python, threads, the network and Chainer. MPICH and Intel MPI pass
-            all that there are.
+        hosts: Hosts of the ranks; none is this host.
+        variables: Names of environment variables that must reach other hosts, in addition to variables
+            of this process for Python, threads, the network and Chainer. MPICH and Intel MPI pass all.
     """
     call = [mpi.mpiexec, "-n", str(n_ranks)]
     elsewhere = not all(is_here(host.name) for host in hosts)
@@ -225,7 +224,7 @@ def ssh_environment(
     """Return what makes ``mpiexec`` call ssh with a port and a private key. Local.
 
     Args:
-        mpi: What :func:`find` returns.
+        mpi: Result of :func:`find`.
         environ: The environment, whose own arguments for ssh are kept.
         port: Port of ssh on the other hosts; None for ssh's own.
         identity: Path of a private key, without white space; None for ssh's own.
@@ -321,7 +320,7 @@ def _why_not_to_run(program: str, library: str) -> str:
     given = {
         Path(sys.prefix),
         *Path(sys.prefix).parents,
-    }  # who may write there, decides what Python is
+    }  # a user who may write there decides what Python is
     for each in (sys.prefix, library):
         with contextlib.suppress(OSError):
             owners.add(os.stat(each).st_uid)  # noqa: PTH116 - "" is none

@@ -1,4 +1,4 @@
-"""The options of ``chainer-dist``, and what people who come from other launchers may have meant."""
+"""The options of ``chainer-dist``, and hints for options of other launchers."""
 
 from __future__ import annotations
 
@@ -189,7 +189,7 @@ def _add_places(parser: argparse._ActionsContainer, default: str) -> None:
         "--host",
         type=text,
         metavar="A:2,B:2",
-        help="hosts, and how many ranks each takes (default: those of the scheduler's allocation, or this one)",
+        help="hosts, and how many ranks each takes (default: the hosts of the scheduler's allocation, or this one)",
     )
     where.add_argument(
         "--hostfile",

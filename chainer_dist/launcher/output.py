@@ -1,4 +1,4 @@
-"""What the ranks print: whole lines with the rank's number, written without waiting for who reads them."""
+"""The output of the ranks: whole lines with the rank's number, written without waiting for a reader."""
 
 from __future__ import annotations
 
@@ -73,9 +73,9 @@ class Lines:
 
 
 class LastWords:
-    """Finds words for why a rank has ended in the lines of its standard error.
+    """Finds the reason why a rank has ended in the lines of its standard error.
 
-    They decide nothing: anything may be printed.
+    It is for messages only, and decides nothing: a script may print anything.
 
     Attributes:
         exception: Last line of the last traceback, or "".
@@ -106,10 +106,10 @@ class LastWords:
 
 
 class _Writer:
-    """Writes in a thread of its own: who reads there may stop for a while, or for ever.
+    """Writes in a thread of its own, as a reader may stop for a while, or for ever.
 
     Args:
-        name: Of what is written, for errors.
+        name: Name of the output, for errors.
     """
 
     def __init__(self, name: str) -> None:
@@ -215,7 +215,7 @@ def is_full() -> bool:
 
 
 def has_no_reader() -> bool:
-    """Return whether nobody reads the output any more. Local."""
+    """Return whether the output has no reader any more. Local."""
     return any(writer.has_no_reader for writer in _writers.values())
 
 
@@ -229,7 +229,7 @@ def finish(seconds: float) -> bool:
 def write(kind: bytes, output: bytes) -> None:
     """Print what a rank has printed, to standard output or error. Local.
 
-    To be called after :func:`start`. It waits for nobody, and raises nothing where nothing can be written.
+    Call it after :func:`start`. It does not wait for a reader, and raises nothing where nothing can be written.
     """
     _writers[kind].write(_DESCRIPTORS[kind], output)
 

@@ -1,4 +1,4 @@
-"""What becomes of the lines that a rank prints: shown with the rank's number, kept in a file, or both.
+"""The lines that a rank prints are shown with the rank's number, kept in a file, or both.
 
 Bars that are redrawn in place make no sense where several ranks write, nor in a file: a line now and then
 stands for them, and what would move a cursor is left out.
@@ -30,12 +30,12 @@ _ESCAPES = re.compile(rb"\x1b\[[0-?]*[ -/]*[@-~]|\x1b\][^\x07\x1b]*(?:\x07|\x1b\
 
 
 class Format(NamedTuple):
-    """What is to be done with the output of all ranks.
+    """How the output of all ranks is shown and kept.
 
     Attributes:
         prefix: Whether lines are shown with the number of their rank.
         only: The ranks whose lines are shown; None is all.
-        folder: Where each rank has a file of its lines; None is nowhere.
+        folder: Folder in which each rank has a file of its lines; None for no files.
         width: Digits of the largest rank, for the names of the files.
     """
 
@@ -136,8 +136,8 @@ class Printer:
 
     Args:
         number: The rank.
-        how: What is to be done with it.
-        later: Has a function called after some seconds.
+        how: Format of the output.
+        later: Function that has another function called after some seconds.
     """
 
     def __init__(

@@ -1,7 +1,7 @@
 """Processes that a process has started, and those that these have started, whatever session they are in.
 
-On Linux, which says who has started whom, and gives the orphans among them to the process that asks for
-it. Elsewhere nothing is found.
+This needs Linux, which knows the parent of each process, and can make a process the parent of orphans among
+its descendants. Elsewhere nothing is found.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def bury_orphans(child: int) -> None:
     """Forget adopted processes that have ended. Local.
 
     Args:
-        child: One whose status somebody else wants to know.
+        child: Number of a process that is left alone, as other code waits for it.
     """
     if not _IS_LINUX:
         return

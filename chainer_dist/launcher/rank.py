@@ -1,4 +1,4 @@
-"""A rank's monitor: starts the user's script, watches it and tells the launcher. Runs on every host.
+"""A rank's monitor: starts the user's script, watches it and reports to the launcher. Runs on every host.
 
 Three processes stand for a rank. ``mpiexec`` starts the first, which only waits. The second, the
 monitor, is its child in a session of its own, so that it survives when ``mpiexec`` kills the rank: it has
@@ -7,8 +7,8 @@ to see how the script ended, and that nothing is left of it. The third is the sc
 
 The monitor ends the script, and all processes that the script started, when the launcher says so,
 when the connection to the launcher breaks, and when the first process dies. If the monitor is killed the
-system kills the script, and the first process what the script has started. When the script has failed, and
-those of the other ranks have ended too, it removes the shared memory that nobody uses any more.
+system kills the script, and the first process kills the processes that the script has started. When the script has
+failed, and the scripts of all ranks have ended, it removes the shared memory that no process uses any more.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def main(arguments: Sequence[str]) -> int:
     Without a launcher, that is under an ``mpiexec`` called by hand, this process becomes the script.
 
     Returns:
-        The script's exit status, 128 and the signal's number for one that was killed.
+        The script's exit status; 128 plus the number of the signal if it was killed.
     """
     command = [sys.executable, *arguments]
     where = os.environ.pop(_environment.LAUNCHER, None)
@@ -109,7 +109,7 @@ def _run_monitored(
     its.close()
     launcher.close()
     ended = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
-    if ended < 0:  # somebody killed the monitor, and the script has nobody else
+    if ended < 0:  # the monitor was killed, and no other process ends the script
         with contextlib.suppress(ValueError, ProcessLookupError):
             script = int(ours.recv(wire.CHUNK))
             os.killpg(script, signal.SIGKILL)
@@ -130,7 +130,7 @@ def share_of_host(local_rank: int, local_size: int) -> list[int] | None:
     """
     parts = cores.divide(cores.physical_cores(), local_size)
     if local_size > 1 and not any(name in os.environ for name in _threads.VARIABLES):
-        threads = _threads.fair_share(parts, local_rank, _threads._quota())
+        threads = _threads.fair_share(parts, local_rank, _threads.quota())
         os.environ.update(dict.fromkeys(_threads.VARIABLES, str(threads)))
     bind = os.environ.get(_environment.PIN, "1") != "0" and hasattr(os, "sched_setaffinity")
     return parts[local_rank] if bind else None
@@ -140,7 +140,7 @@ def connect(where: str, rank: int) -> socket.socket:
     """Return a connection to the launcher, which then knows that this rank is there. Local.
 
     Args:
-        where: What :class:`~chainer_dist.launcher.job.Job` has in the environment.
+        where: Secret and addresses that :class:`~chainer_dist.launcher.job.Job` puts into the environment.
         rank: This rank.
 
     Raises:

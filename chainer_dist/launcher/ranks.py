@@ -1,4 +1,4 @@
-"""What the launcher knows of a rank: the connection to its monitor, what it prints, and how it ended."""
+"""A rank as the launcher knows it: the connection to its monitor, its output, and how it ended."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def name_of_signal(number: int) -> str:
 
 
 class Rank:
-    """What the launcher knows of a rank."""
+    """The state of a rank in the launcher."""
 
     def __init__(
         self, number: int, host: str, writer: asyncio.StreamWriter, printer: Printer
@@ -41,7 +41,7 @@ class Rank:
         self.printer = printer
         self.ended_at = math.inf
         self.status: int | None = None  # None if it is not known
-        self.cause: dict[str, Any] = {}  # what the script has told of its end
+        self.cause: dict[str, Any] = {}  # what the script has reported of its end
         self.alone = False  # whether it has ended without having begun to communicate
         self.unpaid = 0  # bytes of output that came, and no more was asked for
 

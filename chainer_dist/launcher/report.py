@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
 
 SHARED_MEMORY = "/dev/shm"  # noqa: S108 - this is where MPI puts it
-LITTLE_SHARED_MEMORY = 1 << 30  # bytes; containers have 64 MiB unless told otherwise
+LITTLE_SHARED_MEMORY = 1 << 30  # bytes; containers have 64 MiB by default
 PACKAGES = ("chainer", "numpy", "mpi4py")
 _LEVELS = ("SINGLE", "FUNNELED", "SERIALIZED", "MULTIPLE")
 
@@ -36,7 +36,7 @@ def main(arguments: Sequence[str]) -> int:
     """Collect, and print on rank 0. Collective over the ranks of the job.
 
     Args:
-        arguments: What the launcher found out, as JSON, and perhaps ``--json``.
+        arguments: Facts from the launcher, as JSON, and perhaps ``--json``.
 
     Returns:
         0, whatever is found.
@@ -62,8 +62,8 @@ def collect() -> tuple[list[dict[str, Any]], dict[str, str], str]:
             "python": platform.python_version(),
             **{name: importlib.metadata.version(name) for name in PACKAGES},
         },
-        "cores": _threads._cores(),
-        "quota": _threads._quota(),
+        "cores": _threads.cores(),
+        "quota": _threads.quota(),
         "shared_memory": _shared_memory(),
         "start_method": multiprocessing.get_start_method(),
         "kernels": kernels.status()._asdict(),
@@ -134,7 +134,7 @@ def warnings(facts: Mapping[str, Any]) -> list[str]:
     """Return what will hurt, each with what to do about it. Local.
 
     Args:
-        facts: What :func:`summary` returns.
+        facts: Result of :func:`summary`.
     """
     found = []
     launcher = facts["mpi"]

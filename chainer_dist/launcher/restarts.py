@@ -44,8 +44,8 @@ def run(
     Args:
         start: Runs the job once; called with the number of the attempt from 0, the number of ranks,
             the hosts, and the seconds left.
-        places: Where the ranks run, first and after each attempt.
-        max_restarts: How often to start again after a failure.
+        places: Object that chooses the hosts, for the first attempt and for each later one.
+        max_restarts: Largest number of restarts after a failure.
         seconds: Time limit of all attempts together.
 
     Returns:
@@ -96,7 +96,7 @@ class Places(Protocol):
         """Return the number of ranks and the hosts to begin with, before a time by ``time.monotonic``."""
 
     def have_changed(self, n_ranks: int, hosts: Sequence[Host]) -> bool:
-        """Return whether an attempt on these hosts may have failed because they are not there any more."""
+        """Return whether an attempt on these hosts may have failed because some of them are gone."""
 
     def next(self, n_ranks: int, hosts: Sequence[Host], limit: float) -> tuple[int, list[Host]]:
         """Return the same for the next attempt.
@@ -107,12 +107,12 @@ class Places(Protocol):
 
 
 class GivenHosts:
-    """The hosts that the user names: those of them that can still be reached.
+    """The hosts that the user names, as far as they can still be reached.
 
     Args:
         n_ranks: Number of ranks, fewer once the hosts that are left have fewer slots.
-        hosts: Where they run; none is this host.
-        probe: Returns which of the hosts can still be reached.
+        hosts: Hosts of the ranks; none is this host.
+        probe: Function that returns which of the hosts can still be reached.
     """
 
     def __init__(

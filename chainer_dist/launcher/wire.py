@@ -26,7 +26,7 @@ ERR = b"E"  # bytes of standard error
 PROGRESS = b"P"  # an integer as text
 NOTES = b"T"  # JSON: files that the script writes; alone: whether it has not begun to communicate
 WANT = b"W"  # more of standard input
-FAILED = b"F"  # JSON: status as in subprocess; cause: what the script has told of its end
+FAILED = b"F"  # JSON: status as in subprocess; cause: what the script has reported of its end
 END = b"X"  # JSON: status; the last message
 
 # To the monitor.

@@ -1,12 +1,12 @@
-"""What ranks tell each other of the components of a model, and whether these fit together.
+"""Descriptions of the components of a model, which ranks exchange, and whether these fit together.
 
 Only the ranks whose components are connected compare, without a collective, so that ranks without a
-component need not call the model. Each tells its peers, and the peers of its peers, of its components, and
+component need not call the model. Each sends its components to its peers and to the peers of its peers, and
 waits for theirs: one message each way between any two of them, as long as connections are named on both sides.
 
-A rank that names one by which it is not named is a stranger to that one. It may come at any time, so the one
-that it names looks for strangers in every call, tells them of its own components, and fails. Until then they
-wait.
+A rank that names another one by which it is not named is a stranger to that one. Its message may come at any
+time. So a rank looks for messages of strangers in every call, sends them its own components, and fails; until
+then strangers wait.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, NamedTuple, Optional
 
 from chainer_dist.collectives.operation import point_to_point
 from chainer_dist.errors import RankMismatchError
-from chainer_dist.functions import _messages
+from chainer_dist.functions import gradient_messages
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -40,7 +40,7 @@ class Component(NamedTuple):
 
 
 class Table(NamedTuple):
-    """The part of a model that is on one rank."""
+    """The components of a model that are on one rank."""
 
     n_micro_batches: int
     components: tuple[Component, ...]
@@ -70,9 +70,9 @@ class _Board:
     """The tables that came to this rank by a communicator, and the models that it has made for it.
 
     Attributes:
-        numbers: Of models, in the order in which they are made on this rank.
-        tables: By the number of a model, what returns its table as it is now, or None if the model is gone.
-        arrived: By the rank that they are of, tables that no model has used yet, and in which call they came.
+        numbers: Numbers of models, in the order in which they are made on this rank.
+        tables: Functions by the number of a model, which return its present table, or None if the model is gone.
+        arrived: Tables that no model has used yet, by their rank, each with the call in which it was sent.
     """
 
     def __init__(self) -> None:
@@ -109,8 +109,8 @@ class Comparison:
         own: The table of this rank.
 
     Attributes:
-        tables: By rank, its own and the tables of connected ranks.
-        fits: Whether these fit together.
+        tables: The table of this rank and of connected ranks, by rank.
+        fits: Whether the tables fit together.
     """
 
     def __init__(self, comm: CommunicatorBase, model: int, call: int, own: Table) -> None:
@@ -134,13 +134,13 @@ class Comparison:
         self.fits = find_problem(self.tables, {}) is None
 
     def strangers(self, call: int) -> Tables:
-        """Return the tables of ranks that name ones here, which do not name them; tell them of this. Local.
+        """Return the tables of strangers to ranks of this model, and send them this rank's table. Local.
 
         Args:
             call: The number of the call that this rank is in.
         """
         self._call = self._call._replace(number=call)
-        tag = _messages.reserved_tag(_messages.COMPONENTS)
+        tag = gradient_messages.reserved_tag(gradient_messages.COMPONENTS)
         while self._comm.mpi_comm.iprobe(tag=tag):
             receive_components(self._comm)
         callers = self._callers()
@@ -167,11 +167,13 @@ class Comparison:
         }
 
     def _tell(self, ranks: set[int]) -> None:
-        """Tell ranks of the components here, each of them once."""
-        tag = _messages.reserved_tag(_messages.COMPONENTS)
+        """Send this rank's table to other ranks, to each of them once."""
+        tag = gradient_messages.reserved_tag(gradient_messages.COMPONENTS)
         for rank in sorted(ranks - self._told):
             self._told.add(rank)
-            _messages.post_obj(self._comm, (self._call, self.tables[self._comm.rank]), rank, tag)
+            gradient_messages.post_obj(
+                self._comm, (self._call, self.tables[self._comm.rank]), rank, tag
+            )
 
 
 @point_to_point
@@ -180,13 +182,13 @@ def receive_components(comm: CommunicatorBase, source: int | None = None) -> Non
 
     Args:
         comm: Communicator.
-        source: A rank that this one cannot go on without, for those who ask what it waits for.
+        source: A rank that this one waits for, to be named in reports of a stall.
     """
     from mpi4py import MPI
 
     del source
     status = MPI.Status()
-    tag = _messages.reserved_tag(_messages.COMPONENTS)
+    tag = gradient_messages.reserved_tag(gradient_messages.COMPONENTS)
     message = comm.recv_obj(MPI.ANY_SOURCE, status, tag=tag)
     _boards[comm].arrived[status.Get_source()].append(message)
 
@@ -195,7 +197,7 @@ def find_problem(tables: Mapping[int, Table], strangers: Mapping[int, Table]) ->
     """Return what does not fit together, the same on every rank that knows the same tables. Local.
 
     Args:
-        tables: By rank, the tables of connected ranks.
+        tables: The tables of connected ranks, by rank.
         strangers: See :meth:`Comparison.strangers`.
     """
     first = min(tables)

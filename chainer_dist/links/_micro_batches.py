@@ -10,7 +10,7 @@ import numpy as np
 
 from chainer_dist.collectives.failures import describe_error, raise_first
 from chainer_dist.errors import RankMismatchError
-from chainer_dist.functions import _messages
+from chainer_dist.functions import gradient_messages
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -37,11 +37,11 @@ def cut(
             length = _common_length(inputs)
     except (TypeError, ValueError) as caught:
         error = caught
-    tag = _messages.reserved_tag(_messages.BATCHES)
+    tag = gradient_messages.reserved_tag(gradient_messages.BATCHES)
     everyone = {comm.rank: (length, describe_error(error))}
     for rank in ranks:
         if rank != comm.rank:
-            _messages.post_obj(comm, everyone[comm.rank], rank, tag)
+            gradient_messages.post_obj(comm, everyone[comm.rank], rank, tag)
     for rank in ranks:
         if rank != comm.rank:
             everyone[rank] = comm.recv_obj(rank, tag=tag)
@@ -105,7 +105,7 @@ def joined(pieces: Sequence[Any]) -> Any:
 
 
 def is_variable(x: Any) -> bool:
-    """Tell whether it is a variable or an array."""
+    """Return whether an object is a variable or an array."""
     return isinstance(x, (chainer.Variable, np.ndarray))
 
 

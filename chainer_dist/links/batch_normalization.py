@@ -1,4 +1,4 @@
-"""The batch normalization link whose statistics are those of all ranks' samples."""
+"""The batch normalization link with the statistics of all ranks' samples."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class MultiNodeBatchNormalization(L.BatchNormalization):  # type: ignore[misc]  
     """Batch normalization with the mean and variance of all ranks' samples.
 
     In training the output, the running statistics and, once an optimizer has averaged them over
-    the ranks, the gradients are those of :class:`chainer.links.BatchNormalization` on the
+    the ranks, the gradients equal the ones of :class:`chainer.links.BatchNormalization` on the
     concatenation of all ranks' batches. The batches may be of different sizes, and of no samples
     on some ranks. All of Chainer's link is here: lazy sizes, ``axis``, fine-tuning, float16 and
     mixed precision, ``F.forget``, double backward; so are the names of its parameters and of what
@@ -33,8 +33,8 @@ class MultiNodeBatchNormalization(L.BatchNormalization):  # type: ignore[misc]  
     channels, dtype or eps, or the input of one is wrong, all of them raise. In test mode a call is
     local. Backward is called on all ranks or on none, so each rank's loss depends on the output.
 
-    While ``chainer.config.chainer_dist_standing_by`` is true on a rank, that rank takes part with
-    no samples of its own: its ``x`` and its loss leave the statistics and other ranks' gradients
+    While ``chainer.config.chainer_dist_standing_by`` is true on a rank, that rank counts as one
+    without samples: its ``x`` and its loss leave the statistics and other ranks' gradients
     as they are, and its output is ``x`` normalized by the others' statistics. So a rank that ran
     out of data can repeat a batch to stay in step.
 
@@ -54,7 +54,7 @@ class MultiNodeBatchNormalization(L.BatchNormalization):  # type: ignore[misc]  
         initial_gamma: Initializer of the scale; None for 1.
         initial_beta: Initializer of the shift; None for 0.
         communication_backend: ``auto`` or ``mpi``, which mean the same.
-        axis: Axis, or ascending axes, over which the mean is taken. None for all but those of the
+        axis: Axis, or ascending axes, over which the mean is taken. None for all but the axes of
             channels, which follow the first axis.
 
     Attributes:

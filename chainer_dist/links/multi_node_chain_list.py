@@ -1,4 +1,4 @@
-"""A model whose parts lie on several ranks, run one after the other or as a pipeline."""
+"""A model whose links are on several ranks, run one after the other or as a pipeline."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import chainer
 
-from chainer_dist.functions import _messages
+from chainer_dist.functions import gradient_messages
 from chainer_dist.functions._node import Ordered, checked_array, come_after, new_delegate
 from chainer_dist.functions.point_to_point_communication import (
     receive,
@@ -40,7 +40,7 @@ class MultiNodeChainList(chainer.ChainList):  # type: ignore[misc]  # Chainer ha
     their inputs come from and where their outputs go. All ranks with components call the model, which
     runs them in the order in which they were added. Backward runs through them in the reverse order,
     on every rank: from the output of the model where it has one, otherwise from the empty variable
-    that the call returns. Gradients are those of the whole model in one process. ::
+    that the call returns. Gradients equal the ones of the whole model in one process. ::
 
         class FirstHalf(MultiNodeChainList):          # on rank 0
             def __init__(self, comm):
@@ -58,8 +58,8 @@ class MultiNodeChainList(chainer.ChainList):  # type: ignore[misc]  # Chainer ha
         loss.backward()
 
     At the first call, and at the first after links were added (between the same calls on all of them),
-    the ranks whose components are connected, directly or by other ranks' components, compare what they were
-    told. If not every output has its input, or if components wait for one another in a circle, each of
+    the ranks whose components are connected, directly or by other ranks' components, compare these
+    connections. If not every output has its input, or if components wait for one another in a circle, each of
     these ranks raises an error that names the rank and the component, and so it does in later calls.
     There is one exception: a rank cannot know of one that it does not name, and that names it. It
     raises in its first call that begins after the other one has called the model, and the calls before
@@ -69,7 +69,7 @@ class MultiNodeChainList(chainer.ChainList):  # type: ignore[misc]  # Chainer ha
 
     Ranks without components need not call the model, unless they get some later; where they do, it
     returns at once. Where a rank has components of several models of one communicator, it makes them
-    all before the first call, so that it knows of which of them another rank speaks.
+    all before the first call, so that the number of a model means the same one on every rank.
 
     With ``n_micro_batches`` the ranks work at the same time (the schedule is that of GPipe, Huang
     et al., arXiv 1811.06965). The batch is cut along the first axis, as evenly as possible, and
@@ -86,7 +86,7 @@ class MultiNodeChainList(chainer.ChainList):  # type: ignore[misc]  # Chainer ha
 
     Args:
         comm: Communicator.
-        n_micro_batches: Pieces that the batch is cut into, the same on every rank.
+        n_micro_batches: Number of pieces into which the batch is cut, the same on every rank.
 
     Raises:
         ValueError: If ``n_micro_batches`` is not at least 1.
@@ -138,7 +138,7 @@ class MultiNodeChainList(chainer.ChainList):  # type: ignore[misc]  # Chainer ha
         """Run this rank's components. All ranks that have components call the model together.
 
         Args:
-            inputs: What components with ``rank_in`` None are called with; elsewhere ignored.
+            inputs: Arguments of components with ``rank_in`` None; elsewhere ignored.
 
         Returns:
             What the component with ``rank_out`` None returned. On a rank without such a component
@@ -149,7 +149,7 @@ class MultiNodeChainList(chainer.ChainList):  # type: ignore[misc]  # Chainer ha
                 be cut into micro-batches.
             RankMismatchError: On every connected rank, if ``n_micro_batches`` or the lengths of batches
                 differ.
-            Exception: What a component raised here, or on a rank that this one waits for.
+            Exception: The error of a component here, or on a rank that this one waits for.
         """
         tables, failure = self._compare()
         takes_inputs = any(component.rank_in is None for component in self._components)
@@ -160,7 +160,7 @@ class MultiNodeChainList(chainer.ChainList):  # type: ignore[misc]  # Chainer ha
             )
         # What was sent in earlier calls has a receiver. Nothing waits between here and the end but
         # for messages that come, so that no two ranks can wait for each other.
-        _messages.make_room()
+        gradient_messages.make_room()
         call = _Call(self._comm, self._components, len(pieces), failure)
         return call.run(self.children(), pieces)
 
@@ -189,8 +189,8 @@ class _Call:
     """One forward pass of this rank's components.
 
     Once something has failed, here or on a rank that this one receives from, the rest of the
-    schedule is still gone through: what comes is received, and whoever waits for an output or a
-    gradient of this rank is told. So all ranks end the call, and can make another.
+    schedule is still gone through: messages are received, and ranks that wait for an output or a
+    gradient of this rank are sent the error. So all ranks end the call, and can make another.
     """
 
     def __init__(

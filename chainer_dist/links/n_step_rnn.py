@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import chainer
 from chainer.links.rnn.n_step_rnn import NStepRNNBase
 
-from chainer_dist.functions._messages import check_peer
+from chainer_dist.functions.gradient_messages import check_peer
 from chainer_dist.functions.point_to_point_communication import receive, send
 
 if TYPE_CHECKING:

@@ -43,7 +43,7 @@ def create_multi_node_optimizer(
     collective. Attributes read and set, hooks added, and what is saved are the wrapped
     optimizer's, so that hyperparameter schedules and snapshots need no change.
 
-    Training on N ranks then gives what one process gives on the concatenated batch, if each rank's
+    Training on N ranks then equals training of one process on the concatenated batch, if each rank's
     loss is a mean over an equally large batch.
 
     With the communicator ``shared_memory`` the update is sharded where that provably gives the same
@@ -64,10 +64,10 @@ def create_multi_node_optimizer(
 
     Args:
         actual_optimizer: Any Chainer optimizer, set up or not. It is changed by the updates. Any other
-            object with ``setup``, ``target`` and ``update`` will do as well, as that of another
-            library, wrapped: gradients are averaged, then its own ``update`` is called on every rank.
-            Of the options below it takes ``zero_fill`` only.
-        communicator: Over whose ranks gradients are averaged.
+            object with ``setup``, ``target`` and ``update`` is taken as well, such as a wrapped optimizer of
+            another library: gradients are averaged, then its own ``update`` is called on every rank.
+            Such an object takes only the option ``zero_fill``.
+        communicator: The communicator over whose ranks gradients are averaged.
         double_buffering: Whether gradients are exchanged in the background while the next step
             computes. Each update then uses the gradients of the step before it: the first call
             of ``update`` only starts an exchange, and the last gradients are never used. It pays
@@ -77,20 +77,20 @@ def create_multi_node_optimizer(
             be None on all ranks or on none.
         sharded_update: False to have every rank update all parameters, True to raise ValueError
             where the update cannot be sharded. ``"job"`` does as well, and shards it over all ranks of
-            the job instead of those of each node, as stage 1 of ZeRO (Rajbhandari et al., 2020): the
+            the job instead of the ranks of each node, as stage 1 of ZeRO (Rajbhandari et al., 2020): the
             state of the update rules exists once per job. Nodes send each other sums of gradients
             before, and the parameters that each has updated after that: as many bytes as otherwise,
             but only the first half can overlap with backward. The state can be saved after
-            ``optimizer.consolidate()``, which is collective. Parameters are those of the replicated
-            update, to the bit between two nodes (MPI adds up more of them in another order).
+            ``optimizer.consolidate()``, which is collective. Parameters equal the ones of the
+            replicated update, to the bit between two nodes (MPI adds up more nodes in another order).
         mean_grad: Whether a sharded update leaves the average in ``param.grad``, as the hooks left
             it: the same on every rank, kept once per node, and read-only for that. It stays as it
             is until this rank's next update; keep a copy for longer.
         share_parameters: Whether a sharded update keeps parameters, too, once per node. It saves
             time and memory. From the first update on ``param.array`` is then memory of all ranks
-            of the node: what one rank writes there all of them see, so that ``param.array *= 2``
-            on every rank doubles it once for each rank; and arrays held elsewhere since before,
-            as those of ``model.copy()``, are no longer the model's.
+            of the node: all ranks see what one writes there, so that ``param.array *= 2``
+            on every rank doubles it once for each rank; and arrays that were held elsewhere before,
+            as by ``model.copy()``, are no longer the model's.
         compression: One of :mod:`chainer_dist.compression`, to average gradients with fewer bytes
             between nodes, approximately, or by their rows that are not zero, exactly; the same kind
             on every rank, and an object of this optimizer alone. Its state is saved with the
@@ -132,7 +132,7 @@ def create_multi_node_optimizer(
             threads; or one of them with a communicator that has a ``multi_node_mean_grad`` of its own; or ``overlap`` with one of them or another communicator than
             ``shared_memory``; or if ``accumulate_steps`` is not 1 or more. From updates, if
             ``sharded_update`` is True and the update cannot be sharded.
-        RankMismatchError: From updates, on every rank, if ``accumulate_steps``, ``overlap`` or
+        RankMismatchError: Raised by updates on every rank, if ``accumulate_steps``, ``overlap`` or
             the kind of ``compression`` differs.
     """
     check_call(

@@ -36,11 +36,11 @@ class Accumulation:
         self._sums = Kept()
 
     def has_grad(self, parameters: ParameterSet, *, stands_by: bool) -> list[bool]:
-        """Tell which parameters have a gradient from this batch or from those before. Local.
+        """Return for each parameter whether this batch or an earlier one gave it a gradient. Local.
 
         Args:
             parameters: This rank's parameters, with the gradients of this batch.
-            stands_by: Whether those do not count.
+            stands_by: Whether the gradients of this batch do not count.
         """
         return [
             (has and not stands_by) or self._sums.get(name, array.shape) is not None
@@ -72,10 +72,10 @@ class Accumulation:
             param.grad = None
 
     def finish(self, parameters: ParameterSet, size: int) -> None:
-        """Make what was added gradients, whose mean over the ranks is that over all batches.
+        """Set the sums as gradients, scaled so that their mean over the ranks is the mean over all batches.
 
         Args:
-            parameters: They get the gradients; None where no batch had one on this rank.
+            parameters: Parameters that get the gradients; None where no batch had one on this rank.
             size: Number of ranks.
         """
         scale = size / self.batches
@@ -96,10 +96,10 @@ class Accumulation:
             self._sums.serialize(serializer["sums"])
 
     def load(self, sources: Sequence[chainer.AbstractSerializer], *, takes_sums: bool) -> None:
-        """Load what ranks have saved, in the place of what is here.
+        """Replace the sums by the ones that ranks have saved.
 
         Args:
-            sources: For each rank that this one goes on for; they differ in what was that rank's own.
+            sources: Serializers, one for each rank in whose place this one goes on.
             takes_sums: Whether this rank goes on with the sums of these ranks, added up.
         """
         self.__init__()  # type: ignore[misc]  # begins anew

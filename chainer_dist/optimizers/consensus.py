@@ -32,13 +32,13 @@ if TYPE_CHECKING:
 
 __all__ = ["Report", "Settings", "Stage", "Verdict", "compare", "describe_options"]
 
-_Value = tuple[Any, ...]  # whose it is, its name, the value, and what may change within the value
+_Value = tuple[Any, ...]  # its owner, its name, the value, and values within it that may change
 
 
 class Stage(enum.IntEnum):
-    """The comparisons of an update. There all ranks wait for the slowest."""
+    """The comparisons of an update, in which all ranks wait for the slowest."""
 
-    BEFORE = 0  # forward: the first that all ranks do
+    BEFORE = 0  # forward: the first operation of all ranks
     AFTER = 1  # backward
 
 
@@ -64,12 +64,12 @@ class Report(NamedTuple):
     Attributes:
         stage: At which of an update's comparisons this rank is.
         structure: Digest of the names, shapes and dtypes of the parameters.
-        change: What is new of the parameters since the last comparison, a :class:`Change`.
-        values: Digest of what they were changed to.
+        change: Change of the parameters since the last comparison, a :class:`Change`.
+        values: Digest of the new values of changed parameters.
         grads: Digest of which parameters have a gradient.
-        t: How many updates there were.
-        calls: How many batches were accumulated since the last update.
-        settings: Digest of what decides what the update does.
+        t: Number of updates.
+        calls: Number of batches that were accumulated since the last update.
+        settings: Digest of all settings that decide what the update does.
         planned: Whether the way of updating need not be chosen anew.
         clean: Whether gradients are still those that were exchanged during backward, if any were.
     """
@@ -92,7 +92,7 @@ class Verdict(NamedTuple):
     Attributes:
         same: For each entry of their reports, whether it is the same on every rank.
         changed: Whether any rank's parameters were changed.
-        differ: Whether the ranks' parameters may differ for that.
+        differ: Whether the ranks' parameters may differ because of that.
     """
 
     same: Report
@@ -115,9 +115,9 @@ class Settings:
     def __init__(self, *, are_alike: bool = True) -> None:
         self._are_alike = are_alike
         self._known: dict[int, tuple[Any, str]] = {}  # descriptions of users' objects, by id
-        self._rules: list[Any] = []  # whose classes these are:
+        self._rules: list[Any] = []  # the rules that the digest of classes is of
         self._classes = 0
-        self._values: list[_Value] = []  # whose descriptions these are:
+        self._values: list[_Value] = []  # the values that the digest of descriptions is of
         self._described = 0
         self._lasting: Any = None  # whose digest this is:
         self._base = 0
@@ -128,7 +128,7 @@ class Settings:
         Args:
             options: Names and values of the multi-node optimizer's options.
             optimizer: The wrapped one.
-            parameters: Of its target.
+            parameters: The parameters of its target.
         """
         rules = [param.update_rule for param in parameters.all.values()]
         if not are_identical(rules, self._rules):

@@ -23,12 +23,12 @@ _OF_A_RANK = frozenset({"rank", "intra_rank", "inter_rank", "local_rank"})
 
 
 def is_plain(value: Any) -> bool:
-    """Tell whether a value is a number, a string or the like, and no object with attributes. Local."""
+    """Return whether a value is a number, a string or the like, and no object with attributes. Local."""
     return value is None or isinstance(value, (str, bytes, numbers.Number, np.generic, np.ndarray))
 
 
 def is_of_chainer(value: Any) -> bool:
-    """Tell whether an object is of a class of Chainer's, or of one derived from such. Local."""
+    """Return whether an object is of a class of Chainer's, or of one derived from such. Local."""
     return any(base.__module__.partition(".")[0] == "chainer" for base in type(value).__mro__)
 
 
@@ -47,7 +47,7 @@ def describe(value: Any, depth: int = 0) -> str:
 
     Args:
         value: Anything.
-        depth: In how many other objects it is.
+        depth: Number of objects within which it is.
     """
     return name_of(type(value)) if depth > _DEEPEST else _describe(value, depth)
 
@@ -150,7 +150,7 @@ def _describe_items(items: Mapping[Any, Any], depth: int) -> str:
 
 
 def _attributes(value: Any) -> dict[Any, Any]:
-    """Return the numbers that an object holds, as far as they can be told."""
+    """Return the attributes of an object that hold numbers, as far as they are known."""
     found: dict[Any, Any] = dict(getattr(value, "__dict__", {}))
     for kind in type(value).__mro__:
         slots = kind.__dict__.get("__slots__", ())
@@ -169,7 +169,7 @@ def _numbers_in(items: Mapping[Any, Any]) -> dict[Any, Any]:
 
 
 def _is_numeric(value: Any, depth: int = 0) -> bool:
-    """Tell whether a value is a number, or numbers in a sequence, a set or a dict."""
+    """Return whether a value is a number, or numbers in a sequence, a set or a dict."""
     if isinstance(value, (numbers.Number, np.bool_)):
         return True
     if isinstance(value, np.ndarray):

@@ -1,8 +1,8 @@
-"""Backward that tells of each parameter's gradient as soon as nothing is added to it any more.
+"""Backward that reports each parameter's gradient as soon as nothing is added to it any more.
 
 Chainer sets ``param.grad`` when backward is over. Until then gradients are in a table of Chainer's
-backward, where each function adds what it contributes. All that is known here of Chainer's inside,
-7.8.1, which is its last: when a function hook is called, the table, and how nodes are linked.
+backward, where each function adds what it contributes. This rests on internals of Chainer
+7.8.1, its last version: when a function hook is called, the table, and how nodes are linked.
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ class FinalGradients(chainer.FunctionHook):  # type: ignore[misc]  # Chainer has
     """Runs backward once and reports final gradients on the way. Local.
 
     A gradient is final when each function that took the parameter, of all those that the loss comes
-    from, has contributed to it. Not reported are gradients of parameters that the loss does not
-    come from, those of which nothing comes by some function (it returns None, or backward does not
-    get there), and None.
+    from, has contributed to it. Three kinds are not reported: gradients of parameters that the
+    loss does not come from, gradients to which some function contributes nothing (it returns None, or
+    backward does not get there), and None.
 
     Args:
-        loss: From which backward starts.
-        params: Whose gradients are reported.
+        loss: Variable from which backward starts.
+        params: Parameters whose gradients are reported.
 
     Attributes:
         reached: Which of ``params`` the loss comes from, by number, in ascending order.
@@ -69,7 +69,7 @@ class FinalGradients(chainer.FunctionHook):  # type: ignore[misc]  # Chainer has
 
     @staticmethod
     def can_watch(loss: object) -> bool:
-        """Tell whether backward of a loss is the one known here: that of Chainer's NumPy variables."""
+        """Return whether backward of a loss is the one known here: of Chainer's variables with NumPy arrays."""
         return (
             isinstance(loss, chainer.Variable)
             and type(loss).backward is chainer.Variable.backward

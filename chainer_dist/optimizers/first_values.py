@@ -1,12 +1,12 @@
 """First values of parameters that get their shape in a forward pass, drawn alike on every rank.
 
-``L.Linear(None, 10)`` draws its weights when it first sees a batch, which is too late to send them:
-a gradient is computed from them at once, and no message can be exchanged amid a forward pass, as
-not every rank may use the layer. So ranks draw the same numbers: while such a parameter is
+``L.Linear(None, 10)`` draws its weights when it first sees a batch, which is too late to broadcast them:
+a gradient is computed from them at once. Ranks cannot communicate in the middle of a forward pass, as
+perhaps not every rank uses the layer. So ranks draw the same numbers: while such a parameter is
 initialized, ``numpy.random`` continues a sequence that begins at the state of rank 0.
 
-An initializer that takes its numbers from elsewhere may still draw other ones on each rank. The ranks
-compare what they have drawn before they use a gradient of it; see
+An initializer that takes its numbers from elsewhere may still draw different ones on each rank. Ranks
+compare the drawn values before they use a gradient that was computed with them; see
 :mod:`~chainer_dist.optimizers.replicas`.
 """
 
@@ -34,7 +34,7 @@ _DRAWS = "_chainer_dist_draws"  # the attribute of a parameter that draws from a
 
 
 class _Draws:
-    """A sequence of random numbers that all ranks of a communicator continue alike."""
+    """A sequence of random numbers from which all ranks of a communicator draw."""
 
     def __init__(self) -> None:
         self.state: Any = None
@@ -43,8 +43,8 @@ class _Draws:
     def in_use(self) -> Iterator[None]:
         """Let ``numpy.random`` draw from the sequence. Local.
 
-        This rank's own numbers go on afterwards where they were, unless they were the next ones of
-        the sequence: then they go on behind it, as they would in a single process.
+        Afterwards ``numpy.random`` returns to this rank's own state. If that was the state of the sequence,
+        it stays at the end of the drawn numbers, as in a single process.
         """
         own: Any = np.random.get_state()  # noqa: NPY002 - what Chainer draws from
         follows = _are_equal(own, self.state)
@@ -64,12 +64,12 @@ _sequences: weakref.WeakKeyDictionary[CommunicatorBase, _Draws] = weakref.WeakKe
 def share_draws(comm: CommunicatorBase, model: chainer.Link) -> None:
     """Let parameters of a model that wait for their shape draw the same numbers on every rank. Collective.
 
-    The sequence begins anew, where ``numpy.random`` is on rank 0. Nothing is done on a single rank, nor
+    The sequence begins at the state of ``numpy.random`` on rank 0. Nothing is done on a single rank, or
     if no parameter waits.
 
     Args:
-        comm: Whose ranks draw alike.
-        model: The same parameters of it wait on every rank.
+        comm: The communicator whose ranks draw the same numbers.
+        model: The model, of which the same parameters wait on every rank.
     """
     waiting = [param for _, param in model.namedparams() if param.array is None]
     if comm.size == 1 or not waiting:
@@ -100,10 +100,10 @@ def _let_chainer_look() -> None:
         return cast("Method", draw)
 
     chainer.Parameter.initialize = wrap(chainer.Parameter.initialize, lambda param: param)
-    # It draws once more what it has just initialized.
+    # This one draws values again that it has just initialized.
     LSTMBase._initialize_params = wrap(LSTMBase._initialize_params, lambda link: link.upward.W)  # noqa: SLF001 - Chainer's
 
 
 def _are_equal(one: Any, other: Any) -> bool:
-    """Tell whether two states of ``numpy.random`` are the same."""
+    """Return whether two states of ``numpy.random`` are equal. Local."""
     return one[0] == other[0] and one[2:] == other[2:] and bool(np.array_equal(one[1], other[1]))

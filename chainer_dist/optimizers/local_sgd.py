@@ -91,13 +91,13 @@ def create_local_sgd_optimizer(
 ) -> LocalSGDOptimizer:
     """Make an optimizer whose ranks update alone and average their parameters every few updates.
 
-    Local SGD (Stich, arXiv 1805.09767) talks ``period`` times less often than
+    Local SGD (Stich, arXiv 1805.09767) communicates ``period`` times less often than
     :func:`~chainer_dist.create_multi_node_optimizer`, and ranks wait for one another that much less
-    often. It is another algorithm: what one process would compute on the concatenated batches it
-    only comes near to. With ``warmup_updates`` it is post-local SGD (Lin et al., arXiv 1808.07217),
+    often. It is another algorithm, whose results only come near to the ones of one process on the concatenated
+    batches. With ``warmup_updates`` it is post-local SGD (Lin et al., arXiv 1808.07217),
     which begins with averaged gradients.
 
-    Between two averagings each rank has a model of its own. An evaluator then tells the mean of their
+    Between two averagings each rank has a model of its own. An evaluator then reports the mean of their
     scores, and a snapshot of rank 0 is of rank 0's model: evaluate and save at updates of which
     ``period`` is a divisor (counted after the warm-up), or call ``optimizer.average()`` before, which
     is collective. :class:`~chainer_dist.Checkpoint` saves the model and the optimizer of every
@@ -112,11 +112,11 @@ def create_local_sgd_optimizer(
 
     Args:
         actual_optimizer: Any Chainer optimizer, set up or not. It is changed by the updates.
-        communicator: Over whose ranks parameters are averaged.
-        period: How many updates there are from one averaging to the next, 1 or more; the
+        communicator: The communicator over whose ranks parameters are averaged.
+        period: Number of updates from one averaging to the next, 1 or more; the
             same on every rank. Can be set later, as ``optimizer.period``.
         warmup_updates: Number of first updates that average gradients, as the updates of
-            ``create_multi_node_optimizer`` do, 0 or more. Their number is that of ``optimizer.t``.
+            ``create_multi_node_optimizer`` do, 0 or more. ``optimizer.t`` counts them.
         average_state: Whether arrays that the update rules keep (momentum, Adam's moments) are
             averaged with the parameters. Otherwise each rank keeps its own.
 
@@ -125,7 +125,7 @@ def create_local_sgd_optimizer(
 
     Raises:
         ValueError: If ``period`` or ``warmup_updates`` is out of range.
-        RankMismatchError: From updates, on every rank, if one of the options differs.
+        RankMismatchError: Raised by updates on every rank, if one of the options differs.
     """
     check_call(
         "create_local_sgd_optimizer(actual_optimizer, communicator)",

@@ -3,17 +3,16 @@
 Between nodes the exchange of gradients takes long, and most of that time the processors wait for the
 network. Backward comes to the last layers first; their gradients are final long before it is over,
 so they are sent while it goes on. They are cut into blocks in the order in which they became final
-on rank 0, and a block is exchanged as soon as all that is in it is there. As PyTorch's
-DistributedDataParallel (Li et al., VLDB 2020), but without buckets of its own: the blocks of the
-exchange are those.
+on rank 0, and a block is exchanged as soon as all that is in it is there. This is like PyTorch's
+DistributedDataParallel (Li et al., VLDB 2020), with the blocks of the exchange in the place of buckets.
 
 MPI goes on with what is under way only while it is called, so it is polled after each function of
 backward. A thread that polls in between was tried, every 0.3 to 5 ms: less was left to exchange
 after backward, and backward took longer by as much or more, because no core is idle meanwhile.
 
 Nothing of a step is changed before backward is over on all ranks: means go to memory of their own,
-as backward may still read what it has reported. So ranks can find out afterwards, together, that the
-exchange was of no use, and do it as ever.
+as backward may still read gradients that it has reported. So ranks can find out together, afterwards, that
+the exchange cannot be used, and average after backward.
 """
 
 from __future__ import annotations
@@ -51,11 +50,11 @@ class Overlap:
     """The exchange of an optimizer's gradients during backward.
 
     Args:
-        comm: Over whose ranks gradients are averaged.
-        code: How gradients are sent between nodes; None as they are.
+        comm: The communicator over whose ranks gradients are averaged.
+        code: Codec of gradients between nodes; None to send them as they are.
 
     Attributes:
-        comm: As given.
+        comm: The communicator.
         is_stale: Whether a new :meth:`plan` is to be made; the same on every rank.
         was_used: Whether the last gradients were averaged during backward; the same on every rank.
     """
@@ -80,9 +79,9 @@ class Overlap:
         All ranks come to the same.
 
         Args:
-            loss: From which this rank's backward starts, or None if there is no backward here.
+            loss: Variable from which this rank's backward starts, or None if there is no backward here.
             parameters: The parameters of the model.
-            is_usual: Whether nothing is changed that the plan rests on.
+            is_usual: Whether all that the plan was made for is unchanged.
         """
         self._exchange = None
         self._watch = watch = None
@@ -110,7 +109,7 @@ class Overlap:
         """Run backward, and the exchange that :meth:`prepare` has arranged. Collective in that case.
 
         Args:
-            loss: That of :meth:`prepare`.
+            loss: The variable that :meth:`prepare` got.
             loss_scale: See ``chainer.Variable.backward``.
         """
         watch, exchange = self._watch, self._exchange
@@ -131,7 +130,7 @@ class Overlap:
             exchange.finish()
 
     def is_clean(self) -> bool:
-        """Tell whether this rank's gradients are those that were exchanged, if any were. Local."""
+        """Return whether this rank's gradients are still the ones that were exchanged, if any were. Local."""
         return self._exchange is None or self._exchange.is_clean()
 
     def accept(self, *, is_clean: bool, is_changed: bool) -> None:
@@ -238,7 +237,7 @@ class _EarlyExchange:
                 self._begin_next()
 
     def is_clean(self) -> bool:
-        """Tell whether gradients are still those that were taken."""
+        """Return whether gradients are still the ones that were taken."""
         return all(
             param.grad is self._taken.get(index) or not self._arrays[index].size
             for index, param in enumerate(self._params)

@@ -1,4 +1,4 @@
-"""Which update an optimizer makes, and why that one."""
+"""The choice of the update that an optimizer makes, and the reason that is logged."""
 
 from __future__ import annotations
 
@@ -44,22 +44,22 @@ class Plan:
         options: The user's choice.
 
     Attributes:
-        options: As given.
+        options: The user's choice.
         chosen: The update that is prepared; None before the first choice, and after :meth:`drop`.
-        overlap: What exchanges gradients during backward; None where that was never possible.
+        overlap: The exchange of gradients during backward; None where that was never possible.
     """
 
     def __init__(self, options: Options) -> None:
         self.options = options
         self.chosen: Update | None = None
         self.overlap: Overlap | None = None
-        self._signature: Signature | None = None  # what the update was chosen for
+        self._signature: Signature | None = None  # of the optimizer for which the update was chosen
         self._context: Context | None = None
         self._updates: dict[type[Update], Update] = {}
-        self._told = ""  # what was last said of the choice
+        self._logged = ""  # the last line on the choice
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**vars(Plan(self.options)), "_told": self._told}  # a copy chooses anew
+        return {**vars(Plan(self.options)), "_logged": self._logged}  # a copy chooses anew
 
     def connect(self, context: Context) -> None:
         """Plan for a communicator and an optimizer from now on. Local."""
@@ -81,7 +81,7 @@ class Plan:
         return self.overlap is not None and self.overlap.was_used
 
     def fits(self, context: Context, parameters: ParameterSet) -> bool:
-        """Tell whether parameters can be updated in the way that was last chosen. Local."""
+        """Return whether parameters can be updated in the way that was last chosen. Local."""
         return (
             self.chosen is not None
             and Signature(context.optimizer, parameters) == self._signature
@@ -154,9 +154,9 @@ class Plan:
             level, text = logging.WARNING, f"every rank updates all parameters, as {reason}"
         else:
             level, text = logging.INFO, ""
-        if text and text != self._told:
+        if text and text != self._logged:
             _logger.log(level, "chainer_dist: %s", text)
-        self._told = text
+        self._logged = text
 
     def consolidate(self, context: Context) -> None:
         """Let every rank have all of the state until the next update. Collective.

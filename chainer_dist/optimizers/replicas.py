@@ -28,21 +28,20 @@ __all__ = ["Change", "Replicas"]
 
 
 class Change(enum.IntEnum):
-    """What is new of a rank's parameters since the ranks last had them alike."""
+    """How a rank's parameters have changed since they were last equal on all ranks."""
 
     NONE = 0
     ARRAYS = 1  # there are other parameters, or other arrays
-    LOADED = 2  # the optimizer was loaded from a snapshot, and so, presumably, were they
+    LOADED = 2  # the optimizer was loaded from a snapshot, and presumably its parameters
 
 
 class Replicas:
     """Whether this rank's parameters are equal to the other ranks', as far as it knows.
 
-    Values that are changed in place are not noticed, as that would mean to read all of them in
-    each update.
+    Changes in place are not noticed, as each update would have to read all values for that.
 
     Attributes:
-        structure: Of the parameters when the ranks last compared them; None before.
+        structure: Structure of the parameters when the ranks last compared them; None before.
     """
 
     def __init__(self) -> None:
@@ -51,10 +50,10 @@ class Replicas:
         self._is_loaded = False
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**vars(self), "_arrays": []}  # of a copy they are others
+        return {**vars(self), "_arrays": []}  # a copy has other arrays
 
     def invalidate(self) -> None:
-        """Take it that all values were loaded. Local."""
+        """Let all values count as loaded. Local."""
         self._is_loaded = True
 
     @property
@@ -63,19 +62,19 @@ class Replicas:
         return any(spec is None for _, spec in self.structure or ())
 
     def has_structure_of(self, parameters: ParameterSet) -> bool:
-        """Tell whether there are the same parameters as when the ranks last compared. Local."""
+        """Return whether there are the same parameters as when the ranks last compared. Local."""
         return parameters.structure == self.structure
 
     def _knows(self, name: str, parameters: ParameterSet) -> bool:
-        """Tell whether a parameter was there, initialized, when the ranks last compared. Local."""
+        """Return whether a parameter was there, initialized, when the ranks last compared. Local."""
         return (name, dict(parameters.structure)[name]) in (self.structure or ())
 
     def compare(self, parameters: ParameterSet) -> tuple[Change, int]:
-        """Return what is new since the ranks last compared, and a digest of the new values. Local.
+        """Return the change since the ranks last compared, and a digest of the new values. Local.
 
-        Two ranks on which nothing is loaded, and whose structures and digests are equal, have equal
-        parameters if they had before. Where a parameter has got its shape the digest is of all,
-        as a link may draw the values of others at the same time.
+        Two ranks with equal parameters before, on which nothing is loaded, have equal parameters if their
+        structures and digests are equal. Where a parameter has got its shape, the digest is of all
+        parameters, as a link may draw the values of others at the same time.
         """
         if self._is_loaded:
             return Change.LOADED, 0
@@ -94,9 +93,9 @@ class Replicas:
         return Change.ARRAYS, digest(replaced)
 
     def keep(self, parameters: ParameterSet) -> None:
-        """Know that all ranks have these alike. Local.
+        """Note that these parameters are equal on all ranks. Local.
 
-        Arrays that are replaced by the update of these parameters count as well.
+        That includes arrays by which the update of these parameters has replaced others.
         """
         self.structure = parameters.structure
         self._arrays = [param.array for param in parameters.params]
@@ -112,7 +111,7 @@ class Replicas:
         same_structure: bool,
         same_values: bool,
     ) -> tuple[bool, bool]:
-        """Tell whether parameters were changed, and whether so that the ranks' may differ. Collective.
+        """Return whether parameters were changed, and whether ranks may differ because of that. Collective.
 
         Where all ranks have changed theirs alike, that is known from now on.
 
@@ -169,7 +168,7 @@ class Replicas:
                     continue
                 raise RankMismatchError(
                     f"{name} had other values than on rank 0 when its gradient was computed. It has "
-                    "those of rank 0 now, and nothing was updated. If the layer gets its shape in "
+                    "the values of rank 0 now, and nothing was updated. If the layer gets its shape in "
                     "the first forward pass, its initializer must draw from numpy.random, and all "
                     "ranks must come to such layers in the same order; or give the layer its size. "
                     "If parameters were loaded or replaced, do so on every rank, or call "
@@ -211,7 +210,7 @@ class Replicas:
 def checksum(array: Array) -> int:
     """Return a number that is the same for equal values of a dtype. Local.
 
-    Of what is no NumPy array, and cannot be exchanged, it is 0.
+    It is 0 for anything but a NumPy array, which cannot be exchanged.
     """
     if not (isinstance(array, np.ndarray) and array.size):
         return 0

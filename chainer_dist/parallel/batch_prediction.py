@@ -13,7 +13,7 @@ from chainer_dist._chainer import call_converter
 from chainer_dist.collectives.agreement import check_same
 from chainer_dist.datasets.scattered import ScatteredDataset
 from chainer_dist.errors import FailedItem, RankMismatchError
-from chainer_dist.extensions.allreduce_persistent import _persistents
+from chainer_dist.extensions.allreduce_persistent import persistent_values
 from chainer_dist.extensions.generic_multi_node_evaluator import call_with
 from chainer_dist.parallel.items import ITEM_ERRORS, Block, Chunk, attempt, failed_item
 from chainer_dist.parallel.prediction_files import PredictionFile
@@ -189,7 +189,7 @@ def _failed(values: Sequence[Any]) -> list[FailedItem]:
 def _checksums(model: chainer.Link) -> list[tuple[str, str]]:
     """Describe parameters and persistent values, so that equal ones have equal descriptions."""
     found = {name: param.array for name, param in model.namedparams()}
-    for name, link, key in _persistents(model):
+    for name, link, key in persistent_values(model):
         found[name] = getattr(link, key)
     lines = []
     for name, value in sorted(found.items()):

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from chainer_dist import _progress
 from chainer_dist.collectives.calls import check_call
 from chainer_dist.errors import FailedItem
-from chainer_dist.iterators.distributed_iterator import _integer
+from chainer_dist.iterators.distributed_iterator import checked_integer
 from chainer_dist.parallel import dealing
 from chainer_dist.parallel.dealing import Dealer
 from chainer_dist.parallel.items import Block, Chunk, attempt
@@ -95,11 +95,11 @@ def pmap(
 
     def describe() -> list[tuple[str, str]]:
         nonlocal n_ahead
-        size = _integer("chunksize", chunksize, 1)
+        size = checked_integer("chunksize", chunksize, 1)
         dealing.check_on_error(on_error)
         n_ahead = _CHUNKS_A_RANK * comm.size
         if buffersize is not None:
-            n_ahead = max(1, _integer("buffersize", buffersize, 1) // size)
+            n_ahead = max(1, checked_integer("buffersize", buffersize, 1) // size)
         if comm.rank == 0:
             iter(items)  # type: ignore[arg-type]  # raises what is wrong with it
             if progress:

@@ -10,7 +10,7 @@ from chainer.dataset import convert
 
 from chainer_dist import _progress
 from chainer_dist.collectives.calls import check_call
-from chainer_dist.iterators.distributed_iterator import _integer
+from chainer_dist.iterators.distributed_iterator import checked_integer
 from chainer_dist.parallel import dealing
 from chainer_dist.parallel.batch_prediction import BatchPrediction
 from chainer_dist.parallel.dealing import Dealer
@@ -110,9 +110,9 @@ def predict(
 
     def describe() -> list[tuple[str, str]]:
         nonlocal per_file
-        size = _integer("batchsize", batchsize, 1)
+        size = checked_integer("batchsize", batchsize, 1)
         wanted = 1 if samples_per_file is None else samples_per_file
-        per_file = size * -(-_integer("samples_per_file", wanted, 1) // size)
+        per_file = size * -(-checked_integer("samples_per_file", wanted, 1) // size)
         dealing.check_on_error(on_error)
         prediction.prepare()
         if comm.rank == 0:

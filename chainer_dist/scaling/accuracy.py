@@ -22,7 +22,7 @@ def train(batch: int, target: float, seed: int) -> dict[str, Any]:
     Args:
         batch: Images a rank.
         target: The accuracy, from 0 to 1.
-        seed: Of the initial parameters and of the order of the images.
+        seed: Seed of the initial parameters and of the order of the images.
 
     Returns:
         ``seconds`` of training, ``epochs`` and ``updates`` that it took, and the accuracy it came to;

@@ -30,25 +30,25 @@ class Prediction(NamedTuple):
     """A step on a cluster; all times in seconds.
 
     Attributes:
-        workload: What is trained.
+        workload: Name of the workload.
         scenario: The kind of cluster, by its name.
-        network: By its name.
-        ranks_per_node: Of each node.
+        network: The network, by its name.
+        ranks_per_node: Number of ranks on each node.
         straggler: See :class:`chainer_dist.scaling.cluster.Cluster`.
-        jitter: The same.
-        oversubscription: The same.
-        ranks: Of all nodes.
+        jitter: See :class:`chainer_dist.scaling.cluster.Cluster`.
+        oversubscription: See :class:`chainer_dist.scaling.cluster.Cluster`.
+        ranks: Number of ranks on all nodes.
         design: See :data:`chainer_dist.scaling.design.DESIGNS`.
-        seconds: Of a step, by SMPI; None where that was left out, because it would take too long.
-        closed_form: The same in closed form.
-        efficiency: What a rank does, against plain Chainer on one rank alone. More than 1 where ranks of a node
+        seconds: Seconds of a step, simulated by SMPI; None where that would have taken too long.
+        closed_form: Seconds of a step, in closed form.
+        efficiency: Throughput of a rank, divided by plain Chainer's on one rank alone. More than 1 where ranks of a node
             share an update that costs more than the exchange.
-        latency: How much shorter the step would be if that were nothing, in closed form.
-        bandwidth: If that were endless.
-        waiting: If all ranks computed alike.
-        comparisons: If ranks did not find out whether they agree.
-        node: How much longer a step takes on one such node than of plain Chainer on one rank alone, as ranks
-            share its memory; below 0 where they share an update that costs more.
+        latency: Seconds by which the step would be shorter without latency, in closed form.
+        bandwidth: Seconds by which it would be shorter with unlimited bandwidth.
+        waiting: Seconds by which it would be shorter if all ranks computed equally long.
+        comparisons: Seconds by which it would be shorter if ranks did not compare.
+        node: Seconds by which a step on one such node is longer than plain Chainer's on one rank alone, as
+            ranks share its memory; below 0 where they share an update that costs more.
     """
 
     workload: str
@@ -111,7 +111,7 @@ def answers(
     """Return questions and the lines that answer them. Local.
 
     Args:
-        schedules: By workload, what was recorded, on few ranks first.
+        schedules: Recorded schedules by workload, on few ranks first.
         predictions: For these workloads.
     """
     most = max(each.ranks for each in predictions)

@@ -28,7 +28,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Measure what the command line says, and report it. Local; starts jobs.
 
     Args:
-        arguments: Without the program's name; by default those of this process.
+        arguments: Arguments without the program's name; by default the arguments of this process.
 
     Returns:
         The exit status: 1 if something fails, 2 if the call is wrong.

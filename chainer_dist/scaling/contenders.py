@@ -1,4 +1,4 @@
-"""Who is measured: chainer_dist, and what its users would otherwise take."""
+"""The contenders of a measurement: chainer_dist, and the programs that its users would otherwise take."""
 
 from __future__ import annotations
 
@@ -45,12 +45,12 @@ WITHOUT_KERNELS = ("chainermn", "allreduce", TORCH, TORCH_CHANNELS_LAST)
 
 
 def is_torch(contender: str) -> bool:
-    """Tell whether a contender has no Chainer in it. Local."""
+    """Return whether a contender does without Chainer. Local."""
     return contender in (TORCH, TORCH_CHANNELS_LAST)
 
 
 def available(contender: str, workload: str) -> bool:
-    """Tell whether a contender can train a workload here. Local."""
+    """Return whether a contender can train a workload here. Local."""
     if not is_torch(contender):
         return True
     found = workloads.load(workload)
@@ -65,9 +65,9 @@ def make_step(
 
     Args:
         contender: One of :data:`CONTENDERS`.
-        workload: Its name.
-        model: Called for the loss.
-        arguments: With these.
+        workload: Name of the workload.
+        model: The model, which is called for the loss.
+        arguments: Arguments of that call.
     """
     import chainer
 

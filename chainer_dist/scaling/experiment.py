@@ -171,8 +171,8 @@ def run(plan: Plan, folder: Path, *, quiet: bool = False) -> dict[Job, dict[str,
     """Run the jobs whose results are not in a folder yet, and return the results of all. Local.
 
     Args:
-        plan: What is measured. That of the results in the folder, if there are some.
-        folder: Where the results are kept; made where missing.
+        plan: Plan of the measurement; the same as of results that are already in the folder.
+        folder: Folder of the results, which is made where missing.
         quiet: Whether to show no progress.
 
     Raises:
@@ -223,8 +223,8 @@ def run_job(job: Job, plan: Plan) -> dict[str, Any]:
     """Run a job and return its result. Local.
 
     Args:
-        job: What is measured.
-        plan: Whose kernels, seconds, steps, accuracy, places and timeout are taken.
+        job: The job that is measured.
+        plan: Plan, from which kernels, seconds, steps, accuracy, places and timeout are taken.
 
     Raises:
         RuntimeError: If the job fails, with what it said.

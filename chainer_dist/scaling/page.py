@@ -46,12 +46,12 @@ def write(
     """Write the page, whole or not at all. Local.
 
     Args:
-        path: Of the file.
+        path: Path of the file.
         rows: See :func:`chainer_dist.scaling.results.rows`.
         accuracies: See :func:`chainer_dist.scaling.results.accuracy_rows`.
         parts: See :func:`chainer_dist.scaling.results.parts`.
         machine: See :func:`chainer_dist.scaling.experiment.machine`.
-        command: With which all this was measured.
+        command: Command line by which all this was measured.
         predicted: See :func:`chainer_dist.scaling.predicted.section`.
     """
     sections = []
@@ -115,8 +115,8 @@ def figure(draw: Callable[[Any, Any], None], content: Any, caption: str = "") ->
 
     Args:
         draw: Called with axes of Matplotlib and ``content``.
-        content: What is drawn.
-        caption: As HTML.
+        content: Data that are drawn.
+        caption: Caption, as HTML.
     """
     from matplotlib.backends.backend_svg import FigureCanvasSVG
     from matplotlib.figure import Figure
@@ -237,8 +237,8 @@ def wrapped(heads: Iterable[str], lines: Iterable[str]) -> str:
     """Return a table that can be wider than the page. Local.
 
     Args:
-        heads: Of its columns, as HTML.
-        lines: Its rows, as HTML.
+        heads: Heads of the columns, as HTML.
+        lines: Rows of the table, as HTML.
     """
     head = "".join(f"<th>{name}</th>" for name in heads)
     return f"<div class='table'><table><tr>{head}</tr>{''.join(lines)}</table></div>"

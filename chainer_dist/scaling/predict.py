@@ -101,7 +101,7 @@ def predict(
         schedule: Recorded on as many ranks as a node has, or as there were cores.
         scenario: On what kind of cluster,
         nodes: of how many nodes.
-        design: By its name.
+        design: The design, by its name.
         actions: Traces of more are not simulated.
     """
     cluster, how = scenario.of(nodes), DESIGNS[design]
@@ -159,7 +159,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Predict what the command line says. Local; starts jobs.
 
     Args:
-        arguments: Without the program's name; by default those of this process.
+        arguments: Arguments without the program's name; by default the arguments of this process.
 
     Returns:
         The exit status.

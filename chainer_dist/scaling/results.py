@@ -28,18 +28,18 @@ class Row(NamedTuple):
 
     Attributes:
         kind: ``weak`` or ``strong``.
-        workload: What is trained.
-        contender: By whom.
-        ranks: On how many.
-        batch: Examples a rank.
+        workload: Name of the workload.
+        contender: Name of the contender.
+        ranks: Number of ranks.
+        batch: Number of examples in a batch of one rank.
         steps: How many steps were timed.
         ms: Milliseconds of a step, the slowest rank's; the median.
         ms_low: The interval of confidence of that,
         ms_high: at 95 %, from a bootstrap of the steps.
         throughput: Examples a second, of all ranks.
         efficiency: Throughput, divided by that of as many ranks as it would be from its own one rank.
-        efficiency_low: The interval of confidence of that.
-        efficiency_high: The same.
+        efficiency_low: Lower end of the confidence interval of the efficiency.
+        efficiency_high: Upper end of that interval.
         against_copies: Throughput, divided by that of independent copies at the same time; None where
             these were not measured, or compute by other kernels.
         oversubscribed: Whether there were more ranks than cores.

@@ -35,15 +35,16 @@ class Schedule(NamedTuple):
 
     Attributes:
         workload: See :func:`chainer_dist.scaling.workloads.load`.
-        batch: Examples a rank.
-        ranks: Of one node, that took part in recording.
-        forward: Until the loss is there.
-        backward: From then on until all gradients are.
-        final: When each gradient was final, from the beginning of backward, and its bytes, in that order.
-        update: Chainer's, of all parameters.
-        node_update: Of this package: exchange within a node of so many ranks, and the update in which each
-            rank updates its slice.
-        alone: Of computation and Chainer's update, while no other rank was at work.
+        batch: Number of examples in a batch of one rank.
+        ranks: Number of ranks of the node on which it was recorded.
+        forward: Seconds until the loss is computed.
+        backward: Seconds of backward.
+        final: Pairs in the order in which gradients became final: seconds since the beginning of backward,
+            and bytes of the gradient.
+        update: Seconds of Chainer's update of all parameters.
+        node_update: Seconds of this package's exchange within a node of so many ranks, with the update in
+            which each rank updates its slice.
+        alone: Seconds of computation and Chainer's update, while no other rank computed.
     """
 
     workload: str
@@ -197,7 +198,7 @@ def main(text: str) -> None:
     """Record a step and write it to a file. Collective over the ranks of this job.
 
     Args:
-        text: As JSON, the arguments of :func:`record`, and ``out``, the file.
+        text: JSON object of the arguments of :func:`record`, and ``out``, the file.
     """
     from mpi4py import MPI
 

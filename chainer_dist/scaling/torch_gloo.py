@@ -16,7 +16,7 @@ def connect() -> None:
         return
     torch.set_num_threads(1)
     world = MPI.COMM_WORLD
-    # Where the hosts are several, gloo is told which interface joins them.
+    # Where there are several hosts, a variable names the interface of gloo that connects them.
     name = socket.gethostname() if "GLOO_SOCKET_IFNAME" in os.environ else "localhost"
     url = f"tcp://{socket.gethostbyname(name)}:{20000 + os.getpid() % 20000}"
     dist.init_process_group(

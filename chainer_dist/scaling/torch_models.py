@@ -59,8 +59,8 @@ def copy_parameters(model: chainer.Link, net: nn.Module) -> None:
     """Give a torch model the parameters of the Chainer model with the same names of layers. Local.
 
     Args:
-        model: With its parameters initialized.
-        net: Changed in place.
+        model: The Chainer model, with its parameters initialized.
+        net: The torch module, which is changed in place.
 
     Raises:
         ValueError: If their parameters are not the same number, or differ in shape.
@@ -82,7 +82,7 @@ def named_arrays(link: chainer.Link, place: str = "") -> Iterator[tuple[str, Any
 
     Args:
         link: The model, with its parameters initialized, or a part of it.
-        place: What is put in front of all names.
+        place: Prefix of all names.
     """
     if isinstance(link, NStepRNNBase):
         for number, (weights, biases) in enumerate(zip(link.ws, link.bs)):
@@ -141,7 +141,7 @@ class CNN(nn.Module):  # type: ignore[misc]
 
 
 class ResNet50(nn.Module):  # type: ignore[misc]
-    """The workload resnet50, with a bias of the first convolution and strides in those of 1 x 1, as Chainer's."""
+    """The workload resnet50, with a bias of the first convolution and strides in the 1 x 1 convolutions, as in Chainer."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -26,13 +26,13 @@ class Comparison(NamedTuple):
     """A step, predicted and measured; all times in seconds.
 
     Attributes:
-        hosts: How many, of one rank each.
-        rate: Of their links, as ``tc`` writes it.
-        workload: What was trained.
-        contender: By whom, see :data:`chainer_dist.scaling.contenders.CONTENDERS`.
-        predicted: By SMPI.
-        closed_form: The same in closed form.
-        measured: The median.
+        hosts: Number of hosts, of one rank each.
+        rate: Rate of their links, as ``tc`` writes it.
+        workload: Name of the workload.
+        contender: Name of the contender, see :data:`chainer_dist.scaling.contenders.CONTENDERS`.
+        predicted: Seconds of a step, simulated by SMPI.
+        closed_form: Seconds of a step, in closed form.
+        measured: Median of the measured seconds of a step.
     """
 
     hosts: int

@@ -28,9 +28,9 @@ class Task(NamedTuple):
         seconds: How long to go on timing steps,
         steps: and how many there are at most, after the warm-up.
         out: The file for the result.
-        target: Where not 0, train on handwritten digits until so large a part of the validation set is
-            classified rightly, instead of timing steps.
-        seed: Of the initial parameters, and of the order of the data.
+        target: Accuracy on the validation set of handwritten digits until which is trained, instead of
+            timing steps; 0 to time steps.
+        seed: Seed of the initial parameters, and of the order of the data.
     """
 
     contender: str

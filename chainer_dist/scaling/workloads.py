@@ -37,8 +37,8 @@ class Workload(NamedTuple):
     Attributes:
         make: Given the number of examples of a batch and the rank, returns a model whose parameters may be of
             any value, and the arguments with which ``model(*arguments)`` is the loss of that rank's batch.
-        batch: How many examples a rank has by default.
-        text: What it is.
+        batch: Default number of examples in a batch of one rank.
+        text: Description in words.
         torch: Returns the same model as a torch module, called with tensors for its loss; None where there is
             none, so that torch cannot be measured.
         images: Whether it takes arrays of four dimensions (N, C, H, W), which torch may keep channels last.
@@ -55,8 +55,8 @@ def draw_images(*shape: int, classes: int) -> Callable[[int, int], tuple[Any, ..
     """Return what draws a rank's batch of arrays and of their classes, given its size and the rank. Local.
 
     Args:
-        *shape: Of one array, float32.
-        classes: How many there are.
+        *shape: Shape of one array, float32.
+        classes: Number of classes.
     """
 
     def draw(batch: int, rank: int) -> tuple[Any, ...]:

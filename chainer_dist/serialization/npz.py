@@ -39,11 +39,11 @@ _LONGEST_DESCRIPTOR = 24  # bytes that may follow a member
 
 
 class PickleRefusedError(ValueError):
-    """A file has, or would get, what only pickle can store, and nobody has allowed that."""
+    """A file has, or would get, an object that only pickle can store, without ``allow_pickle``."""
 
 
 def is_none(array: Any) -> bool:
-    """Tell whether an array stands for None. Local."""
+    """Return whether an array stands for None. Local."""
     dtype = getattr(array, "dtype", None)
     if dtype is None or not dtype.hasobject:
         return bool(dtype == NONE.dtype)
@@ -62,9 +62,9 @@ def write_npz(
     Not compressed: weights are hardly smaller compressed, and take many times as long.
 
     Args:
-        path: Of the file.
+        path: Path of the file.
         values: Arrays by name.
-        digest: Updated with what is written, if given.
+        digest: Hash that is updated with the bytes of the file, or None.
         allow_pickle: Whether there may be arrays of objects other than None.
 
     Returns:
@@ -122,7 +122,7 @@ class ArrayFile(Mapping[str, "Array"]):
     """The arrays of a file that ``numpy.savez`` wrote, each read when it is asked for; None as such an array.
 
     Args:
-        file: To read from; left open.
+        file: File to read from; it stays open.
         allow_pickle: Whether arrays of objects other than None are loaded, which can run any code.
         compressed: Whether there may be compressed arrays. What is not takes no more memory than the
             file has bytes.
@@ -245,8 +245,8 @@ def _spelled_none() -> list[Any]:
 def check_npz(file: Path | BinaryIO) -> None:
     """Raise an error if the file is not the whole of what was written. Local; reads all of it.
 
-    Checksums tell of damage within the arrays. That no array has vanished from the list at the file's end
-    is told by arrays that follow one another without a gap.
+    Checksums detect damage within the arrays. A gap between arrays shows that one is missing from the list at
+    the end of the file.
     """
     with contextlib.ExitStack() as stack:
         if isinstance(file, Path):

@@ -14,8 +14,8 @@ from chainer.serializers import NpzDeserializer
 from chainer_dist._files import open_regular
 from chainer_dist.iterators.distributed_iterator import DistributedIterator
 from chainer_dist.iterators.divided import DividedIterator
-from chainer_dist.iterators.multi_node_iterator import _MultiNodeIterator
-from chainer_dist.iterators.synchronized_iterator import _SynchronizedIterator
+from chainer_dist.iterators.multi_node_iterator import MultiNodeIterator
+from chainer_dist.iterators.synchronized_iterator import SynchronizedIterator
 from chainer_dist.optimizers.multi_node_optimizer import MultiNodeOptimizer
 from chainer_dist.serialization.npz import ArrayFile
 
@@ -27,8 +27,8 @@ if TYPE_CHECKING:
 RANK_FREE_ITERATORS = (
     DistributedIterator,
     DividedIterator,
-    _MultiNodeIterator,
-    _SynchronizedIterator,
+    MultiNodeIterator,
+    SynchronizedIterator,
 )
 
 
@@ -38,10 +38,10 @@ def load_npz(
     """Load a file into a trainer, an updater, or whatever else it was saved from. Local.
 
     Args:
-        file: To read from.
-        target: To load into, in place.
+        file: File to read from.
+        target: Object into which is loaded, in place.
         restart_epoch: Whether iterators over a part of the data go back to the beginning of the
-            epoch, in an order of their own, because the parts are not those that they were.
+            epoch, in an order of their own, because the parts have changed.
         allow_pickle: Whether objects are loaded that need pickle, which can run any code.
 
     Raises:
@@ -103,7 +103,7 @@ def consolidate(target: Any) -> None:
 
 
 def rank_bound(target: Any) -> Callable[[str], bool]:
-    """Return a function that tells whether a key is of a state that no other rank can go on from.
+    """Return a function that returns whether a key is of a state that no other rank can go on from.
 
     That is the position of an iterator over a rank's own part, and that of a multi-node updater
     whose ranks have parts of different lengths.

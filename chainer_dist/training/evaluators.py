@@ -99,7 +99,7 @@ def _share_samples(iterator: Any, comm: CommunicatorBase, subject: str) -> None:
 
 
 def _stands_alone(evaluator: Evaluator) -> bool:
-    """Tell whether the score is a mean over samples, each of which counts for itself. Local."""
+    """Return whether the score is a mean over samples, each of which counts for itself. Local."""
     own = evaluator._iterators  # noqa: SLF001 - Chainer's
     iterator = own.get("main")
     if getattr(evaluator.evaluate, "__func__", None) is not Evaluator.evaluate:

@@ -65,8 +65,8 @@ def rebuild(iterator: Any, kind: type, dataset: Any, batch_size: int, **options:
     Args:
         iterator: One of ``kind``, or of a class that iterates as that.
         kind: One of :data:`KINDS`.
-        dataset: To iterate over.
-        batch_size: Samples in a batch.
+        dataset: Dataset to iterate over.
+        batch_size: Number of samples in a batch.
         options: ``repeat``, and ``shuffle`` or ``order_sampler``.
     """
     return kind(dataset, batch_size, **_options(iterator, kind), **options)
@@ -93,7 +93,7 @@ def distribute_iterator(
         iterator: It repeats, and nothing was drawn from it.
         comm: Communicator.
         batch: ``"rank"`` or ``"global"``: what its batch size is of.
-        name: What the updater calls it.
+        name: Name of the iterator in the updater.
 
     Returns:
         The iterator that serves, for the updater. One that serves ranks together already is returned as it is.

@@ -29,7 +29,7 @@ _twins: weakref.WeakSet[Any] = weakref.WeakSet()
 
 
 def is_distributed(optimizer: Any) -> bool:
-    """Tell whether an optimizer is a multi-node optimizer, or is or belongs to what becomes one. Local."""
+    """Return whether an optimizer is a multi-node optimizer, or becomes one, or is part of one. Local."""
     if hasattr(optimizer, "actual_optimizer"):
         return True
     return any(optimizer in each for each in (_served, _waiting, _twins))

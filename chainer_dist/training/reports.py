@@ -79,10 +79,10 @@ def prepare_extensions(
     comm: CommunicatorBase,
     before: Callable[[], None] = lambda: None,
 ) -> None:
-    """Make a trainer's reports those of all ranks, and let rank 0 write. Collective, once, before it runs.
+    """Let a trainer report means over all ranks, and let rank 0 write. Collective, once, before it runs.
 
     Args:
-        trainer: Its extensions are changed in place.
+        trainer: The trainer, whose extensions are changed in place.
         comm: Communicator.
         before: Called on every rank before a snapshot is taken.
 
@@ -156,7 +156,7 @@ class _RankZerosTrigger:
 
 
 class _Silent:
-    """An extension that another rank calls; its attributes are there, for who looks at them."""
+    """An extension that another rank calls; its attributes can still be read."""
 
     def __init__(self, actual_extension: Any, name: str) -> None:
         self.actual_extension = actual_extension
@@ -265,7 +265,7 @@ class _Average(extension.Extension):  # type: ignore[misc]  # Chainer has no typ
 
 
 def _can_be_averaged(values: list[Any]) -> bool:
-    """Tell whether all ranks' values are numbers, arrays of one shape, or such with a weight. Local."""
+    """Return whether all ranks' values are numbers, arrays of one shape, or such with a weight. Local."""
     parts = [value if isinstance(value, tuple) else (value,) for value in values]
     lengths = {(isinstance(value, tuple), len(part)) for value, part in zip(values, parts)}
     if lengths not in ({(False, 1)}, {(True, 2)}):
@@ -302,7 +302,7 @@ def _add_averages(trainer: chainer.training.Trainer, comm: CommunicatorBase) -> 
 
 
 def _writes(own: Any) -> bool:
-    """Tell whether an extension writes, so that one rank is to call it. Local."""
+    """Return whether an extension writes, so that only one rank calls it. Local."""
     said = getattr(own, "on_rank_zero", None)
     if said is not None:
         return bool(said)

@@ -59,7 +59,7 @@ def describe(dataset: Any, subject: str) -> list[tuple[str, str]]:
 
     Args:
         dataset: Any.
-        subject: What it is called in errors.
+        subject: Name of the dataset in errors.
     """
     length = len(dataset) if hasattr(dataset, "__len__") else -1
     lines = [(f"the length of {subject}", str(length))]
@@ -97,7 +97,7 @@ def compare(comm: CommunicatorBase, lines: Sequence[tuple[str, str]], advice: st
     Args:
         comm: Communicator.
         lines: This rank's subjects and descriptions.
-        advice: What the error ends with.
+        advice: End of the error message: what to do.
 
     Raises:
         RankMismatchError: If one differs.
@@ -111,7 +111,7 @@ def compare(comm: CommunicatorBase, lines: Sequence[tuple[str, str]], advice: st
 
 
 def is_on_rank_zero_only(comm: CommunicatorBase, dataset: Any) -> bool:
-    """Tell whether rank 0 has samples, and no other rank has any. Collective."""
+    """Return whether rank 0 has samples, and no other rank has any. Collective."""
     here = dataset is not None and (not hasattr(dataset, "__len__") or len(dataset) > 0)
     first, *others = comm.allgather_obj(here)
     return bool(others) and first and not any(others)
@@ -132,7 +132,7 @@ def share(comm: CommunicatorBase, dataset: Any) -> Any:
 
 
 def is_scattered(dataset: Any) -> bool:
-    """Tell whether a dataset is this rank's part already, of :func:`~chainer_dist.scatter_dataset`. Local."""
+    """Return whether a dataset is already this rank's part of :func:`~chainer_dist.scatter_dataset`. Local."""
     if isinstance(dataset, ScatteredDataset):
         return True
     inner = getattr(dataset, "_datasets", getattr(dataset, "_dataset", None))

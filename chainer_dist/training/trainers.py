@@ -54,8 +54,8 @@ def distribute(
       ``scatter_dataset``, stays as it is.
     - Each evaluator gives the score of the whole set on every rank, every sample counting once. Where batches
       do not stand alone (``evaluate`` overridden, an ``eval_hook``, an iterator of another class, a model
-      with a ``reset_state``), every rank evaluates all of it. Running statistics, as those of batch
-      normalization, are averaged before an evaluation and before a snapshot.
+      with a ``reset_state``), every rank evaluates all of it. Running statistics, such as the ones of
+      batch normalization, are averaged before an evaluation and before a snapshot.
     - Reports are as by :func:`on_rank_zero`.
     - Where ``numpy.random`` or ``random`` stands alike on all ranks when training begins, each rank but 0 gets
       numbers of its own, for dropout and augmentation.
@@ -64,7 +64,7 @@ def distribute(
     be added before and after this call.
 
     Args:
-        trainer: With an updater that has Chainer's optimizers, and draws from iterators.
+        trainer: Trainer with an updater that has Chainer's optimizers, and draws from iterators.
         comm: Communicator; None creates one over all ranks.
         batch: ``"rank"``: the batch size of the script is that of each rank, so that N ranks make N times as
             large a step, as a rule with an N times as large learning rate, warmed up (Goyal et al., 2017).
@@ -123,8 +123,8 @@ def on_rank_zero(
       like among its attributes, or if its code opens or saves files, or asks for ``trainer.out``; and otherwise on
       every rank, as one that changes a learning rate, or communicates itself. Its attribute ``on_rank_zero``, true or false, says it
       outright. What is called on rank 0 must not communicate.
-    - Triggers fire on all ranks in the same iteration: those by time, and those of other classes, when rank
-      0's does. The stop trigger, too, so that ``trainer.run()`` ends on all ranks together.
+    - Triggers fire on all ranks in the same iteration: triggers by time, and of other classes, when rank
+      0's does. So does the stop trigger, so that ``trainer.run()`` ends on all ranks together.
 
     Args:
         trainer: Any. Its ranks make the same iterations.
@@ -135,7 +135,7 @@ def on_rank_zero(
 
     Raises:
         ValueError, TypeError: If it is no trainer, or was given to this or to :func:`distribute` before.
-        RankMismatchError: From ``trainer.run()``, on every rank, if the trainers have other extensions.
+        RankMismatchError: Raised by ``trainer.run()`` on every rank, if the trainers have other extensions.
     """
     _check_calls(trainer, comm)
     if trainer in _trainers:
@@ -147,7 +147,7 @@ def on_rank_zero(
 
 
 def is_distributed(trainer: chainer.training.Trainer) -> bool:
-    """Tell whether :func:`distribute` or :func:`on_rank_zero` has been called with a trainer. Local."""
+    """Return whether :func:`distribute` or :func:`on_rank_zero` has been called with a trainer. Local."""
     return trainer in _trainers
 
 

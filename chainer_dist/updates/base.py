@@ -29,13 +29,13 @@ __all__ = ["Context", "EarlyExchanges", "GradientExchange", "Gradients", "Update
 
 
 class Context(NamedTuple):
-    """What an update works with for as long as it exists.
+    """The objects with which an update works as long as it exists.
 
     Attributes:
         comm: The communicator over whose ranks gradients are averaged.
         optimizer: The optimizer that the multi-node optimizer wraps.
         options: The user's choice.
-        randomness: What hooks and update rules draw from.
+        randomness: State of random numbers that hooks and update rules draw.
     """
 
     comm: CommunicatorBase
@@ -45,7 +45,7 @@ class Context(NamedTuple):
 
 
 class Gradients(NamedTuple):
-    """What an update is made of.
+    """The gradients of an update, and how they compare between ranks.
 
     Attributes:
         parameters: The parameters, of equal structure on every rank, with this rank's gradients.
@@ -62,7 +62,7 @@ class Gradients(NamedTuple):
 
 
 class GradientExchange(NamedTuple):
-    """Gradients of one dtype, and what :class:`shared_memory.exchange.Exchange` wants to average them.
+    """Gradients of one dtype, and the arguments of an :class:`shared_memory.exchange.Exchange` that averages them.
 
     Attributes:
         indices: Numbers of their parameters, in the order of the exchange.
@@ -82,7 +82,7 @@ class GradientExchange(NamedTuple):
 
 
 class EarlyExchanges(NamedTuple):
-    """What may be averaged while backward still computes other gradients.
+    """Gradients that may be averaged while backward still computes others.
 
     Attributes:
         exchanges: The exchanges, one a dtype; the same on every rank.
@@ -95,17 +95,17 @@ class EarlyExchanges(NamedTuple):
 
 
 class Update(abc.ABC):
-    """A way to change parameters by gradients, of one optimizer. Creating one is local.
+    """A way to change the parameters of one optimizer by gradients. Creating one is local.
 
     Args:
-        context: What it works with.
+        context: The objects with which it works.
 
     Attributes:
-        context: As given.
+        context: The objects with which it works.
         name: Its name in :data:`~chainer_dist.updates.UPDATES`.
         keeps_equal: Whether parameters and state are the same on all ranks after each update.
         updates_late: Number of updates after which gradients are used.
-        news: What rank 0 logs when it is chosen; an empty string for nothing.
+        news: Line that rank 0 logs when it is chosen; an empty string for none.
         exchanges: Whether ranks communicate in the next update; the same on every rank. An update that
             does not always do so is applied without :meth:`prepare`, where parameters are known.
         is_spread: Whether each rank has only a share of the state of the update rules.
@@ -152,11 +152,11 @@ class Update(abc.ABC):
         del parameters, agree_on_order
 
     def early(self) -> EarlyExchanges | None:
-        """Return what may be averaged during backward, once it is prepared with an order. Local."""
+        """Return the gradients that may be averaged during backward, once it is prepared with an order. Local."""
         return None
 
     def fits(self, parameters: ParameterSet) -> bool:
-        """Tell whether it is still prepared for these parameters, their rules and states. Local."""
+        """Return whether it is still prepared for these parameters, their rules and states. Local."""
         del parameters
         return True
 
@@ -175,4 +175,4 @@ class Update(abc.ABC):
         return contextlib.nullcontext()
 
     def release(self) -> None:  # noqa: B027 - most updates have nothing to do here
-        """Give back to each rank arrays of its own in the place of what ranks share. Local."""
+        """Give each rank arrays of its own in the place of shared ones. Local."""

@@ -23,8 +23,8 @@ class Delayed(Update):
     """The update of double buffering: its gradients are one step old.
 
     A second thread, on a second communicator, averages the gradients of one step while the main thread
-    computes those of the next. All optimizers of a communicator have both in common, until that is
-    finalized. ChainerMN's ``double_buffering=True``, there with GPUs.
+    computes the gradients of the next. All optimizers of a communicator share this thread and the second
+    communicator, until the first is finalized. ChainerMN's ``double_buffering=True``, there with GPUs.
     """
 
     name = "delayed"
@@ -68,7 +68,7 @@ class Delayed(Update):
 
 
 class _Pending(NamedTuple):
-    """Gradients that are being averaged, and what they are the gradients of."""
+    """Gradients that are being averaged, and their parameters."""
 
     params: list[chainer.Parameter]
     grads: list[Array]
@@ -94,5 +94,5 @@ class _Background:
 
 
 def background(comm: CommunicatorBase) -> _Background:
-    """Return what averages arrays in the background of a communicator. Collective at first."""
+    """Return the thread that averages arrays over the ranks of a communicator. Collective at first."""
     return comm.derived("background", lambda: _Background(comm), _Background.finalize)

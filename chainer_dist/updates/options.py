@@ -1,4 +1,4 @@
-"""What a user chooses of an update when the multi-node optimizer is made."""
+"""The options of an update, which a user chooses when the multi-node optimizer is made."""
 
 from __future__ import annotations
 
@@ -37,12 +37,12 @@ class Options(NamedTuple):
         sharded_update: None, a bool, or :data:`JOB`.
         mean_grad: Whether a sharded update leaves the mean in ``param.grad``.
         share_parameters: Whether a sharded update keeps parameters once per node.
-        compression: How fewer bytes are sent between nodes; None for exact means.
+        compression: Way to send fewer bytes between nodes; None for exact means.
         accumulate_steps: Number of calls that make one update, at first.
         overlap: Whether gradients are exchanged during backward; None for where that pays.
         kind: Name of the update in :data:`~chainer_dist.updates.UPDATES`; None for the sharded one where
             it can be, and otherwise the replicated one, as far as ``sharded_update`` allows.
-        schedule: Of local SGD; None for any other kind of update.
+        schedule: Schedule of local SGD; None for any other kind of update.
     """
 
     sharded_update: bool | str | None = None
@@ -56,5 +56,5 @@ class Options(NamedTuple):
 
     @property
     def code(self) -> Rounded | None:
-        """How gradients that are exchanged in the ordinary way are sent between nodes."""
+        """The codec of gradients that are otherwise exchanged without compression, or None."""
         return as_codec(self.compression)

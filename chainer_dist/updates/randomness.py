@@ -19,7 +19,7 @@ class Randomness:
     """A state of ``numpy.random`` that is in use during updates only.
 
     Attributes:
-        state: As ``numpy.random.get_state`` returns it, equal on all ranks; None before the first update.
+        state: State that ``numpy.random.get_state`` returned, equal on all ranks; None before the first update.
     """
 
     def __init__(self) -> None:

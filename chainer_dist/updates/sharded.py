@@ -5,8 +5,8 @@ core of a node. Here each rank runs Chainer's own update rules on the slice whos
 just averaged, in chunks that stay in the cache, and the others copy the new parameters. The state of
 the rules exists once per node, or on request once per job.
 
-The idea of sharding the update is that of ZeRO (Rajbhandari et al., 2020), among ranks that share
-memory, so that nothing has to be sent within a node; across nodes it is its stage 1.
+The idea of sharding the update is from ZeRO (Rajbhandari et al., 2020). Here it is applied to ranks that share
+memory, so that nothing has to be sent within a node; across nodes it is ZeRO's stage 1.
 """
 
 from __future__ import annotations

@@ -1,15 +1,16 @@
-"""Watching a job: ranks that wait for ever, ranks that disagree, and where the time goes.
+"""Watching a job: ranks that wait for ever, ranks that disagree, and the time that each operation takes.
 
-Three things, each on its own, for every communicator (see :mod:`chainer_dist.collectives.operation`
-for what they watch). The environment decides; it is read when a communicator is created.
+There are three independent ways to watch every communicator. They watch its operations (see
+:mod:`chainer_dist.collectives.operation`). Environment variables, which are read when a communicator is created,
+turn them on and off.
 
 Stalls
     An operation that lasts longer than ``CHAINER_DIST_STALL_WARN`` seconds (60; 0 for never) is
     reported on standard error, and again after twice that time and so on, by the lowest rank that
-    waits: which ranks have come to it, which have not, what those do instead, in which line, and all
+    waits: which ranks have come to it, which have not, what the missing ranks do, in which line, and all
     Python stacks. ``CHAINER_DIST_STALL_ABORT`` seconds (never) end the job after such a report. Ranks
     ask one another over TCP, on a node over its loopback; for other nodes a rank listens on the one address
-    that they reach it at, or on ``CHAINER_DIST_ADDRESS``. On by default.
+    at which they can reach it, or on ``CHAINER_DIST_ADDRESS``. On by default.
 Checked mode
     With ``CHAINER_DIST_CHECKED=1`` ranks compare each collective before they run it: its name, its
     number, root, and shape and dtype where these are the same on every rank. Where they differ every
@@ -47,17 +48,17 @@ _NO_SETTINGS = Settings(None, None, checked=False, timeline=None)
 
 
 class _Introduction(NamedTuple):
-    """What each rank of a new communicator tells the others."""
+    """Message of each rank of a new communicator to the others."""
 
     failure: Failure
     settings: Settings
     address: Address | None
-    deaf: str  # why others cannot ask it
+    deaf: str  # the reason why others cannot ask it, or an empty string
     identity: str
 
 
 class _Watch:
-    """What is watched in this process."""
+    """The watched communicators of this process."""
 
     def __init__(self) -> None:
         self.watchdog: Watchdog | None = None
@@ -68,7 +69,7 @@ class _Watch:
         """Watch a new communicator. Collective over it.
 
         Raises:
-            ValueError: On every rank, if the environment of one has what it cannot have.
+            ValueError: On every rank, if a variable has a wrong value on one.
         """
         mine = self._introduction(comm, _neighbour(comm))
         everyone: list[_Introduction] = comm.mpi_comm.allgather(mine)
@@ -88,11 +89,11 @@ class _Watch:
             start_at_exit(path, comm)
 
     def _introduction(self, comm: CommunicatorBase, others: tuple[str, ...]) -> _Introduction:
-        """Return what the other ranks are told of this one. Local.
+        """Return this rank's message to the others. Local.
 
         Args:
-            comm: A new communicator.
-            others: How another node is reached; empty if there is none.
+            comm: The new communicator.
+            others: Addresses of another node; empty if there is none.
         """
         settings, address, failure, deaf = _NO_SETTINGS, None, None, ""
         try:
@@ -107,7 +108,7 @@ class _Watch:
                     address = self.watchdog.address(comm)
         except ValueError as error:
             failure = describe_error(error)
-        except OSError as error:  # no sockets here; that is no reason not to train
+        except OSError as error:  # there are no sockets here, and training does not need them
             deaf = str(error)
         return _Introduction(failure, settings, address, deaf, uuid.uuid4().hex)
 
@@ -122,7 +123,7 @@ class _Watch:
 
 
 def _neighbour(comm: CommunicatorBase) -> tuple[str, ...]:
-    """Return how another node of a communicator is reached; empty if there is none. Collective."""
+    """Return the addresses of another node of a communicator; none if there is no other. Collective."""
     if comm.inter_size == 1:
         return ()
     everyone = comm.mpi_comm.allgather((comm.inter_rank, own_hosts()))

@@ -20,8 +20,8 @@ def compare(operation: Operation) -> None:
     """Raise on every rank if the ranks have come to different operations. Collective.
 
     Args:
-        operation: What this rank is about to do. Its number, its name and those of its arguments
-            that are the same on every rank are compared, of arrays shape and dtype.
+        operation: The operation that this rank begins. Its number, its name and the arguments that must be
+            the same on every rank are compared; of arrays, shapes and dtypes are.
 
     Raises:
         RankMismatchError: Names the lowest rank that differs from rank 0, and both ranks'

@@ -1,4 +1,4 @@
-"""Saying what a stall is about: who has come to an operation, who has not, and what those do instead."""
+"""Reports of a stall: which ranks have come to an operation, which have not, and what the missing ranks do."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from chainer_dist.communicators import CommunicatorBase
     from chainer_dist.watch.address import Address
 
-_MOST = 24  # lines, and stacks, that are worth reading
+_MOST = 24  # lines, and stacks, that a report shows
 _MOST_FRAMES = 60  # innermost ones of a thread
 _MOST_CHARACTERS = 100_000  # of all stacks of a rank
 
@@ -29,7 +29,7 @@ OWN_THREADS = "chainer_dist watch"
 class _Line(NamedTuple):
     text: str
     has_come: bool
-    tells: bool = True  # whether that is known
+    is_known: bool = True  # whether this rank knows if the other one has come
 
 
 def find_wait(stack: Sequence[Operation]) -> Operation | None:
@@ -38,11 +38,11 @@ def find_wait(stack: Sequence[Operation]) -> Operation | None:
 
 
 def answer(comm: CommunicatorBase | None, *, full: bool) -> dict[str, Any]:
-    """Return what this rank does, as others may want to know. Local, from any thread.
+    """Return what this rank does, for a report of another rank. Local, from any thread.
 
     Args:
-        comm: The communicator that is asked about; None if this rank has it no more.
-        full: Whether Python stacks are wanted.
+        comm: The communicator of the report; None if this rank no longer has it.
+        full: Whether the answer has Python stacks.
     """
     now = time.perf_counter()
     frames = sys._current_frames()  # noqa: SLF001 - Python's
@@ -100,11 +100,11 @@ def _stacks_text(frames: Mapping[int, Any]) -> str:
 
 
 def compose(wait: Operation, answers: Sequence[Any]) -> tuple[str, str]:
-    """Return whom a rank waits for, and what all ranks do. Local.
+    """Return the ranks that a rank waits for, and what all ranks do, both in words. Local.
 
     Args:
-        wait: What this rank waits in.
-        answers: Of all ranks of its communicator; stacks are shown of those that have them.
+        wait: The operation in which this rank waits.
+        answers: Answers of all ranks of its communicator; stacks are shown where an answer has them.
     """
     comm: Any = wait.comm
     log = comm.operation_log
@@ -112,8 +112,8 @@ def compose(wait: Operation, answers: Sequence[Any]) -> tuple[str, str]:
     peer = None if wait.kind.is_collective else _peer(wait, len(answers))
     if peer is None:
         missing = [rank for rank, line in enumerate(lines) if not line.has_come]
-        # Whom nobody can ask is blamed only if all others are there.
-        missing = [rank for rank in missing if lines[rank].tells] or missing
+        # A rank that cannot be asked is named only if all others have come.
+        missing = [rank for rank in missing if lines[rank].is_known] or missing
     else:
         missing = [peer]
     which = f", operation {wait.number}" if wait.number else ""
@@ -138,9 +138,9 @@ def compose(wait: Operation, answers: Sequence[Any]) -> tuple[str, str]:
 
 
 def _line(wait: Operation, answered: Any) -> _Line:
-    """Say of a rank whether it has come to the operation, and what it does."""
+    """Return whether a rank has come to the operation, and what it does in words."""
     if isinstance(answered, Silence):
-        return _Line(f": {answered.text}", has_come=False, tells=answered.tells)
+        return _Line(f": {answered.text}", has_come=False, is_known=answered.tells)
     waits, number = answered["waits"], wait.number
     if not number:  # a message: every rank does something else
         return _Line(
@@ -160,17 +160,17 @@ def _line(wait: Operation, answered: Any) -> _Line:
 
 
 def _line_within(wait: Operation, waits: dict[str, Any]) -> _Line:
-    """Say what a rank does that is in an operation of the same number."""
+    """Return the same for a rank that is in an operation of the same number."""
     inner = f" ({waits['inner']})" if waits["inner"] else ""
     if waits["name"] == wait.kind.name:
-        # Who runs code of the user's within the operation is the one that the others wait for.
+        # A rank that runs code of the user within the operation keeps the others waiting.
         return _Line(f": has come, at {waits['line']}{inner}", has_come=not waits.get("busy"))
     where = f"{waits['text']}{inner}, at {waits['line']}"
     return _Line(f": is in another operation {wait.number}: {where}", has_come=False)
 
 
 def _peer(wait: Operation, size: int) -> int | None:
-    """Return the rank that a message is to or from, None if that may be any."""
+    """Return the rank to or from which a message goes, or None if that may be any."""
     arguments = wait.arguments()
     peer = arguments.get("source", arguments.get("dest"))
     return peer if isinstance(peer, int) and 0 <= peer < size else None

@@ -1,4 +1,4 @@
-"""What the environment says about watching."""
+"""Settings of watching, from environment variables."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class Settings(NamedTuple):
 
     @property
     def limits(self) -> tuple[float, ...]:
-        """The seconds after which something is done about a stall, shortest first."""
+        """The seconds after which a stall is reported or ends the job, shortest first."""
         return tuple(sorted(each for each in (self.warn, self.abort) if each is not None))
 
 
@@ -38,7 +38,7 @@ def from_environment() -> Settings:
     """Return the settings of this process. Local.
 
     Raises:
-        ValueError: If a variable has no value that it can have, naming it.
+        ValueError: If a variable has a wrong value; it names the variable.
     """
     return Settings(
         warn=_seconds(_environment.STALL_WARN, _WARN_SECONDS),

@@ -1,4 +1,4 @@
-"""Timelines: where the time of every rank goes, as a trace to look at and as a table to read."""
+"""Timelines: the time that each rank spends in each operation, as a trace file and as a table."""
 
 from __future__ import annotations
 
@@ -30,9 +30,9 @@ if TYPE_CHECKING:
 
 MAX_EVENTS = 100_000
 
-_ROUNDS = 16  # of messages to and fro, of which the fastest tells how clocks differ
+_ROUNDS = 16  # of messages to and fro, of which the fastest one gives the difference of clocks
 _MOST_RANKS = 16  # that a table has lines for
-_OTHER = "other"  # what is in no operation: data, evaluation, whatever the script does
+_OTHER = "other"  # time outside of operations: data, evaluation, and code of the script
 
 
 class _Event(NamedTuple):
@@ -47,7 +47,7 @@ class _Event(NamedTuple):
 
 
 class _Track:
-    """What a thread has spent its time on."""
+    """The seconds that a thread has spent in each category."""
 
     def __init__(self) -> None:
         self.within: dict[int, float] = {}  # by depth: seconds of the operations that are over
@@ -85,7 +85,7 @@ class _Recorder(Observer):
 
 
 class Part(NamedTuple):
-    """What one rank contributes to a timeline; moments by rank 0's clock, all in seconds."""
+    """The timeline of one rank; moments are by rank 0's clock, and all times in seconds."""
 
     host: str
     started: float
@@ -97,7 +97,7 @@ class Part(NamedTuple):
 
     @property
     def duration(self) -> float:
-        """By this rank's own clock, which its shares are of."""
+        """Seconds of the whole by this rank's own clock; the sum of all categories."""
         return sum(self.seconds.values())
 
 
@@ -121,16 +121,16 @@ class timeline(contextlib.AbstractContextManager["timeline"]):  # noqa: N801 - u
     communicator that spans it to its end.
 
     Args:
-        path: The file; only rank 0's counts, and rank 0 writes. It is replaced when all is written. On
-            rank 0 None writes neither a file nor the table.
-        comm: Whose ranks record.
-        max_events: How many operations each rank keeps for the trace, the first ones. The table
-            counts all. One takes about 200 bytes of memory and 150 of the file.
+        path: Path of the file; rank 0's counts, and rank 0 writes. The file is replaced when all is
+            written. None on rank 0 writes neither a file nor the table.
+        comm: The communicator whose ranks record.
+        max_events: Number of operations that each rank keeps for the trace, the first ones. The table
+            counts all. An operation takes about 200 bytes of memory and 150 of the file.
 
     Attributes:
-        seconds: After the end, this rank's seconds by category, with "other"; their sum is
-            ``duration``. Of the main thread.
-        duration: The seconds of the whole on this rank.
+        seconds: After the end, this rank's seconds in the main thread by category, with "other"; their
+            sum is ``duration``.
+        duration: The seconds from beginning to end on this rank.
 
     Raises:
         OSError: On every rank, at the beginning if there is no such folder, at the end if the file
@@ -171,7 +171,7 @@ class timeline(contextlib.AbstractContextManager["timeline"]):  # noqa: N801 - u
         own = recorder.tracks.pop(main, _Track())
         self.duration = ended - recorder.started
         self.seconds = {**own.seconds, _OTHER: self.duration - own.within.get(0, 0.0)}
-        if error is not None:  # perhaps on this rank alone: nobody may be waited for
+        if error is not None:  # perhaps on this rank alone, so it must not wait for others
             _say(f"chainer_dist: no timeline is written, as rank {self._comm.rank} has failed\n")
             return
         self._clocks.append(_compare_clocks(self._comm))
@@ -232,7 +232,7 @@ def start_at_exit(path: str, comm: CommunicatorBase) -> None:
 
 
 def table(parts: Sequence[Part], path: Path) -> str:
-    """Return where the time of each rank goes, in percent. Local."""
+    """Return a table of the time of each rank by category, in percent. Local."""
     names = (*CATEGORIES, _OTHER)
     shares = np.array(
         [[part.seconds[name] / max(part.duration, 1e-9) * 100 for name in names] for part in parts]
@@ -259,7 +259,7 @@ def table(parts: Sequence[Part], path: Path) -> str:
 
 
 def _trace(parts: Sequence[Part]) -> Iterator[str]:
-    """Yield the file piece by piece."""
+    """Yield the text of the file, an event at a time."""
     origin = min(part.started for part in parts)
     head = {
         "seconds": [{**part.seconds} for part in parts],
@@ -299,9 +299,9 @@ def _meta(kind: str, rank: int, thread: int, **args: Any) -> dict[str, Any]:
 
 
 def _compare_clocks(comm: CommunicatorBase) -> tuple[float, float]:
-    """Return a moment of this rank's clock, and what to add to it to have rank 0's. Collective.
+    """Return a moment of this rank's clock, and the difference of rank 0's clock at it, in seconds. Collective.
 
-    Processes of a node read the same clock, so only those of other nodes than rank 0's are compared.
+    Processes of a node read the same clock, so only ranks on other nodes than rank 0's compare clocks.
     """
     mpi_comm, clock = comm.mpi_comm, np.empty(1)
     best, middle, offset = float("inf"), time.perf_counter(), 0.0

@@ -1,7 +1,7 @@
-"""The watchdog: notices that ranks wait for one another for too long, and says who and where.
+"""The watchdog: reports ranks that wait for one another for too long, and the lines in which they wait.
 
-One daemon thread a process, asleep but for a look at the clock every few seconds. It uses no MPI, so
-it disturbs none, needs no thread support of it, and works while ranks wait in it.
+It is one daemon thread in each process, which wakes up every few seconds. It calls no MPI, so it needs
+no MPI with support of threads, and works while ranks wait in MPI.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from chainer_dist import _environment
 from chainer_dist.collectives import operation
-from chainer_dist.global_except_hook import SECONDS_TO_SPEAK, _tell_cause
+from chainer_dist.global_except_hook import SECONDS_TO_SPEAK, report_cause
 from chainer_dist.watch import inquiry, report
 from chainer_dist.watch.address import Address, describe_self
 from chainer_dist.watch.listener import Listener
@@ -41,7 +41,7 @@ class Watchdog:
     """Watches the operations of this process.
 
     Args:
-        settings: With limits.
+        settings: Settings with at least one limit.
     """
 
     def __init__(self, settings: Settings) -> None:
@@ -72,13 +72,13 @@ class Watchdog:
             others: See :meth:`Listener.open`.
 
         Raises:
-            OSError: If it is not known where they could.
+            OSError: If no address of this node is known at which they can ask.
         """
         self._listener.open(others)
         self._listener.wake()
 
     def address(self, comm: CommunicatorBase) -> Address:
-        """Return where the other ranks of a communicator can ask. Local."""
+        """Return the address at which the other ranks of a communicator can ask. Local."""
         from mpi4py import MPI
 
         host = MPI.Get_processor_name()
@@ -91,7 +91,7 @@ class Watchdog:
         self._comms[comm.operation_log.identity] = comm
 
     def close(self) -> None:
-        """Watch no more: from now on others are told that this rank has left."""
+        """Stop watching; other ranks that ask learn that this one has left. Local."""
         if self._closing:
             return
         self._closing = True
@@ -100,7 +100,7 @@ class Watchdog:
         self._listener.close()
 
     def forget(self) -> None:
-        """Leave everything to the parent, in a child that was forked."""
+        """Stop watching in a forked child, without an effect on its parent. Local."""
         self._closing = True
         self._listener.close()
 
@@ -118,13 +118,13 @@ class Watchdog:
             self._listener.serve(self._period)
             now = time.perf_counter()
             if now - started > 2 * self._period + 1.0:
-                # It was this process that stood still, perhaps the whole job: nobody is to blame.
+                # This process was stopped, perhaps the whole job: that is no stall of another rank.
                 self._awake_since = now
             if not self._closing:
                 self._look(now)
 
     def _look(self, now: float) -> None:
-        """See whether an operation has lasted too long, and have that said."""
+        """Begin a report if an operation has lasted too long."""
         current = set()
         for thread, stack in operation.stacks().items():
             wait = report.find_wait(stack)
@@ -165,7 +165,7 @@ class Watchdog:
         return due if abort is None or age >= abort else min(due, abort)
 
     def _report(self, key: tuple[int, float], wait: Operation, age: float) -> None:
-        """Ask the other ranks and say what they say, unless a lower rank does."""
+        """Ask the other ranks and write a report, unless a lower rank does."""
         comm: Any = wait.comm
         abort = self._settings.abort
         ends = abort is not None and age >= abort
@@ -173,7 +173,7 @@ class Watchdog:
             lower = self._ask(comm, rank, full=False)
             if isinstance(lower, dict) and lower["waits"] and lower["acts"][int(ends)]:
                 return
-        # What is only late, as rank 0 that evaluates alone, is told in few lines.
+        # A rank that is only late, such as rank 0 that evaluates alone, needs few lines.
         full = ends or self._settings.stacks
         with ThreadPoolExecutor(_ASKERS, f"{report.OWN_THREADS}, asking") as askers:
             answers = list(
@@ -192,7 +192,7 @@ class Watchdog:
         if ends:
             stall = f"stalled for {abort:g} s ({_environment.STALL_ABORT}): {head}"
             text += f"chainer_dist: ending the job, {stall}\n"
-            _tell_cause(status=1, stall=stall)
+            report_cause(status=1, stall=stall)
         _say(text)
         if ends:
             _abort()

@@ -76,8 +76,8 @@ def main() -> None:
     world = MPI.COMM_WORLD
     threads = {"default": max(p["num_threads"] for p in threadpoolctl.threadpool_info())}
     node = world.Split_type(MPI.COMM_TYPE_SHARED)
-    cores = node.allgather(_threads._cores())
-    threads["share"] = _threads.fair_share(cores, node.rank, _threads._quota())
+    cores = node.allgather(_threads.cores())
+    threads["share"] = _threads.fair_share(cores, node.rank, _threads.quota())
     report = bench_tables.Report(args.json, ranks=world.size, speaks=world.rank == 0)
     table = report.table(
         f"{world.size} ranks on {len(set().union(*cores))} cores, medians of {args.steps} steps; threads a "

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 import mpi_job
 from chainer_dist import functions
-from chainer_dist.functions import _messages
+from chainer_dist.functions import gradient_messages
 
 
 @pytest.fixture
@@ -187,7 +187,7 @@ def test_what_is_sent_is_what_it_was(comm):
 
 def test_send_does_not_wait_until_there_is_no_room(comm, monkeypatch):
     """A sender runs ahead by a limited number of bytes, and by any single message."""
-    monkeypatch.setattr(_messages, "ROOM", 1 << 22)
+    monkeypatch.setattr(gradient_messages, "ROOM", 1 << 22)
     if comm.rank == 0:
         with chainer.no_backprop_mode():
             functions.send(data(0, (1 << 20,)), comm, 1)  # 8 MiB

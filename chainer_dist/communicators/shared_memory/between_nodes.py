@@ -137,7 +137,7 @@ def direct_sum(peers: Peers, own: Array, total: Array, *, tag: int) -> Requests:
     Args:
         peers: The ranks that have the array.
         own: The summand of this rank: 1-dimensional, C-contiguous, not empty. It is only read.
-        total: Of the same size and dtype, takes the sum; it may be ``own``, but not overlap it
+        total: Array of the same size and dtype that takes the sum; it may be ``own``, but not overlap it
             otherwise.
         tag: Tag of the messages, and the next number; used by no others meanwhile.
     """

@@ -34,10 +34,11 @@ class Exchange(NamedTuple):
             delivered is the mean already if there is one. Only for float32 and float64.
         absent: The numbers of arrays, the same on every rank, that are zero on all of them, or whose sum is not
             wanted. A block that has no other arrays is not exchanged: it counts as zero.
-        from_nodes: With blocks cut across nodes, arrays that take what the ranks of equal number on the other
-            nodes deliver, also when ``targets`` is None. None, on every rank, if that is not wanted.
+        from_nodes: Arrays that take the slices of the ranks of equal number on other nodes, if blocks are cut
+            across nodes, also when ``targets`` is None. None, on every rank, if that is not wanted.
             ``deliver`` is then called in any order.
-        is_ready: Tells whether the sources of a block are there; once so, always so. None if all of them are.
+        is_ready: Function that returns whether the sources of a block are there; once True, always True. None
+            if all of them are.
     """
 
     layout: Layout

@@ -31,7 +31,7 @@ class Place(NamedTuple):
     """Where a rank is.
 
     Attributes:
-        rank: Its number on its node.
+        rank: Number of this rank on its node.
         ranks: How many ranks the node has.
         node: The number of the node.
         nodes: How many nodes there are.
@@ -99,7 +99,7 @@ class Layout(NamedTuple):
         blocks: The blocks, in the order of the exchange; the same on every rank.
         across: Whether each rank of the communicator has a slice of its own, rather than each rank of a
             node. The ranks of equal number on the nodes have consecutive ones.
-        place: Where this rank is.
+        place: Place of this rank.
     """
 
     blocks: list[Block]

@@ -40,7 +40,7 @@ def share_memory(comm: ArrayCommunicator, nbytes: int) -> Array:
 
     Args:
         comm: Each node of it gets memory of its own.
-        nbytes: The same on every rank of a node.
+        nbytes: Number of bytes, the same on every rank of a node.
 
     Returns:
         Writable uint8 array of ``nbytes`` elements. The memory is freed when no rank has a view of

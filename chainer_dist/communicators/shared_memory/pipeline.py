@@ -54,7 +54,7 @@ class Pipeline:
         comm: The communicator.
         slots: The slots of the node.
         peers: The ranks of equal number on all nodes; None on one node, and on ranks that do not reduce.
-        exchange: What is exchanged.
+        exchange: The exchange: its layout, sources and targets.
         in_flight: How many sums between nodes are under way at a time.
         patient: Whether to sleep rather than spin while waiting.
 
@@ -264,7 +264,7 @@ class Pipeline:
         self._slots.publish(REDUCED, number + 1)
 
     def _settle(self) -> bool:
-        """Find out, after the last block, whether one went wrong on other nodes, and tell this node."""
+        """Find out, after the last block, whether one failed on other nodes, and publish that on this node."""
         return self._delivered == len(self._blocks) and self._verdict.settle()
 
     def _unpack(self) -> bool:

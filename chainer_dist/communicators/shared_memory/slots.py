@@ -120,7 +120,7 @@ class Slots:
         return [each.view(dtype).reshape(self.depth, -1) for each in self._data]
 
     def publish(self, stage: int, count: int) -> None:
-        """Tell the other ranks that this rank has come to ``count`` blocks, and wrote what belongs to them.
+        """Publish that this rank has come to ``count`` blocks, and has written what belongs to them.
 
         Args:
             stage: ``PACKED``, ``REDUCED``, ``UNPACKED`` or ``SETTLED``.
@@ -130,7 +130,7 @@ class Slots:
         self._counters[self.rank][stage] = count
 
     def has_reached(self, stage: int, count: int, ranks: int) -> bool:
-        """Tell whether the first ranks of the node have come to ``count`` blocks; if so, read what they wrote.
+        """Return whether the first ranks of the node have come to ``count`` blocks; if so, read what they wrote.
 
         Args:
             stage: See :meth:`publish`.
@@ -157,7 +157,7 @@ class Slots:
         self._counters[self.rank][_FAILED] = number + 1
 
     def has_failed(self, first: int, stop: int) -> bool:
-        """Tell whether a block of ``range(first, stop)`` went wrong on a rank of the node.
+        """Return whether a block of ``range(first, stop)`` went wrong on a rank of the node.
 
         What went wrong in a later exchange, which a faster rank may have begun, does not count.
         """

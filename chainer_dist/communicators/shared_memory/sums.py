@@ -28,9 +28,9 @@ class Sums:
 
     Args:
         slots: The slots of the node.
-        data: Their views of the dtype of the exchange.
+        data: Views of the slots in the dtype of the exchange.
         peers: The ranks of equal number on all nodes; None on one node, and on ranks that do not reduce.
-        exchange: What is exchanged.
+        exchange: The exchange: its layout, sources and targets.
         ranks: How many ranks the communicator has.
 
     Attributes:

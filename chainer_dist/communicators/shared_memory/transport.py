@@ -36,7 +36,7 @@ class Transport:
         tuning: How large blocks are, and how many are under way at a time; the same on every rank. In
             exchanges that are advanced seldom, as many are as there is room for.
         untuned: The value of ``tuning`` unless it is changed; small models are then cut into smaller blocks.
-        most: What there is room for.
+        most: The largest ``tuning`` that there is room for.
     """
 
     def __init__(self, comm: ArrayCommunicator, *, patient: bool = False) -> None:
@@ -98,7 +98,7 @@ class Transport:
         """Reduce arrays, work on the local slice of each block, and share the result. Collective.
 
         Args:
-            exchange: What is exchanged.
+            exchange: The exchange: its layout, sources and targets.
 
         Raises:
             BaseException: On every rank, what went wrong on one, after the last block.
@@ -112,7 +112,7 @@ class Transport:
         All ranks of the communicator must begin it, and finish it before the next one.
 
         Args:
-            exchange: What is exchanged.
+            exchange: The exchange: its layout, sources and targets.
 
         Returns:
             Its blocks on their way, to be advanced at times, and finished.

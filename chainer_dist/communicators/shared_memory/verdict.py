@@ -50,8 +50,8 @@ class Verdict:
         """Return a context that notes an error instead of raising it. Local.
 
         Args:
-            number: Number of the block, which the other ranks have not seen through; None if they may have, so
-                that they cannot be told any more.
+            number: Number of the block, if the other ranks cannot have completed it; None if they may have, so
+                that the error can no longer reach them.
             kinds: Which errors are noted; others, such as an interrupt, end the exchange on this rank at once.
         """
         return _Guard(self, number, kinds)
@@ -78,7 +78,7 @@ class Verdict:
         return self._asking is not None and not self._has_told
 
     def late(self) -> str:
-        """Name the ranks of the node that have not told it what they know of other nodes."""
+        """Name the ranks of the node that have not published whether blocks failed on other nodes."""
         return self._slots.behind(SETTLED, self._stop, self._reducers)
 
     def settle(self) -> bool:
@@ -103,8 +103,8 @@ class Verdict:
         """Raise what went wrong. Collective in checked mode, and if something went wrong.
 
         Raises:
-            BaseException: On every rank, what went wrong on one. On this rank alone what went wrong when the
-                others had been told that all is well: outside of checked mode, while a block was unpacked.
+            BaseException: On every rank, the error of one. On this rank alone, an error that came after all was
+                published as well: outside of checked mode, while a block was unpacked.
         """
         is_good, error = self.is_good, self._error
         self._error = None

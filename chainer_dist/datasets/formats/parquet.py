@@ -146,7 +146,7 @@ def _to_rows(column: Any, name: str) -> Any:
 
 
 def _is_numeric(kind: Any) -> bool:
-    """Tell whether values are numbers, or lists of such of any depth."""
+    """Return whether values are numbers, or lists of such of any depth."""
     import pyarrow as pa
 
     types = pa.types

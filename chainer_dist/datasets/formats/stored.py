@@ -41,7 +41,7 @@ class Stamp(NamedTuple):
     host: str
 
     def differs_from(self, other: Stamp) -> bool:
-        """Tell whether a file has changed since the other was taken, or is another file."""
+        """Return whether a file has changed since the other was taken, or is another file."""
         is_same_host = self.host == other.host
         return self.size != other.size or (is_same_host and self.modified != other.modified)
 
@@ -203,7 +203,7 @@ class StoredDataset(DatasetMixin):  # type: ignore[misc]  # Chainer has no types
         return stored
 
     def _is_folder(self, path: str) -> bool:
-        """Tell whether the format has folders in the place of files, and this is one."""
+        """Return whether the format has folders in the place of files, and this is one."""
         del path
         return False
 
@@ -353,8 +353,8 @@ _INHERITED: list[OpenFile] = []
 def _begin_child() -> None:
     """Let all datasets of a forked process open files by themselves."""
     for dataset in [*_ALIVE]:
-        _INHERITED.extend(dataset._opened.values())
-        dataset._begin_process()
+        _INHERITED.extend(dataset._opened.values())  # noqa: SLF001 - this module's own
+        dataset._begin_process()  # noqa: SLF001 - this module's own
 
 
 os.register_at_fork(after_in_child=_begin_child)

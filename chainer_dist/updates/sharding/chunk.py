@@ -23,7 +23,7 @@ class Chunk:
     Args:
         whole: The parameter.
         elements: The elements, in C order.
-        state: By the names of the rule's arrays, 1-dimensional arrays that take these elements of them.
+        state: 1-dimensional arrays that take these elements of the rule's state, by name.
 
     Attributes:
         whole: The parameter.

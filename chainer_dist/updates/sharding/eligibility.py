@@ -1,4 +1,4 @@
-"""Which optimizers can be sharded: those whose result is provably the same."""
+"""Which optimizers can be sharded: the sharded update must provably give the same result."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ if TYPE_CHECKING:
 
 __all__ = ["Signature", "is_elementwise", "is_uniform", "obstacle", "obstacle_in_arrays"]
 
-# Chainer's rules that compute each element from that element's gradient and state alone, and keep
-# nothing but `t` outside of their state.
+# Chainer's rules that compute each element from the gradient and state of that element alone, and keep
+# only `t` outside of their state.
 _RULES = frozenset(
     {
         "AdaDeltaRule",
@@ -32,7 +32,7 @@ _RULES = frozenset(
         "SMORMS3Rule",
     }
 )
-# What GradientMethod.update calls: the sharded update stands for these, unless they are overridden.
+# Methods that GradientMethod.update calls. The sharded update replaces them, unless they are overridden.
 _METHODS = (
     "update",
     "call_hook",
@@ -45,11 +45,11 @@ _METHODS = (
 
 
 def obstacle(optimizer: chainer.Optimizer, parameters: ParameterSet) -> str | None:
-    """Say why a sharded update might not equal the optimizer's own, or return None. Local.
+    """Return the reason why a sharded update might not equal the optimizer's own, or None. Local.
 
     Args:
         optimizer: A Chainer optimizer that is set up.
-        parameters: Of its target.
+        parameters: The parameters of its target.
     """
     return (
         _obstacle_in_optimizer(optimizer)
@@ -95,7 +95,7 @@ def _obstacle_in_target(target: chainer.Link) -> str | None:
 
 
 def obstacle_in_arrays(parameters: ParameterSet) -> str | None:
-    """Say which array cannot be updated in parts, and why, or return None. Local."""
+    """Return which array cannot be updated in slices, and the reason, in words, or None. Local."""
     if parameters.unsupported:
         return parameters.unsupported
     end = 0
@@ -152,16 +152,16 @@ def _obstacle_in_state(name: str, param: chainer.Parameter) -> str | None:
 
 
 def is_elementwise(hook: Any) -> bool:
-    """Tell whether a hook changes each element of a gradient by that and its parameter's element alone. Local.
+    """Return whether a hook changes each element of a gradient by that and its parameter's element alone. Local.
 
-    Chainer's hooks that do so are known, by any of their names, and what is derived from them and
-    behaves alike. Any other hook can say so of itself, by a true attribute ``is_elementwise``.
+    Chainer's hooks that do so are known, and so are classes derived from them that do not override what they
+    do. Any other hook can declare it by a true attribute ``is_elementwise``.
     """
     return bool(getattr(hook, "is_elementwise", False)) or is_uniform(hook)
 
 
 def is_uniform(hook: Any) -> bool:
-    """Tell whether a hook is elementwise and does the same to every parameter, whatever its name. Local."""
+    """Return whether a hook is elementwise and does the same to every parameter, whatever its name. Local."""
     from chainer import optimizer_hooks
 
     known = (
@@ -173,7 +173,7 @@ def is_uniform(hook: Any) -> bool:
 
 
 def _behaves_as(hook: Any, kind: type) -> bool:
-    """Tell whether a hook is called as those of a class of Chainer's are, and does the same. Local."""
+    """Return whether a hook is of a class of Chainer's, or of one that does not override its methods. Local."""
     return isinstance(hook, kind) and all(
         getattr(type(hook), name, None) is getattr(kind, name, None)
         for name in ("__call__", "__getattribute__", "call_for_each_param")
@@ -181,7 +181,7 @@ def _behaves_as(hook: Any, kind: type) -> bool:
 
 
 class Signature:
-    """What the choice between a sharded and a replicated update rests on, cheap to compare. Local."""
+    """The facts by which a sharded or a replicated update is chosen, in a form that is fast to compare. Local."""
 
     def __init__(self, optimizer: chainer.Optimizer, parameters: ParameterSet) -> None:
         import chainer

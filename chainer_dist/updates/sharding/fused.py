@@ -72,7 +72,7 @@ class FusedChunks:
                 chunk.param.grad[...] = self._grad[inside]
 
     def _do_the_same(self) -> bool:
-        """Tell whether the rules of all chunks would do the same to an element."""
+        """Return whether the rules of all chunks would do the same to an element."""
         first, *others = (_describe(chunk.whole) for chunk in self._chunks)
         return first is not None and all(other == first for other in others)
 

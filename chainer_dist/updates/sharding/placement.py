@@ -33,12 +33,12 @@ class Placement(abc.ABC):
 
     @abc.abstractmethod
     def follow(self, index: int, array: Array, layout: Layout) -> None:
-        """Go on with an array that a user has put in the place of a parameter's. Local.
+        """Use an array by which a user has replaced the array of a parameter. Local.
 
         Args:
             index: Number of the parameter.
             array: The new array.
-            layout: What this rank updates.
+            layout: Elements that this rank updates.
         """
 
     def take_memory(self) -> None:  # noqa: B027 - own arrays need none
@@ -48,7 +48,7 @@ class Placement(abc.ABC):
         """Copy this rank's elements to the arrays; all ranks of a node have to. Local."""
 
     def attach(self) -> None:  # noqa: B027 - own arrays are attached
-        """Make the arrays those of the parameters. Local."""
+        """Set the arrays as arrays of the parameters. Local."""
 
     def release(self) -> None:  # noqa: B027 - own arrays stay
         """Give every parameter an array of its own. Local."""
@@ -103,8 +103,8 @@ class NodeParameters(Placement):
     def fill(self, layout: Layout) -> None:
         """See the base class.
 
-        All elements are shared out to the ranks of the node: their chunks, and with slices over nodes
-        those of the ranks of equal number on other nodes as well.
+        All elements are shared out to the ranks of the node: each copies its chunks, and with slices over
+        nodes the chunks of the ranks of equal number on other nodes as well.
         """
         self._elements = [[] for _ in self._params]
         for group in layout.groups:
@@ -126,7 +126,7 @@ class NodeParameters(Placement):
         self._copy(index, array)
 
     def attach(self) -> None:
-        """Make the arrays those of the parameters. Local."""
+        """Set the arrays as arrays of the parameters. Local."""
         for param, array in zip(self._params, self.arrays):
             if param.array is not array:
                 param.array = array

@@ -130,7 +130,7 @@ class Shards:
         return isinstance(self.states, JobStates)
 
     def fits(self, parameters: ParameterSet) -> bool:
-        """Tell whether these are still the parameters, rules and states that were shared out. Local.
+        """Return whether these are still the parameters, rules and states that were shared out. Local.
 
         Arrays that were replaced by others of the same kind are taken over.
         """

@@ -94,7 +94,7 @@ class RuleStates(abc.ABC):
         return found
 
     def are_unchanged(self) -> bool:
-        """Tell whether all rules have the states that they were given. Local."""
+        """Return whether all rules have the states that they were given. Local."""
         return are_identical(self._now(), self._known)
 
     def count(self) -> None:

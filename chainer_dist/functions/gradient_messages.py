@@ -4,7 +4,7 @@ A message is posted as a copy and sent while the rank goes on computing. This is
 stages of a pipeline work at the same time, and two ranks that send to each other can never wait
 for each other. Each message that wants a gradient has a number, which comes back with it: however
 many messages are under way, each gets its own gradient. :meth:`CommunicatorBase.recv` takes such
-messages as well, and :func:`take` those of :meth:`CommunicatorBase.send`.
+messages as well, and :func:`take` takes messages of :meth:`CommunicatorBase.send`.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ class _Posted(NamedTuple):
 
 _posted: list[_Posted] = []
 
-# What the highest tags are for: gradients, what the ranks of a model tell each other of their components,
+# The purposes of the highest tags: gradients, messages of the ranks of a model on their components,
 # and of their batches. The tags of users are below.
 GRADIENTS, COMPONENTS, BATCHES = range(3)
 
@@ -104,13 +104,14 @@ def post(
 
     Args:
         comm: Communicator.
-        make: Returns what to send, or raises what is wrong with it, which ``dest`` is told.
+        make: Function that returns the object to send, or raises what is wrong with it, which ``dest``
+            then raises as well.
         dest: Receiving rank.
         tag: Message tag.
-        number: What the gradient will be known by, or None for no gradient.
+        number: Number of the gradient that comes back, or None for no gradient.
 
     Raises:
-        Exception: What ``make`` raised.
+        Exception: The error of ``make``.
     """
     message: Any
     message, error = messages.pack(comm.rank, lambda: _copied(make()))
@@ -129,7 +130,7 @@ def take(comm: CommunicatorBase, source: int, tag: int) -> tuple[Any, int | None
         A writable array or a tuple of them, and the number of the gradient or None.
 
     Raises:
-        Exception: What the sender could not send it for.
+        Exception: The error because of which the sender could not send it.
     """
     received, number = messages.receive(comm.mpi_comm, source, tag)
     if isinstance(received, tuple):
