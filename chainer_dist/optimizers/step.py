@@ -175,9 +175,9 @@ class Step:
             if not getattr(optimizer, "_use_cleargrads", True):
                 target.zerograds()  # alone it would write to arrays that may be read-only
             if overlap is None:
-                loss.backward(loss_scale=optimizer._loss_scale)
+                loss.backward(loss_scale=optimizer._loss_scale)  # noqa: SLF001 - Chainer's
             else:
-                overlap.backward(loss, optimizer._loss_scale)
+                overlap.backward(loss, optimizer._loss_scale)  # noqa: SLF001 - Chainer's
 
     def agree(self, *, stands_by: bool) -> Gradients:
         """Compare what the ranks have come to after backward; choose an update if need be. Collective.
@@ -234,14 +234,14 @@ class Step:
             if not self._zero_fill and accumulation.batches != accumulation.calls * size:
                 are_matched = self.follow(parameters, has_batch=accumulation.own > 0)
                 gradients = gradients._replace(are_matched=are_matched)
-        dynamic = self.optimizer._loss_scaling_is_dynamic  # it deals with overflows itself
+        dynamic = self.optimizer._loss_scaling_is_dynamic  # noqa: SLF001 - Chainer's; it deals with overflows itself
         exchange.check_finite(self.comm, parameters, look=not dynamic)
         if not self._zero_fill:
             exchange.check_same_grads(self.comm, parameters, same_grads=gradients.are_matched)
             return gradients
         # Gradients carry the loss scale; so must those that other ranks compute for this one.
         for param in parameters.without_grad():
-            param._loss_scale = self.optimizer._loss_scale
+            param._loss_scale = self.optimizer._loss_scale  # noqa: SLF001 - Chainer's
         return gradients
 
     def follow(self, parameters: ParameterSet, *, has_batch: bool) -> bool:
