@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 __all__ = ["compare", "describe", "without_state"]
 
 _MOST_NAMED = 5
-_STATELESS = ("function", "method", "Checkpoint")  # kinds of extensions
+_STATELESS = ("function", "method", "Checkpoint", "_Average")  # kinds of extensions
 
 
 def describe(target: Any, *, with_states: bool = True) -> dict[str, Any]:
@@ -129,9 +129,9 @@ def _keys(state: Any) -> list[str] | None:
 
 
 def _describe_trainer(trainer: chainer.training.Trainer) -> dict[str, str]:
-    found = {"stop_trigger": type(trainer.stop_trigger).__name__}
+    found = {"stop_trigger": type(unwrapped(trainer.stop_trigger)).__name__}
     for name, entry in _chainer.extension_entries(trainer).items():
-        found[f"extensions/{name}"] = type(entry.extension).__name__
+        found[f"extensions/{name}"] = type(unwrapped(entry.extension)).__name__
         found[f"extension_triggers/{name}"] = type(unwrapped(entry.trigger)).__name__
     return found
 

@@ -88,9 +88,9 @@ def _all_holders(target: Any) -> Iterator[Holder | Serializable]:
         elif isinstance(part, chainer.dataset.Iterator):
             yield from _of_piece(path, part)
     for path, trainer in trainers(target):
-        yield from _of_piece(f"{path}stop_trigger/", trainer.stop_trigger)
+        yield from _of_piece(f"{path}stop_trigger/", unwrapped(trainer.stop_trigger))
         for name, entry in extension_entries(trainer).items():
-            yield from _of_piece(f"{path}extensions/{name}/", entry.extension)
+            yield from _of_piece(f"{path}extensions/{name}/", unwrapped(entry.extension))
             yield from _of_piece(f"{path}extension_triggers/{name}/", unwrapped(entry.trigger))
 
 

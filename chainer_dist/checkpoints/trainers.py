@@ -29,9 +29,10 @@ def trainers(target: Any, path: str = "") -> Iterator[tuple[str, training.Traine
         yield path, target
 
 
-def unwrapped(trigger: Any) -> Any:
-    """Return the trigger that a trigger of all ranks wraps, or the trigger itself. Local."""
-    return vars(trigger).get("actual_trigger", trigger) if has_attributes(trigger) else trigger
+def unwrapped(piece: Any) -> Any:
+    """Return the trigger or extension that another one wraps, for all ranks or for rank 0; or itself. Local."""
+    own = vars(piece) if has_attributes(piece) else {}
+    return own.get("actual_trigger", own.get("actual_extension", piece))
 
 
 def serialize_trainer(

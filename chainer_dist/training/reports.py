@@ -287,11 +287,13 @@ def _add_averages(trainer: chainer.training.Trainer, comm: CommunicatorBase) -> 
     trainer.extend(first, name="chainer_dist.average")
     entries = _chainer.extension_entries(trainer)
     order = sorted(entries, key=lambda name: entries[name].priority, reverse=True)
-    reports = [name for name in order if isinstance(entries[name].extension, _REPORTS[:2])]
+    # What rank 0 alone calls counts on every rank, or some would average and others not.
+    own = {name: _unwrapped(entry.extension) for name, entry in entries.items()}
+    reports = [name for name in order if isinstance(own[name], _REPORTS[:2])]
     late = order[
         order.index("chainer_dist.average") + 1 : order.index(reports[0]) if reports else 0
     ]
-    if all(_is_known(type(entries[name].extension).__module__) for name in late):
+    if all(_is_known(type(own[name]).__module__) for name in late):
         return
     priority = entries[reports[0]].priority
     trainer.extend(_Average(comm, first), name="chainer_dist.average_late", priority=priority)
@@ -299,6 +301,10 @@ def _add_averages(trainer: chainer.training.Trainer, comm: CommunicatorBase) -> 
     items = [*entries.items()]
     items.insert([*entries].index(reports[0]), ("chainer_dist.average_late", moved))
     trainer._extensions = OrderedDict(items)  # noqa: SLF001 - Chainer's
+
+
+def _unwrapped(own: Any) -> Any:
+    return own.actual_extension if isinstance(own, (_Silent, _Snapshot)) else own
 
 
 def _writes(own: Any) -> bool:

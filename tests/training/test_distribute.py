@@ -459,6 +459,54 @@ def test_which_ranks_call_an_extension(comm, out):
     assert len(called) == len({*called})
 
 
+class Counts:
+    """An extension of rank 0, or a trigger, that counts in an attribute."""
+
+    def __init__(self, last=None):
+        self.writer = []
+        self.n_calls = 0
+        self.last = last
+
+    def __call__(self, _):
+        """Count; as a trigger, fire at the last."""
+        self.n_calls += 1
+        return self.n_calls == self.last
+
+
+@pytest.mark.parametrize("how", ["distribute", "on_rank_zero"])
+@pytest.mark.filterwarnings("error::UserWarning")
+def test_a_resume_finds_what_was_saved(comm, out, how):
+    """Extensions of rank 0 and triggers of a script's own go on from what they had counted; no warning is given."""
+
+    def run(last):
+        iterator = DistributedIterator(make_data(N), 4, comm)
+        optimizer = chainer.optimizers.SGD(0.01)
+        if how == "on_rank_zero":
+            optimizer = chainer_dist.create_multi_node_optimizer(optimizer, comm)
+        else:
+            iterator = iterators.SerialIterator(make_data(N), 4)
+        optimizer.setup(make_model())
+        updater = training.StandardUpdater(iterator, optimizer)
+        stop, counts = Counts(last), Counts()
+        trainer = training.Trainer(updater, stop, out)
+        trainer.extend(counts, name="counts", trigger=(1, "iteration"))
+        trainer.extend(extensions.LogReport(trigger=(1, "iteration")))
+        trainer.extend(extensions.PrintReport(["main/loss"], out=io.StringIO()))
+        trainer.extend(extensions.snapshot(), trigger=(4, "iteration"))
+        getattr(chainer_dist, how)(trainer, comm)
+        checkpoint = chainer_dist.Checkpoint(comm, f"{out}/checkpoints")
+        trainer.extend(checkpoint, trigger=(2, "iteration"))
+        resumed = checkpoint.resume(trainer)
+        before = counts.n_calls
+        trainer.run()
+        return resumed, before, counts.n_calls, stop.n_calls
+
+    # The stop trigger is asked on every rank before each iteration; the checkpoint is taken after the fourth.
+    of_rank_zero = comm.rank == 0
+    assert run(5) == (0, 0, 4 * of_rank_zero, 5)
+    assert run(9) == (4, 4 * of_rank_zero, 8 * of_rank_zero, 9)
+
+
 def test_triggers_fire_together(comm, out):
     """Those of time, and those of a script's own, when rank 0's do; the run ends on all ranks at once."""
     fired, asked = [], []
