@@ -121,6 +121,7 @@ setup(
             "scipy",
             "setuptools>=70.1,<82",
             "sphinx>=7",
+            "tensorboardX",
         ],
         "lint": ["ruff"],
         "type": ["mypy"],

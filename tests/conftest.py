@@ -30,11 +30,12 @@ hypothesis.settings.load_profile("ranks")
 
 
 def pytest_collection_modifyitems(config, items):
-    """Leave out what needs torch where it is not installed, and count it as deselected."""
-    if not importlib.util.find_spec("torch"):
-        without = [item for item in items if item.get_closest_marker("torch")]
-        config.hook.pytest_deselected(items=without)
-        items[:] = [item for item in items if item not in without]
+    """Leave out what needs torch or MLflow where it is not installed, and count it as deselected."""
+    for name in ("torch", "mlflow"):
+        if not importlib.util.find_spec(name):
+            without = [item for item in items if item.get_closest_marker(name)]
+            config.hook.pytest_deselected(items=without)
+            items[:] = [item for item in items if item not in without]
 
 
 # All but those that do the same on one node, of which grouped_kinds takes care, and one that does nothing.

@@ -58,7 +58,8 @@ _PLACES = frozenset(
 # What a function that writes calls, or where it finds the trainer's folder.
 _WRITES = frozenset(
     {
-        *("add_figure", "add_histogram", "add_image", "add_scalar", "write_image"),
+        *("add_figure", "add_histogram", "add_image", "add_scalar", "add_scalars", "write_image"),
+        *("log_artifact", "log_figure", "log_image", "log_metric", "log_metrics"),
         *("imsave", "imwrite", "save", "save_hdf5", "save_npz", "savefig", "savetxt"),
         *("savez", "savez_compressed", "dump", "to_csv"),
         *("makedirs", "mkdir", "open", "out", "write", "write_bytes", "write_text"),

@@ -120,9 +120,9 @@ def on_rank_zero(
     - ``extensions.snapshot`` saves on rank 0, under its usual name, and with ``autoload`` all ranks load what
       rank 0 has found.
     - An extension of another class, or a function, is called on rank 0 if it has a ``writer``, a file name or the
-      like among its attributes, or if its code opens or saves files, or asks for ``trainer.out``; and otherwise on
-      every rank, as one that changes a learning rate, or communicates itself. Its attribute ``on_rank_zero``, true or false, says it
-      outright. What is called on rank 0 must not communicate.
+      like among its attributes, or if its code opens or saves files, writes to TensorBoard or MLflow, or asks for
+      ``trainer.out``; and otherwise on every rank, as one that changes a learning rate, or communicates itself.
+      Its attribute ``on_rank_zero``, true or false, says it outright. What is called on rank 0 must not communicate.
     - Triggers fire on all ranks in the same iteration: triggers by time, and of other classes, when rank
       0's does. So does the stop trigger, so that ``trainer.run()`` ends on all ranks together.
 

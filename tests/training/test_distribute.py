@@ -459,6 +459,27 @@ def test_which_ranks_call_an_extension(comm, out):
     assert len(called) == len({*called})
 
 
+def test_what_logs_to_mlflow_is_called_on_rank_zero(comm, out):
+    """MLflow opens no file in the extension's own code, so its functions are known by name."""
+    logged = []
+
+    class Client:
+        def log_metrics(self, metrics, step):
+            logged.append((metrics, step))
+
+    client = Client()
+    trainer = make_trainer(
+        iterators.SerialIterator(make_data(N), 4), make_model(), out, stop=(2, "iteration")
+    )
+    trainer.extend(
+        lambda trainer: client.log_metrics({"rate": 1.0}, step=trainer.updater.iteration),
+        name="mlflow",
+    )
+    chainer_dist.distribute(trainer, comm)
+    trainer.run()
+    assert logged == ([({"rate": 1.0}, 1), ({"rate": 1.0}, 2)] if comm.rank == 0 else [])
+
+
 class Counts:
     """An extension of rank 0, or a trigger, that counts in an attribute."""
 
