@@ -88,7 +88,8 @@ def create_communicator(
         except (ImportError, RuntimeError) as error:
             raise ImportError(
                 f"{error}: no MPI library could be loaded; "
-                "`pip install chainer_dist[mpich]` brings one"
+                "`pip install mpich` brings one, and `pip install --force-reinstall --no-deps "
+                "--no-binary mpi4py mpi4py` compiles mpi4py for the system's"
             ) from error
         mpi_comm = MPI.COMM_WORLD
     module, _, cls = KINDS[name].partition(":")

@@ -260,7 +260,10 @@ def _ask_mpi4py() -> tuple[str, str]:
     try:
         answer = _run([sys.executable, "-c", _ASK])
     except LaunchError as error:
-        raise LaunchError(f"mpi4py loads no MPI: {error}; `pip install mpich` brings one") from None
+        raise LaunchError(
+            f"mpi4py loads no MPI: {error}; `pip install mpich` brings one, and `pip install "
+            "--force-reinstall --no-deps --no-binary mpi4py mpi4py` compiles mpi4py for the system's"
+        ) from None
     library, _, text = answer.partition("\n")
     return library, text.strip("\0\n ")
 
