@@ -47,7 +47,7 @@ export OMPI_ALLOW_RUN_AS_ROOT := 1
 export OMPI_ALLOW_RUN_AS_ROOT_CONFIRM := 1
 endif
 
-.PHONY: help install tools train test test-faults test-packages lint type docs pictures linkcheck bench bench-nodes scaling dist check clean FORCE
+.PHONY: help install tools train test test-faults test-packages test-pages lint type docs pictures linkcheck bench bench-nodes scaling dist check clean FORCE
 .DEFAULT_GOAL := help
 
 help:
@@ -58,6 +58,7 @@ help:
 	@echo "make test-3     run the tests on 3 ranks only (1: in one process)"
 	@echo "make test-faults  plant faults in jobs, kill them, and compare what they resume to"
 	@echo "make test-packages  build wheel and sdist, and train with them in clean environments of PYTHONS"
+	@echo "make test-pages  look for pages of the documentation that scroll sideways; needs Chromium"
 	@echo "make lint       check style with ruff"
 	@echo "make type       check types with mypy"
 	@echo "make docs       build the documentation: docs/_build/html/index.html"
@@ -125,11 +126,14 @@ type: $(TOOLS)
 test-packages: $(TOOLS)
 	PYTHONS="$(PYTHONS)" $(RUN) tests/run.py --ranks 1 --timeout 1800 -- -m packages --mpi-limit 1500 tests/test_packages.py $(ARGS)
 
+test-pages: $(TOOLS)
+	$(RUN) tests/run.py --ranks 1 -- -m browser tests/test_pages.py $(ARGS)
+
 docs: $(TOOLS)
 	$(SPHINX) html docs docs/_build/html
 	$(SPHINX) doctest docs docs/_build/doctest
 
-pictures: $(TOOLS)
+pictures: $(STAMP)
 	$(RUN) docs/_ext/front.py
 
 linkcheck: $(TOOLS)
@@ -162,6 +166,7 @@ bench: $(MEASURING)
 	MPIR_CVAR_NUM_CLIQUES=2 $(MPIEXEC) -n 2 $(RUN) scripts/benchmarks/bench_compression.py --json $(MEASURED)/compression.json
 	MPIR_CVAR_NUM_CLIQUES=2 $(MPIEXEC) -n 2 $(RUN) scripts/benchmarks/bench_compression.py --task generated \
 	  --ways momentum --seeds 2 --epochs 4 --batch-size 64 --json $(MEASURED)/compression_generated.json
+	$(RUN) docs/_ext/front.py
 
 bench-nodes: $(MEASURING)
 	$(RUN) scripts/benchmarks/bench_nodes.py --json $(MEASURED)/nodes.json
@@ -174,6 +179,7 @@ scaling: $(MEASURING)
 	$(RUN) -m chainer_dist scale --workloads mlp cnn lstm transformer --rounds 2 --seconds 2 --more-ranks 4 \
 	  --out scaling $(ARGS)
 	cp scaling/scaling.json scaling/predictions.json $(MEASURED)
+	$(RUN) docs/_ext/front.py
 
 check: lint type docs test
 

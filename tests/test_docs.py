@@ -15,6 +15,7 @@ import pytest
 
 import chainer_dist
 import mpi_job
+import prose
 from architecture import LAYERS, MODULES, imports
 
 # They start processes of their own.
@@ -206,6 +207,43 @@ def test_files_that_are_read_as_they_are(name):
         settings_overrides={"warning_stream": told, "report_level": 2, "halt_level": 5},
     )
     assert told.getvalue() == ""
+
+
+LONGEST = 35  # words
+
+
+def test_sentences_are_short():
+    """No sentence of the README, of CONTRIBUTING and of the pages is longer than a reader can hold."""
+    root = mpi_job.ROOT
+    pages = [file for file in DOCS.rglob("*.rst") if "_build" not in file.parts]
+    assert len(pages) > 40
+    long = [
+        f"{file.relative_to(root)}: {sentence}"
+        for file in (root / "README.rst", root / "CONTRIBUTING.rst", *pages)
+        for sentence in prose.sentences(file.read_text())
+        if len(sentence.split()) > LONGEST
+    ]
+    assert long == []
+
+
+def test_sentences_are_found():
+    """Those of paragraphs, items and explanations, without code, tables, directives and headings."""
+    text = (
+        "Title\n=====\n\nOne sentence here. Two are ``c o d e``\nand a :doc:`text <page>`, see::\n\n"
+        "    no. Code.\n\n.. note::\n\n   Of a note.\n\n.. image:: no\n   :alt: No.\n\n"
+        "* item one\n  goes on\n* item two\n\nterm\n    Is explained. To the end\n\n=== ===\na   b\n\n=== ===\n\nLast."
+    )
+    assert [*prose.sentences(text)] == [
+        "One sentence here.",
+        "Two are code and a text, see::",
+        "Of a note.",
+        "item one goes on",
+        "item two",
+        "term",
+        "Is explained.",
+        "To the end",
+        "Last.",
+    ]
 
 
 def test_what_is_shown_is_measured():
