@@ -7,7 +7,8 @@
 
 shows what docs/measured/exchange-2.json and exchange-4.json have, and on which machine and by which command it was measured.
 Above each table that has the columns that ``:bars:`` names is a chart of them, with the content of the directive as its caption.
-Several columns are separated by semicolons, and each may have a name for the chart: ``Chainer / auto = chainer_dist``.
+Several columns are separated by semicolons, and each may have a name for the chart: ``Chainer / auto = chainer_dist``. Where
+tables have different columns, ``|`` separates the choices.
 """
 
 from __future__ import annotations
@@ -80,9 +81,9 @@ class Measured(Directive):
         missing = ", ".join(file.name for file in files if not file.is_file())
         if missing:
             raise self.error(f"docs/measured/ has no {missing}: run make bench")
-        columns = _names(self.options.get("bars", ""))
+        choices = [_names(each) for each in self.options.get("bars", "").split("|") if each]
         found: list[nodes.Node] = []
-        drawn = 0
+        drawn: list[dict[str, str]] = []
         for file in files:
             content = json.loads(file.read_text(encoding="utf-8"))
             first = next(
@@ -91,17 +92,19 @@ class Measured(Directive):
             for each in content["tables"]:
                 title = plain(each["title"])
                 found.append(nodes.paragraph("", "", nodes.strong(text=title)))
-                if columns and columns.keys() <= {*each["columns"]}:
+                columns = next((c for c in choices if c.keys() <= {*each["columns"]}), None)
+                if columns:
                     found += bars(title, each, columns, " ".join(self.content))
                     found += listed(_as_table(each, first))
-                    drawn += 1
+                    drawn.append(columns)
                 else:
                     found.append(_as_table(each, first))
             found.append(origin(content))
-        if columns and not drawn:
-            raise self.error(
-                f"no table of {', '.join(self.arguments)} has the columns {[*columns]}"
-            )
+        for columns in choices:
+            if columns not in drawn:
+                raise self.error(
+                    f"no table of {', '.join(self.arguments)} has the columns {[*columns]}"
+                )
         return found
 
 
