@@ -131,6 +131,7 @@ def _keys(state: Any) -> list[str] | None:
 def _describe_trainer(trainer: chainer.training.Trainer) -> dict[str, str]:
     found = {"stop_trigger": type(unwrapped(trainer.stop_trigger)).__name__}
     for name, entry in _chainer.extension_entries(trainer).items():
+        # distribute() and on_rank_zero() wrap some extensions when the trainer runs, after a resume.
         found[f"extensions/{name}"] = type(unwrapped(entry.extension)).__name__
         found[f"extension_triggers/{name}"] = type(unwrapped(entry.trigger)).__name__
     return found

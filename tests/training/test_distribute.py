@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import random
+import warnings
 
 import chainer
 import chainer.functions as F
@@ -625,6 +626,44 @@ def test_snapshots_are_rank_zeros_and_all_load_them(comm, out):
     trainer.run()
     np.testing.assert_array_equal(parameters(loaded), parameters(whole))
     np.testing.assert_array_equal(parameters(auto), parameters(whole))
+
+
+@pytest.mark.parametrize("by", [chainer_dist.distribute, chainer_dist.on_rank_zero])
+def test_a_checkpoint_is_resumed_without_a_warning(comm, out, by):
+    """What is added when the trainer runs is not there yet at the resume, and nothing begins anew for that."""
+
+    def start(folder, stop):
+        np.random.seed(3)
+        model = make_model(lazy=False)
+        iterator = iterators.SerialIterator(make_data(N), 4)
+        trainer = make_trainer(iterator, model, f"{out}/{folder}", stop=(stop, "iteration"))
+        if by is chainer_dist.on_rank_zero:
+            optimizer = chainer_dist.create_multi_node_optimizer(chainer.optimizers.SGD(), comm)
+            updater = training.StandardUpdater(iterator, optimizer.setup(model))
+            trainer = training.Trainer(updater, (stop, "iteration"), out=f"{out}/{folder}")
+        trainer.extend(make_evaluator(model), trigger=(2, "iteration"))
+        log = extensions.LogReport(trigger=(2, "iteration"))
+        trainer.extend(log)
+        trainer.extend(extensions.PrintReport(["main/loss"], out=io.StringIO()))
+        trainer.extend(extensions.ProgressBar(out=io.StringIO()))
+        trainer.extend(extensions.snapshot(filename="snapshot"), trigger=(4, "iteration"))
+        by(trainer, comm)
+        checkpoint = chainer_dist.Checkpoint(comm, f"{out}/{folder}/checkpoints")
+        trainer.extend(checkpoint, trigger=(4, "iteration"))
+        with warnings.catch_warnings(record=True) as warned:
+            warnings.simplefilter("always")
+            iteration = checkpoint.resume(trainer)
+        assert comm.allgather_obj([str(each.message) for each in warned]) == [[]] * comm.size
+        trainer.run()
+        losses = [entry["main/loss"] for entry in log.log]
+        return iteration, parameters(model), losses
+
+    _, whole, losses = start("whole", 8)
+    assert start("part", 4)[0] == 0
+    iteration, resumed, resumed_losses = start("part", 8)
+    assert iteration == 4
+    np.testing.assert_array_equal(resumed, whole)
+    assert resumed_losses == losses
 
 
 class Stateful(chainer.Chain):
