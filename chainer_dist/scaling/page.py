@@ -20,7 +20,8 @@ if TYPE_CHECKING:
 __all__ = ["escaped", "figure", "wrapped", "write"]
 
 _TEMPLATE = Path(__file__).with_name("page.html")
-_COLORS = dict(zip(CONTENDERS, ("#0b6e99", "#d1681f", "#7a4fa3", "#b5304a", "#e58a9c", "#7d8790")))
+# Each is seen on a light page as on a dark one.
+_COLORS = dict(zip(CONTENDERS, ("#1f83b4", "#d9701f", "#8d63b8", "#c9405c", "#e58a9c", "#7d8790")))
 _PARTS = {
     "forward": "#9cc3d5",
     "backward": "#5b9bb8",
@@ -30,7 +31,15 @@ _PARTS = {
     "update": "#6a9a58",
     "other": "#8c8c8c",
 }
-_SIZE = (5.2, 3.4)  # inches
+_SIZE = (4.4, 3.7)  # inches
+# What Matplotlib draws in these colours has those of the page's text and background instead.
+_INK, _PAPER = "#010203", "#fdfcfb"
+_STYLE = {
+    **dict.fromkeys(
+        ("axes.edgecolor", "axes.labelcolor", "text.color", "xtick.color", "ytick.color"), _INK
+    ),
+    "axes.facecolor": _PAPER,
+}
 
 
 def write(
@@ -59,11 +68,11 @@ def write(
         group = [row for row in rows if (row.kind, row.workload) == (kind, workload)]
         shares = {key[2]: value for key, value in parts.items() if key[:2] == (kind, workload)}
         figures = [
-            figure(_draw_efficiency, group),
-            figure(_draw_throughput, group),
+            figure(_draw_throughput, group, "Examples a second"),
+            figure(_draw_rates, group, "The same a rank: flat is perfect"),
         ]
         if shares:
-            figures.append(figure(_draw_parts, shares))
+            figures.append(figure(_draw_parts, shares, "Milliseconds of a step of chainer_dist"))
         sections.append(
             f"<h2>{escaped(workload)}, {escaped(kind)} scaling</h2>\n<div class='figures'>"
             f"{''.join(figures)}</div>\n{_table(group)}"
@@ -110,25 +119,28 @@ def escaped(value: object) -> str:
     return html.escape(str(value).encode("utf-8", "backslashreplace").decode())
 
 
-def figure(draw: Callable[[Any, Any], None], content: Any, caption: str = "") -> str:
+def figure(draw: Callable[[Any, Any], str | None], content: Any, caption: str = "") -> str:
     """Return a plot as an HTML figure. Local.
 
     Args:
-        draw: Called with axes of Matplotlib and ``content``.
+        draw: Function that gets axes of Matplotlib and ``content``, and returns the title of the legend, or None.
         content: Data that are drawn.
         caption: Caption, as HTML.
     """
+    import matplotlib as mpl
     from matplotlib.backends.backend_svg import FigureCanvasSVG
     from matplotlib.figure import Figure
 
-    plot = Figure(figsize=_SIZE, layout="constrained")
-    FigureCanvasSVG(plot)
-    axes = plot.add_subplot()
-    axes.spines[["top", "right"]].set_visible(False)
-    draw(axes, content)
-    svg = io.StringIO()
-    plot.savefig(svg, format="svg", transparent=True, metadata={"Date": None})
-    text = svg.getvalue()
+    with mpl.rc_context(_STYLE):
+        plot = Figure(figsize=_SIZE, layout="constrained")
+        FigureCanvasSVG(plot)
+        axes = plot.add_subplot()
+        axes.spines[["top", "right"]].set_visible(False)
+        title = draw(axes, content)
+        plot.legend(title=title, loc="outside lower center", ncols=2, frameon=False)
+        svg = io.StringIO()
+        plot.savefig(svg, format="svg", transparent=True, metadata={"Date": None})
+    text = svg.getvalue().replace(_INK, "currentColor").replace(_PAPER, "var(--page)")
     above = f"<figcaption>{caption}</figcaption>" if caption else ""
     return f"<figure>{above}{text[text.index('<svg') :]}</figure>"
 
@@ -158,29 +170,29 @@ def _rank_axis(axes: Any, rows: Iterable[Row]) -> None:
     axes.minorticks_off()
     axes.set_xlabel("ranks")
     axes.grid(axis="y", alpha=0.3)
-    axes.legend(frameon=False, fontsize="small")
-
-
-def _draw_efficiency(axes: Any, rows: Sequence[Row]) -> None:
-    for name, group in _by_contender(rows).items():
-        middle = [row.efficiency * 100 for row in group]
-        low = [max(row.efficiency - row.efficiency_low, 0) * 100 for row in group]
-        high = [max(row.efficiency_high - row.efficiency, 0) * 100 for row in group]
-        axes.errorbar(
-            [row.ranks for row in group], middle, yerr=[low, high], capsize=3, **_style(name)
-        )
-    axes.axhline(100, color="#999999", linewidth=0.8)
     axes.set_ylim(bottom=0)
-    axes.set_ylabel("efficiency, % of its own one rank")
-    _rank_axis(axes, rows)
 
 
 def _draw_throughput(axes: Any, rows: Sequence[Row]) -> None:
     for name, group in _by_contender(rows).items():
         axes.plot([row.ranks for row in group], [row.throughput for row in group], **_style(name))
-    axes.set_ylim(bottom=0)
     axes.set_ylabel("examples a second")
     _rank_axis(axes, rows)
+
+
+def _draw_rates(axes: Any, rows: Sequence[Row]) -> str:
+    """Draw throughput a rank, in which a slow contender is below a fast one however well it scales."""
+    most = max((row.ranks for row in rows if not row.oversubscribed), default=1)
+    for name, group in _by_contender(rows).items():
+        style = _style(name)
+        style["label"] += "".join(f", {row.efficiency:.0%}" for row in group if row.ranks == most)
+        rates = [row.batch / row.ms * 1e3 for row in group]
+        low = [rate - row.batch / row.ms_high * 1e3 for rate, row in zip(rates, group)]
+        high = [row.batch / row.ms_low * 1e3 - rate for rate, row in zip(rates, group)]
+        axes.errorbar([row.ranks for row in group], rates, yerr=[low, high], capsize=3, **style)
+    axes.set_ylabel("examples a second and rank")
+    _rank_axis(axes, rows)
+    return f"efficiency on {most} rank{'s' * (most > 1)}"
 
 
 def _draw_parts(axes: Any, shares: Mapping[int, Mapping[str, float]]) -> None:
@@ -193,28 +205,26 @@ def _draw_parts(axes: Any, shares: Mapping[int, Mapping[str, float]]) -> None:
         )
         bottom = [low + more for low, more in zip(bottom, height)]
     axes.set_xlabel("ranks")
-    axes.set_ylabel("ms of a step of chainer_dist")
-    axes.set_ylim(top=max(bottom) * 1.35)
-    axes.legend(frameon=False, fontsize="small", ncols=3, loc="upper center")
+    axes.set_ylabel("milliseconds of a step")
 
 
 def _table(rows: Iterable[Row]) -> str:
     lines = []
     for row in rows:
         copies = "" if row.against_copies is None else f"{row.against_copies:.2f}"
-        interval = f"{row.efficiency_low:.0%}&ndash;{row.efficiency_high:.0%}"
+        interval = f" <small>({row.efficiency_low:.0%}&ndash;{row.efficiency_high:.0%})</small>"
         cells = [
             escaped(row.contender),
             f"{escaped(row.ranks)}{'*' * row.oversubscribed}",
-            escaped(row.batch),
-            f"{row.ms:.1f} <small>({row.ms_low:.1f}&ndash;{row.ms_high:.1f})</small>",
             f"{row.throughput:,.0f}",
-            f"{row.efficiency:.1%} <small>({interval})</small>",
+            f"{row.efficiency:.1%}{interval * (row.ranks > 1)}",
             copies,
+            f"{row.ms:.1f} <small>({row.ms_low:.1f}&ndash;{row.ms_high:.1f})</small>",
+            escaped(row.batch),
         ]
         mark = " class='ours'" if row.contender == OURS else ""
         lines.append(f"<tr{mark}>{''.join(f'<td>{cell}</td>' for cell in cells)}</tr>")
-    heads = ("", "ranks", "batch a rank", "ms a step", "examples/s", "efficiency", "of copies")
+    heads = ("", "ranks", "examples/s", "efficiency", "of copies", "ms a step", "batch a rank")
     return wrapped(heads, lines)
 
 

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 __all__ = ["section"]
 
-_COLORS = dict(zip(DESIGNS, ("#7a4fa3", "#b5304a", "#d1681f", "#0b6e99", "#6a9a58")))
+_COLORS = dict(zip(DESIGNS, ("#8d63b8", "#c9405c", "#d9701f", "#1f83b4", "#6a9a58")))
 
 
 def section(folder: Path) -> str:
@@ -51,13 +51,13 @@ def section(folder: Path) -> str:
     parts = [
         "<h2>Predicted: clusters that are not here</h2>",
         _method(machine, simulated=simulated),
-        _recorded(schedules),
-    ]
-    parts += [
-        f"<h3>{escaped(question)}</h3><ul>{_items(each)}</ul>" for question, each in lines.items()
     ]
     for workload in schedules:
         parts += _of_workload(workload, rows)
+    parts += [
+        f"<h3>{escaped(question)}</h3><ul>{_items(each)}</ul>" for question, each in lines.items()
+    ]
+    parts += ["<h3>The steps that were recorded</h3>", _recorded(schedules)]
     parts += [_validation(), f"<p>By <code>{escaped(command)}</code></p>"]
     return "\n".join(parts)
 
@@ -174,7 +174,7 @@ def _draw(axes: Any, group: Rows) -> None:
                 marker="o",
                 markersize=4,
                 color=color,
-                markerfacecolor=color if filled else "white",
+                markerfacecolor=color if filled else axes.get_facecolor(),
             )
     axes.axhline(100 * ANNOUNCED, color="#999999", linewidth=0.8, linestyle="--")
     axes.set_xscale("log", base=2)
@@ -185,7 +185,6 @@ def _draw(axes: Any, group: Rows) -> None:
     axes.set_xlabel("ranks")
     axes.set_ylabel("efficiency, % of one rank alone")
     axes.grid(axis="y", alpha=0.3)
-    axes.legend(frameon=False, fontsize="small", ncols=2)
 
 
 def _validation() -> str:

@@ -6,6 +6,7 @@ import csv
 import html.parser
 import importlib.util
 import json
+import re
 import subprocess
 import sys
 
@@ -315,6 +316,13 @@ def make(batch, rank):
             assert len(list(csv.DictReader(file))) == len(content["rows"]) == 4
         page = (out / "index.html").read_text()
         assert page.count("<svg") == 3
+        captions = re.findall("<figcaption>(.*?)</figcaption>", page)
+        # A slow contender may have the larger efficiency: that comes second.
+        assert captions[0] == "Examples a second"
+        # Text and lines are legible on a light page and on a dark one.
+        assert page.count("currentColor") > 20
+        assert "prefers-color-scheme: dark" in page
+        assert not re.findall("#010203|#fdfcfb|#000000|#ffffff", page)
         assert "src=" not in page  # it needs nothing else
         assert 'href="http' not in page
 
