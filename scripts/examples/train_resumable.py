@@ -33,7 +33,9 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--batch-size", type=int, default=32, help="images a rank; default: 32")
     parser.add_argument("--every", type=int, default=50, help="iterations; default: 50")
     parser.add_argument("--keep", type=int, default=3, help="checkpoints; default: 3")
-    parser.add_argument("--out", type=Path, default=Path("result"), help="default: ./result")
+    parser.add_argument(
+        "--out", type=Path, default=Path("result/resumable"), help="default: result/resumable"
+    )
     parser.add_argument("--seed", type=int, default=0, help="default: 0")
     args = parser.parse_args()
     for name in ("epochs", "batch_size", "every", "keep"):

@@ -24,6 +24,7 @@ from chainer_dist.launcher.hostfiles import (
 )
 
 ROOT = Path(__file__).resolve().parents[2]
+RESUMABLE = "scripts/examples/train_resumable.py"
 NAMES = st.from_regex(r"[a-z][a-z0-9]{0,4}(-[a-z]+)?", fullmatch=True)
 HOSTS = st.lists(
     st.builds(
@@ -268,12 +269,21 @@ def test_pbs(tmp_path):
 
 @pytest.mark.parametrize("script", ["slurm_job.sh", "pbs_job.sh"])
 def test_job_scripts(script):
-    """The shell can read them, and the options they use are the launcher's."""
+    """The shell can read them, and they start a script that goes on from its checkpoints."""
     file = ROOT / "scripts" / "cluster" / script
     subprocess.run([shutil.which("bash"), "-n", file], check=True)
     text = file.read_text()
-    assert "chainer-dist run --max-restarts 3 scripts/train_digits.py" in text
-    assert (ROOT / "scripts" / "train_digits.py").exists()
+    assert f"chainer-dist run --max-restarts 3 {RESUMABLE}" in text
+    assert "checkpoint.resume(trainer)" in (ROOT / RESUMABLE).read_text()
+
+
+def test_the_job_of_kubernetes():
+    """It starts the same script, and keeps the checkpoints on a volume that outlives the workers."""
+    text = (ROOT / "scripts" / "cluster" / "kubernetes_mpijob.yaml").read_text()
+    arguments = re.findall(r"^ +- (\S+)$", text[text.index("args:") :], re.MULTILINE)
+    assert arguments[1:4] == ["--max-restarts=3", RESUMABLE, "--out=/result"]
+    assert "{name: result, mountPath: /result}" in text
+    assert "persistentVolumeClaim" in text
 
 
 def test_hosts_of_lsf():
