@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import Any
 
 import chainer
 import chainer.functions as F
@@ -22,6 +23,7 @@ from sklearn.datasets import load_digits
 import chainer_dist
 
 N_VALIDATION = 360  # of the 1,797 images
+CURVES = {"main/accuracy": "training", "validation/main/accuracy": "validation"}
 
 
 class MLP(chainer.Chain):
@@ -97,6 +99,16 @@ def parse_args() -> argparse.Namespace:
     return args
 
 
+def label_axes(_figure: Any, axes: Any, _summary: Any) -> None:
+    """Give the plot its title, and its axes and curves their names."""
+    axes.set_title("Accuracy on handwritten digits, the mean of all ranks")
+    axes.set_xlabel("epochs")
+    axes.set_ylabel("images that are recognized, %")
+    axes.yaxis.set_major_formatter(lambda share, _: f"{share * 100:g}")
+    for line in axes.get_lines():
+        line.set_label(CURVES[line.get_label()])
+
+
 def main() -> None:
     """Train, validate after each epoch, and say how well and how fast it went."""
     args = parse_args()
@@ -130,9 +142,7 @@ def main() -> None:
     columns = ["epoch", "main/loss", "validation/main/loss", "validation/main/accuracy"]
     trainer.extend(extensions.PrintReport(columns))
     trainer.extend(
-        extensions.PlotReport(
-            ["main/accuracy", "validation/main/accuracy"], "epoch", filename="accuracy.png"
-        )
+        extensions.PlotReport([*CURVES], "epoch", postprocess=label_axes, filename="accuracy.png")
     )
     if not args.no_progress_bar:
         trainer.extend(extensions.ProgressBar(update_interval=20))

@@ -61,7 +61,7 @@ def compare(function: Any, points: list[Any], n_processes: int, chunksize: int) 
 
 def main() -> None:
     """Compute the matrix, compare, and draw it."""
-    parser = make_parser(__doc__, out=Path("result"))
+    parser = make_parser(__doc__, out=Path("result/matrix"))
     parser.add_argument("--size", type=positive, default=120, help="rows; default: 120")
     parser.add_argument("--steps", type=positive, default=10000, help="at most; default: 10000")
     parser.add_argument("--chunksize", type=positive, default=20, help="elements; default: 20")

@@ -131,7 +131,7 @@ def get_dates(n: int, seed: int) -> tuple[Any, Any]:
 
 def main() -> None:
     """Train, translate the validation set after each epoch, and show some translations."""
-    parser = make_parser(__doc__, epochs=4, batch_size=64, out=Path("result"))
+    parser = make_parser(__doc__, epochs=4, batch_size=64, out=Path("result/attention"))
     parser.add_argument("--samples", type=positive, default=8000, help="default: 8000")
     parser.add_argument("--units", type=positive, default=64, help="default: 64")
     parser.add_argument("--layers", type=positive, default=2, help="default: 2")

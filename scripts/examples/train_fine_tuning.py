@@ -63,7 +63,7 @@ def train(
 
 def main() -> None:
     """Train three times, and compare."""
-    parser = make_parser(__doc__, epochs=20, out=Path("result"))
+    parser = make_parser(__doc__, epochs=20, out=Path("result/fine_tuning"))
     parser.add_argument("--batch-size", type=positive, default=10, help="of all ranks; default: 10")
     parser.add_argument("--images", type=positive, default=60, help="of digits 5 to 9; default: 60")
     parser.add_argument(

@@ -114,7 +114,7 @@ def parse_args() -> argparse.Namespace:
     )
     parser.add_argument("--epochs", type=int, default=60, help="default: 60")
     parser.add_argument("--batch-size", type=int, default=32, help="images a rank; default: 32")
-    parser.add_argument("--out", type=Path, default=Path("result"), help="default: ./result")
+    parser.add_argument("--out", type=Path, default=Path("result/gan"), help="default: result/gan")
     parser.add_argument("--no-progress-bar", action="store_true")
     return parser.parse_args()
 

@@ -112,7 +112,7 @@ def learning_rate(epoch: float, full: float, args: argparse.Namespace) -> float:
 
 def parse_args() -> argparse.Namespace:
     """Read the command line."""
-    parser = make_parser(__doc__, epochs=8, batch_size=32, out=Path("result"))
+    parser = make_parser(__doc__, epochs=8, batch_size=32, out=Path("result/image_folder"))
     parser.add_argument("--images", type=Path, help="folder; default: digits, in the --out folder")
     parser.add_argument("--size", type=positive, default=16, help="in pixels; default: 16")
     parser.add_argument(

@@ -123,7 +123,7 @@ def write(model: LanguageModel, words: list[str], seed: int) -> str:
 
 def main() -> None:
     """Train, validate after each epoch, and write a sentence."""
-    parser = make_parser(__doc__, epochs=3, batch_size=20, out=Path("result"))
+    parser = make_parser(__doc__, epochs=3, batch_size=20, out=Path("result/language_model"))
     parser.add_argument("--text", type=Path, help="file to read; default: Python's documentation")
     parser.add_argument("--words", type=positive, default=4000, help="to know; default: 4000")
     parser.add_argument("--units", type=positive, default=128, help="default: 128")

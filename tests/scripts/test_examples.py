@@ -123,7 +123,7 @@ def test_image_folder(tmp_path):
     arguments = "--epochs", 2, "--warm-up", 1, "--channels", 8, "--no-progress-bar"
     (accuracy,) = last_numbers("train_image_folder.py", 2, *arguments, cwd=tmp_path)
     assert accuracy > 60
-    assert list(tmp_path.glob("result/checkpoints/*"))
+    assert list(tmp_path.glob("result/image_folder/checkpoints/*"))
 
 
 def test_matrix(tmp_path):
