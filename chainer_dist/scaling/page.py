@@ -34,7 +34,7 @@ _PARTS = {
 _SIZE = (4.4, 3.7)  # inches
 # What Matplotlib draws in these colours has those of the page's text and background instead.
 _INK, _PAPER = "#010203", "#fdfcfb"
-_STYLE = {
+_STYLE: dict[Any, Any] = {
     **dict.fromkeys(
         ("axes.edgecolor", "axes.labelcolor", "text.color", "xtick.color", "ytick.color"), _INK
     ),
