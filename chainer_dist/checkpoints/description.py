@@ -41,7 +41,8 @@ def describe(target: Any, *, with_states: bool = True) -> dict[str, Any]:
         elif isinstance(optimizer, chainer.Optimizer) and optimizer.target is not None:
             optimizers[path] = _describe_optimizer(optimizer, with_states=with_states)
             if isinstance(part, MultiNodeOptimizer):
-                kind = None if part.compression is None else type(part.compression).__name__
+                compression = part.options.compression
+                kind = None if compression is None else type(compression).__name__
                 optimizers[path]["compression"] = kind
     return {
         "models": models,

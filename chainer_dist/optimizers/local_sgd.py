@@ -38,7 +38,7 @@ class LocalSGDOptimizer(MultiNodeOptimizer):
 
     @property
     def _schedule(self) -> Schedule:
-        return cast("Schedule", self._options.schedule)
+        return cast("Schedule", self.options.schedule)
 
     @property
     def period(self) -> int:

@@ -24,7 +24,6 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
     from chainer_dist.communicators import CommunicatorBase
-    from chainer_dist.compression import Compression
     from chainer_dist.optimizers.arrangement import Arrangement
 
 __all__ = ["MultiNodeOptimizer"]
@@ -41,12 +40,13 @@ class MultiNodeOptimizer(OptimizerProxy):
         zero_fill: Whether a gradient that is None on this rank counts as zero.
         accumulate_steps: Number of calls of :meth:`update` that make one update; the same on every rank.
         join: What lets ranks that have run out of data take part, or None.
+        options: Options that it was made with, the same on every rank.
         randomness: Random numbers of hooks and update rules, the same on every rank.
     """
 
     accumulate_steps: int
     join: Arrangement | None
-    _options: Options
+    options: Options
     _state: State
     randomness: Randomness
     _postponed: bool  # whether updates are put off, in no_sync
@@ -61,7 +61,7 @@ class MultiNodeOptimizer(OptimizerProxy):
         super().__init__(actual_optimizer, communicator, zero_fill)
         self.accumulate_steps = options.accumulate_steps
         self.join = None
-        self._options = options
+        self.options = options
         self._state = State(self._replicas, Plan(options), Settings(are_alike=self.alike))
         self.randomness = Randomness()
         self._postponed = False
@@ -71,12 +71,7 @@ class MultiNodeOptimizer(OptimizerProxy):
     @property
     def alike(self) -> bool:
         """Whether parameters and state are the same on all ranks after each update."""
-        return all(kind.keeps_equal for kind in kinds(self._options))
-
-    @property
-    def compression(self) -> Compression | None:
-        """Compression of the gradients between nodes, or None."""
-        return self._options.compression
+        return all(kind.keeps_equal for kind in kinds(self.options))
 
     @property
     def overlapped(self) -> bool:
@@ -180,8 +175,8 @@ class MultiNodeOptimizer(OptimizerProxy):
         chosen = state.plan.chosen
         with contextlib.nullcontext() if chosen is None else chosen.copied_states():
             self.actual_optimizer.serialize(serializer)
-        if self.compression is not None:
-            self.compression.serialize(serializer["compression"], self.connected())
+        if self.options.compression is not None:
+            self.options.compression.serialize(serializer["compression"], self.connected())
 
     def consolidate(self) -> None:
         """Let every rank have all of the update rules' state until the next update. Collective.
@@ -204,8 +199,8 @@ class MultiNodeOptimizer(OptimizerProxy):
         That is gradients that are being accumulated, and what compression has left out.
         """
         self._state.accumulation.serialize(serializer)
-        if self.compression is not None and self.connected().rank:
-            self.compression.serialize(serializer["compression"], self.connected())
+        if self.options.compression is not None and self.connected().rank:
+            self.options.compression.serialize(serializer["compression"], self.connected())
 
     def load_own(
         self, sources: Sequence[chainer.AbstractSerializer], *, takes_over: bool = True
@@ -219,17 +214,17 @@ class MultiNodeOptimizer(OptimizerProxy):
         """
         self._state.accumulation.load(sources, takes_sums=takes_over)
         comm = self.connected()
-        if self.compression is not None and comm.rank and takes_over:
-            self.compression.serialize(sources[0]["compression"], comm)
+        if self.options.compression is not None and comm.rank and takes_over:
+            self.options.compression.serialize(sources[0]["compression"], comm)
 
     def _step(self) -> Step:
         """Return the step that comes next. Local."""
-        context = Context(self.connected(), self.actual_optimizer, self._options, self.randomness)
+        context = Context(self.connected(), self.actual_optimizer, self.options, self.randomness)
         self._state.plan.connect(context)
         return Step(
             context,
             self._state,
-            lambda: describe_options(type(self), self._options, zero_fill=self.zero_fill),
+            lambda: describe_options(type(self), self.options, zero_fill=self.zero_fill),
             zero_fill=self.zero_fill,
             accumulate_steps=self.accumulate_steps,
             is_joined=self.join is not None,
@@ -240,8 +235,8 @@ class MultiNodeOptimizer(OptimizerProxy):
 
     def _copied(self, copy_one: Callable[[Any], Any]) -> Self:
         twin = super()._copied(copy_one)
-        options, state = twin._options, twin._state  # noqa: SLF001 - of the same class
+        options, state = twin.options, twin._state  # noqa: SLF001 - of the same class
         options = options._replace(schedule=copy.copy(options.schedule))
-        twin._options, twin._replicas = options, state.replicas  # noqa: SLF001 - of the same class
+        twin.options, twin._replicas = options, state.replicas  # noqa: SLF001 - of the same class
         state.plan.options = options
         return twin
