@@ -12,7 +12,7 @@ import numpy as np
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from chainer_dist.datasets.formats.stored import Positions
+    from chainer_dist.datasets.formats.open_file import Positions
 
 __all__ = ["BlockCache", "Columns", "assemble", "check_columns", "check_lengths", "choose"]
 

@@ -11,12 +11,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from chainer_dist.collectives.failures import rebuild_error
-from chainer_dist.datasets.formats.stored import StoredDataset, require
+from chainer_dist.datasets.formats.open_file import require
+from chainer_dist.datasets.formats.stored import StoredDataset
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-    from chainer_dist.datasets.formats.stored import Paths, Positions
+    from chainer_dist.datasets.formats.open_file import Paths, Positions
 
 __all__ = ["LMDBDataset"]
 

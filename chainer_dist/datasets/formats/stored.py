@@ -1,17 +1,16 @@
-"""What the datasets of all file formats have in common: paths, open files, and which rows are read."""
+"""The dataset that all file formats are derived from: its paths, its open files, and which rows are read."""
 
 from __future__ import annotations
 
 import contextlib
 import copy
-import importlib
 import os
 import platform
 import stat
 import threading
 import weakref
 from collections import OrderedDict
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, Union
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from chainer.dataset import DatasetMixin
@@ -21,10 +20,9 @@ from chainer_dist.collectives.failures import rebuild_error
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-__all__ = ["OpenFile", "Paths", "Positions", "Stamp", "StoredDataset", "require"]
+    from chainer_dist.datasets.formats.open_file import OpenFile, Paths, Positions
 
-Positions = np.ndarray[Any, np.dtype[np.int64]]
-Paths = Union[str, "os.PathLike[str]", "Sequence[str | os.PathLike[str]]"]
+__all__ = ["Stamp", "StoredDataset"]
 
 
 class Stamp(NamedTuple):
@@ -46,33 +44,6 @@ class Stamp(NamedTuple):
         return self.size != other.size or (is_same_host and self.modified != other.modified)
 
 
-class OpenFile(Protocol):
-    """A file that this process has open.
-
-    Attributes:
-        length: Number of samples.
-        schema: What each column has, in words: equal in all files of a dataset.
-        index: What makes a later opening quick, such as where samples are; None if nothing does.
-    """
-
-    length: int
-    schema: dict[str, str]
-    index: Any
-
-    def read(self, positions: Positions) -> Sequence[Any]:
-        """Return what is stored of some samples.
-
-        Args:
-            positions: Ascending, without repetition, within the file; shape ``(k,)``.
-
-        Returns:
-            ``k`` samples that nothing else refers to.
-        """
-
-    def close(self) -> None:
-        """Close the file."""
-
-
 class _File(NamedTuple):
     """What is known of a file without opening it."""
 
@@ -81,27 +52,6 @@ class _File(NamedTuple):
     length: int
     schema: dict[str, str]
     index: Any
-
-
-def require(module: str, dataset: str, extra: str) -> Any:
-    """Import the library of a format. Local.
-
-    Args:
-        module: What is imported.
-        dataset: Name of the class that needs it.
-        extra: Which extra of chainer_dist installs it.
-
-    Raises:
-        ImportError: If it is not installed; the text has the command that installs it.
-    """
-    try:
-        return importlib.import_module(module)
-    except ImportError as error:
-        library = module.partition(".")[0]
-        raise ImportError(
-            f"{dataset} needs {library}, which cannot be imported on {platform.node()} ({error}): "
-            f"pip install 'chainer_dist[{extra}]'"
-        ) from error
 
 
 class StoredDataset(DatasetMixin):  # type: ignore[misc]  # Chainer has no types

@@ -17,7 +17,7 @@ from chainer_dist.datasets.formats.stored import StoredDataset
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
-    from chainer_dist.datasets.formats.stored import Paths, Positions
+    from chainer_dist.datasets.formats.open_file import Paths, Positions
 
 __all__ = ["TarDataset"]
 

@@ -15,12 +15,13 @@ from chainer_dist.datasets.formats.columns import (
     check_lengths,
     choose,
 )
-from chainer_dist.datasets.formats.stored import StoredDataset, require
+from chainer_dist.datasets.formats.open_file import require
+from chainer_dist.datasets.formats.stored import StoredDataset
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from chainer_dist.datasets.formats.stored import Paths, Positions
+    from chainer_dist.datasets.formats.open_file import Paths, Positions
 
 __all__ = ["ZarrDataset"]
 
