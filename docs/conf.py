@@ -57,7 +57,8 @@ nitpicky = True
 # What others document: there is no copy of their indices to link to without a network.
 nitpick_ignore_regex = [
     ("py:.*", r"(chainer|numpy|mpi4py|optuna)\..*"),
-    ("py:class", "Arrangement|Options|Randomness"),  # of attributes that checkpoints use and users do not
+    # Of attributes that other modules use and users do not.
+    ("py:class", "Arrangement|Options|Randomness"),
     ("py:(exc|class|obj)", "|".join(name for name in vars(builtins) if name[0].isupper())),
 ]
 

@@ -179,7 +179,9 @@ def _(value: dict[Any, Any], where: str, *, pickled: bool) -> list[tuple[str, An
 @_held.register(tuple)
 def _(value: Any, where: str, *, pickled: bool) -> list[tuple[str, Any]]:
     del pickled
-    return [(f"{where}[{i}]", each) for i, each in enumerate(value[:_MOST_ELEMENTS])]
+    base = list if isinstance(value, list) else tuple  # a subclass may have indexing of its own
+    elements = base.__getitem__(value, slice(_MOST_ELEMENTS))
+    return [(f"{where}[{i}]", each) for i, each in enumerate(elements)]
 
 
 @_held.register(functools.partial)
