@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import importlib
 import inspect
 import pickle
@@ -23,6 +24,7 @@ from chainer.functions.normalization.batch_normalization import BatchNormalizati
 import chainer_dist
 from chainer_dist import RankMismatchError, functions
 from chainer_dist.chainermn import MODULES, NAMES
+from chainer_dist.collectives import objects
 from chainer_dist.errors import NonFiniteGradientError
 
 chainermn = pytest.importorskip("chainermn")
@@ -631,12 +633,7 @@ class TestObjectsBesideMPI:
         """Objects too large for one message still arrive, between small ones, from any source."""
         from mpi4py import MPI
 
-        post = type(comm)._post
-        monkeypatch.setattr(
-            type(comm),
-            "_post",
-            lambda self, message, dest, tag: post(self, message, dest, tag, 1000),
-        )
+        monkeypatch.setattr(objects, "post", functools.partial(objects.post, limit=1000))
         status = MPI.Status()
         self.exchange(
             comm, comm.isend_obj, lambda _: comm.recv_obj(MPI.ANY_SOURCE, status, MPI.ANY_TAG)
