@@ -115,7 +115,7 @@ def test_a_dataset_with_an_open_file_is_refused_everywhere(comm, handle, how):
 def test_what_leaves_its_file_out_is_sent(comm, h5):
     """A dataset with a way of its own to be pickled, and text and bytes in memory."""
     part = chainer_dist.scatter_dataset(Careful(h5), comm)
-    if comm.size > 1:
+    if comm.rank > 0:  # rank 0 keeps its own object, with the open file
         assert part[0] in {5, 6, 7}
     refuse_handles(Holder([io.BytesIO(), io.StringIO(), "text", None]))
 
