@@ -31,20 +31,17 @@ def make_samples(n, start=0):
 
 
 def _columns(samples):
-    x = np.array([x for x, _ in samples], np.float32).reshape(-1, *SHAPE)
-    return x, np.array([t for _, t in samples], np.int32)
+    return np.array([x for x, _ in samples], np.float32), np.array(
+        [t for _, t in samples], np.int32
+    )
 
 
 def write_hdf5(path, samples, block=4):
     """Write two datasets, one of them in compressed chunks."""
     x, t = _columns(samples)
     with h5py.File(path, "w") as file:
-        if len(x):
-            file.create_dataset(
-                "x", data=x, chunks=(min(block, len(x)), *SHAPE), compression="gzip"
-            )
-        else:
-            file["x"] = x
+        chunks = (min(block, len(x)), *x.shape[1:])
+        file.create_dataset("x", data=x, chunks=chunks, compression="gzip")
         file["t"] = t
 
 
@@ -65,10 +62,7 @@ def create_zarr(group, name, column, chunks):
 def write_parquet(path, samples, block=4):
     """Write a table with a column of tensors."""
     x, t = _columns(samples)
-    tensors = pa.FixedShapeTensorArray.from_numpy_ndarray(x) if len(x) else None
-    if tensors is None:
-        kind = pa.fixed_shape_tensor(pa.float32(), SHAPE)
-        tensors = pa.ExtensionArray.from_storage(kind, pa.array([], kind.storage_type))
+    tensors = pa.FixedShapeTensorArray.from_numpy_ndarray(x)
     pq.write_table(pa.table({"x": tensors, "t": t}), path, row_group_size=block)
 
 
@@ -85,7 +79,7 @@ def write_lmdb(path, samples, block=4):
 def decode_record(value):
     """Decode what :func:`write_lmdb` has written."""
     return (
-        np.frombuffer(value, np.float32, offset=4).reshape(SHAPE).copy(),
+        np.frombuffer(value, np.float32, offset=4).reshape(-1, SHAPE[1]).copy(),
         np.frombuffer(value, np.int32, 1)[0],
     )
 
