@@ -8,6 +8,14 @@ from setuptools.command.build import build
 ROOT = Path(__file__).resolve().parent
 PTH = "chainer_dist.pth"
 
+# Libraries of the files that chainer_dist.datasets reads. Before Python 3.11 zarr is version 2, which is read, too.
+FORMATS = {
+    "hdf5": ["h5py>=3.1"],
+    "lmdb": ["lmdb>=1.4"],
+    "parquet": ["pyarrow>=15"],
+    "zarr": ["zarr>=2.16"],
+}
+
 
 def read_version() -> str:
     """Return the version from its one place, without importing the package."""
@@ -107,12 +115,15 @@ setup(
             "onednn-cpu-gomp==2023.2.0; sys_platform == 'linux' and platform_machine == 'x86_64'"
         ],
         "optuna": ["optuna"],
+        **FORMATS,
+        "formats": [library for libraries in FORMATS.values() for library in libraries],
         "plot": ["matplotlib"],
         "progress": ["tqdm"],
         "examples": ["matplotlib", "pillow", "scikit-learn", "tqdm"],
         "scaling": ["matplotlib", "scikit-learn", "scipy", "tqdm"],
         # setuptools 70.1 builds wheels by itself; 82 removed pkg_resources, which chainer.testing imports.
         "test": [
+            *(library for libraries in FORMATS.values() for library in libraries),
             "hypothesis",
             "optuna",
             "pillow",
