@@ -126,6 +126,15 @@ def test_image_folder(tmp_path):
     assert list(tmp_path.glob("result/image_folder/checkpoints/*"))
 
 
+@pytest.mark.parametrize("kind", ["hdf5", "lmdb", "parquet", "tar", "zarr"])
+def test_files_of_other_formats(tmp_path, kind):
+    """All ranks learn from one file, which is written first."""
+    arguments = "--format", kind, "--epochs", 2, "--no-progress-bar"
+    (accuracy,) = last_numbers("train_from_files.py", 2, *arguments, cwd=tmp_path)
+    assert accuracy > 80
+    assert (tmp_path / "result" / f"train.{kind}").exists()
+
+
 def test_matrix(tmp_path):
     """All three ways compute the same."""
     arguments = "--size", 20, "--steps", 100, "--no-progress-bar"
