@@ -53,8 +53,9 @@ class TarDataset(StoredDataset):
 
     Raises:
         FileNotFoundError: If there is no such file.
-        tarfile.TarError, ValueError: Naming the file, if it is no tar file, is compressed, damaged or
-            truncated, or if a sample lacks a column; naming the sample, if it cannot be decoded.
+        Exception: Naming the file: ``tarfile.ReadError`` if it is no tar file, damaged or truncated,
+            ValueError if it is compressed or a sample lacks a column. What ``decode`` raises, naming
+            file and sample.
     """
 
     def __init__(
