@@ -177,7 +177,7 @@ def _headers(path: str) -> Iterator[tarfile.TarInfo]:
                 "it to a plain .tar; images in it are compressed anyway"
             )
         with tarfile.open(fileobj=file, mode="r:") as archive:
-            while (member := archive.next()) is not None:
+            for member in archive:
                 vars(archive)["members"].clear()  # it would keep all headers in memory
                 if member.isreg() and not member.issparse():
                     yield member
