@@ -70,9 +70,9 @@ def hooks_of(hooked: Any) -> tuple[dict[str, Any], dict[str, Any]]:
     return hookable._pre_update_hooks, hookable._post_update_hooks
 
 
-def float32_copy(param: chainer.Parameter) -> chainer.Parameter | None:
+def float32_copy(param: chainer.Variable) -> chainer.Parameter | None:
     """Return the copy of a float16 parameter that ``use_fp32_update`` updates, if there is one. Local."""
-    return getattr(param.update_rule, "_fp32_param", None)
+    return getattr(getattr(param, "update_rule", None), "_fp32_param", None)
 
 
 def forget_float32_copy(param: chainer.Parameter) -> None:
