@@ -62,6 +62,13 @@ class FailedItemsError(RuntimeError):
 
     Raised on every rank with the same text, after all other items were computed.
 
+    For example, to compute the failed items again::
+
+        try:
+            results = list(chainer_dist.pmap(function, items, comm))
+        except chainer_dist.FailedItemsError as error:
+            again = [items[each.index] for each in error.failures]
+
     Attributes:
         failures: A :class:`FailedItem` for each, in the order of their indices, on every rank.
         results: All results in their places, with failures in theirs, on the ranks that were to get them,

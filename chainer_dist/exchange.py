@@ -45,6 +45,13 @@ def mean_grad(comm: ArrayCommunicator, model: chainer.Link, *, zero_fill: bool =
     A parameter whose gradient is None on every rank is not exchanged. Uninitialized parameters
     are skipped. float16 gradients are summed in float32 and rounded once.
 
+    For example, without an optimizer of this package::
+
+        model.cleargrads()
+        model(x, t).backward()
+        chainer_dist.exchange.mean_grad(comm, model)
+        optimizer.update()  # Chainer's own
+
     Args:
         comm: The communicator over whose ranks the mean is taken.
         model: A link, or another object with ``namedparams()``, whose gradients are replaced. Names,

@@ -106,6 +106,14 @@ def create_multi_node_updater(
     for all ranks at the same iteration, so that evaluators, reports and stop triggers come into
     effect together. A rank may have no data at all.
 
+    For example, where the parts of a dataset differ in length::
+
+        train = chainer_dist.scatter_dataset(train, comm, force_equal_length=False)
+        iterator = chainer.iterators.SerialIterator(train, 100)
+        updater = chainer.training.updaters.StandardUpdater(iterator, optimizer)
+        updater = chainer_dist.create_multi_node_updater(updater, comm)
+        trainer = chainer.training.Trainer(updater, (20, "epoch"))
+
     Args:
         actual_updater: A ``StandardUpdater``, or another with iterators and with optimizers that
             ``create_multi_node_optimizer`` made with this communicator. Each of its updates

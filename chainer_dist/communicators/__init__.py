@@ -48,6 +48,11 @@ def create_communicator(
 ) -> CommunicatorBase:
     """Create a communicator. Collective over ``mpi_comm``.
 
+    All ranks call it, with the same arguments::
+
+        comm = chainer_dist.create_communicator()
+        print(f"rank {comm.rank} of {comm.size}, on node {comm.inter_rank} of {comm.inter_size}")
+
     Args:
         communicator_name: ``auto`` takes the one that is fastest in general, ``shared_memory``.
             That one averages in memory which the ranks of a node share; ``single_node`` is the

@@ -15,6 +15,11 @@ def create_empty_dataset(dataset: Sized) -> list[tuple[Any, ...]]:
     ``recv`` still need an iterator that counts iterations and epochs. The same as ChainerMN's
     ``create_empty_dataset``.
 
+    For example, where only rank 0 reads samples::
+
+        train = train if comm.rank == 0 else chainer_dist.create_empty_dataset(train)
+        iterator = chainer.iterators.SerialIterator(train, 100)
+
     Args:
         dataset: Anything with a length.
 

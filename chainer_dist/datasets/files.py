@@ -24,6 +24,11 @@ class FilesDataset(DatasetMixin):  # type: ignore[misc]  # Chainer has no types
     Local. It pickles as the names of the files, so that data-loader processes, whether forked or
     spawned, open them by themselves.
 
+    For example, with files that ``numpy.savez`` wrote::
+
+        dataset = chainer_dist.datasets.FilesDataset(["part0.npz", "part1.npz"])
+        sample = dataset[0]  # a dict with a row of each array
+
     Args:
         paths: Files, in the order of their samples.
         open_file: Called with a path; returns the file's samples, as anything with ``__len__`` and

@@ -45,6 +45,11 @@ def scatter_dataset(  # noqa: PLR0917 - ChainerMN's positional parameters
     rank may write to its part, which no other rank sees. The same samples in the same order as
     with ChainerMN's ``scatter_dataset``.
 
+    For example, with a dataset that only rank 0 loads::
+
+        train = chainer_dist.scatter_dataset(train if comm.rank == 0 else None, comm, shuffle=True)
+        iterator = chainer.iterators.SerialIterator(train, 100)
+
     Args:
         dataset: On root an array, a list, or any other dataset with ``__getitem__`` and
             ``__len__``; ignored elsewhere, where it may be None.
@@ -107,6 +112,11 @@ def scatter_index(
     """Give each rank the interval of samples that :func:`scatter_dataset` would. Collective.
 
     For data that every rank can read by itself. The same as ChainerMN's ``scatter_index``.
+
+    For example, with a list of paths that all ranks have::
+
+        begin, end = chainer_dist.scatter_index(len(paths), comm)
+        own = paths[begin:end]
 
     Args:
         n_total_samples: Samples in all; root's counts.

@@ -84,6 +84,11 @@ def shard_files(
     SIAM J. Appl. Math. 17, 1969). From then on only its rank opens it, when it is asked for a
     sample of it.
 
+    For example, with files that ``numpy.savez`` wrote::
+
+        paths = sorted(pathlib.Path("data").glob("*.npz"))
+        train = chainer_dist.datasets.shard_files(paths, comm)
+
     Args:
         paths: The files, the same list on every rank.
         comm: Communicator.

@@ -29,6 +29,10 @@ class AllreducePersistent(extension.Extension):  # type: ignore[misc]  # Chainer
     Float arrays of any dtype, shape and layout are changed in place, floats and NumPy's float
     scalars replaced. All else (integers, strings, None) is left alone.
 
+    For example::
+
+        trainer.extend(chainer_dist.extensions.AllreducePersistent(model, comm))
+
     Args:
         model: A link on each rank, whose persistent values have the same names and types.
         comm: Communicator.

@@ -32,6 +32,17 @@ class GenericMultiNodeEvaluator(extension.Extension):  # type: ignore[misc]  # C
 
     Ranks may have any number of samples, or none. Results are sent once, after the last batch.
 
+    For example, for the median of the loss over batches, where ``iterator`` ends after an epoch::
+
+        class MedianLoss(chainer_dist.extensions.GenericMultiNodeEvaluator):
+            def calc_local(self, x, t):
+                return float(model(x, t).array)
+
+            def aggregate(self, results):  # on root
+                chainer.report({"median": np.median(results)})
+
+        trainer.extend(MedianLoss(comm, iterator, model))
+
     Args:
         comm: Communicator, or None to evaluate in this process alone.
         iterator: Iterator over this rank's samples that ends after an epoch. It is reset before each

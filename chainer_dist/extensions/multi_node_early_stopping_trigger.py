@@ -27,6 +27,13 @@ class MultiNodeEarlyStoppingTrigger:
 
     Every call is collective, and a Trainer calls it in every iteration.
 
+    For example, for at most 100 epochs::
+
+        stop = chainer_dist.extensions.MultiNodeEarlyStoppingTrigger(
+            comm, monitor="validation/main/loss", patience=5, max_trigger=(100, "epoch")
+        )
+        trainer = chainer.training.Trainer(updater, stop)
+
     Args:
         comm: Communicator.
         check_trigger: When to compare with the best mean so far, such as ``(1, "epoch")``.

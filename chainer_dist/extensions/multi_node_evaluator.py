@@ -81,6 +81,13 @@ def create_multi_node_evaluator(
     Every evaluation is collective: all ranks call the evaluator at the same time, which an
     extension of a Trainer does. A progress bar is shown on rank 0 only.
 
+    For example, with a test set that rank 0 has::
+
+        test = chainer_dist.scatter_dataset(test if comm.rank == 0 else None, comm)
+        iterator = chainer.iterators.SerialIterator(test, 100, repeat=False, shuffle=False)
+        evaluator = chainer.training.extensions.Evaluator(iterator, model)
+        trainer.extend(chainer_dist.create_multi_node_evaluator(evaluator, comm))
+
     Args:
         actual_evaluator: An Evaluator, of which ``evaluate()`` is replaced in place.
         communicator: Communicator.

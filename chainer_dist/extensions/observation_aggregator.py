@@ -34,6 +34,11 @@ class ObservationAggregator(extension.Extension):  # type: ignore[misc]  # Chain
     Every call is collective: extend the trainers of all ranks with it, and leave its own trigger
     at every iteration. Of ``comm_trigger`` rank 0's counts.
 
+    For example, for the mean of the loss over all ranks::
+
+        trainer.extend(chainer_dist.extensions.ObservationAggregator(comm, "main/loss", "mean/loss"))
+        trainer.extend(extensions.LogReport())
+
     Args:
         comm: Communicator.
         original_key: Name of the observation. Ranks may lack it at any time.

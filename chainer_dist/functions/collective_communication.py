@@ -33,6 +33,11 @@ if TYPE_CHECKING:
 def allgather(comm: CommunicatorBase, x: Any) -> tuple[Any, ...]:
     """Gather a variable from every rank on every rank. Collective, in backward as well.
 
+    For example, for a loss over the outputs of all ranks::
+
+        ys = chainer_dist.functions.allgather(comm, y)
+        loss = F.sum(F.concat(ys, axis=0) ** 2)
+
     Args:
         comm: Communicator.
         x: This rank's variable or array. Shapes may differ between ranks, the dtype may not.
@@ -54,6 +59,10 @@ def allreduce(comm: CommunicatorBase, x: Any, op: str = "sum") -> Any:
     """Add the variables of all ranks, or take their mean. Collective, in backward as well.
 
     ChainerMN has no such function.
+
+    For example, for a mean over the batches of all ranks within the model::
+
+        mean = chainer_dist.functions.allreduce(comm, F.mean(x, axis=0), "mean")
 
     Args:
         comm: Communicator.

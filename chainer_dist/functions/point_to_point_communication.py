@@ -168,6 +168,15 @@ def send(x: Any, communicator: CommunicatorBase, rank: int, tag: int = 0) -> Any
     Integers have no gradient and none is sent. Gradients may come in another order than that of
     the messages; each finds its own. They cannot be differentiated again (double backprop).
 
+    For example, for a model whose first half is on rank 0 and whose second half is on rank 1::
+
+        if comm.rank == 0:
+            delegate = chainer_dist.functions.send(first(x), comm, rank=1)
+            delegate.backward()
+        elif comm.rank == 1:
+            y = second(chainer_dist.functions.recv(comm, rank=0))
+            F.sum(y).backward()
+
     Args:
         x: Variable or array, or a tuple or list of them, of any shape and dtype.
         communicator: Communicator.

@@ -180,6 +180,11 @@ def create_multi_node_iterator(
     master is what ``actual_iterator`` saves, and that of another rank can take its place if that
     is one of Chainer's iterators. Load on all ranks; they go on as the master does.
 
+    For example, with a dataset that only rank 0 has::
+
+        iterator = chainer.iterators.SerialIterator(train, 100) if comm.rank == 0 else None
+        iterator = chainer_dist.iterators.create_multi_node_iterator(iterator, comm)
+
     Args:
         actual_iterator: On the master any iterator; ignored elsewhere, where it may be None.
         communicator: Communicator.

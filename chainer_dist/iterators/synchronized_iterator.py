@@ -131,6 +131,11 @@ def create_synchronized_iterator(
 
     ``serialize()`` keeps order and seed, so that a resume goes on with the very same samples.
 
+    For example, with a dataset that all ranks have::
+
+        iterator = chainer.iterators.SerialIterator(train, 100)
+        iterator = chainer_dist.iterators.create_synchronized_iterator(iterator, comm)
+
     Args:
         actual_iterator: A SerialIterator, MultithreadIterator or MultiprocessIterator, made alike
             on every rank. It is reset, and its ``order_sampler`` replaced.

@@ -33,6 +33,10 @@ def create_mnbn_model(
     :class:`chainer.links.BatchRenormalization` has: that one is left as it is, and goes on
     normalizing the local batch, after a warning.
 
+    For example, before an optimizer is set up with the model::
+
+        model = chainer_dist.links.create_mnbn_model(model, comm)
+
     Args:
         link: Any link; it may be a BatchNormalization itself.
         comm: Communicator of the new links.

@@ -62,6 +62,12 @@ def create_multi_node_optimizer(
       rank, through this optimizer. Once per job: ``sharded_update="job"``.
     - Parameters are updated in place in each rank's own arrays; see ``share_parameters``.
 
+    For example, on every rank::
+
+        optimizer = chainer_dist.create_multi_node_optimizer(chainer.optimizers.Adam(), comm)
+        optimizer.setup(model)
+        optimizer.update(model, x, t)  # x and t are this rank's batch
+
     Args:
         actual_optimizer: Any Chainer optimizer, set up or not. It is changed by the updates. Any other
             object with ``setup``, ``target`` and ``update`` is taken as well, such as a wrapped optimizer of

@@ -110,6 +110,14 @@ def create_local_sgd_optimizer(
     a period, and while layers wait for their shape. Every rank updates all parameters. Hooks
     see this rank's gradients (in the warm-up the mean), and random hooks draw each rank's own numbers.
 
+    For example, with averaged gradients in the first 500 updates, and an average of parameters after every
+    eighth update from then on::
+
+        optimizer = chainer_dist.create_local_sgd_optimizer(
+            chainer.optimizers.MomentumSGD(0.1), comm, period=8, warmup_updates=500
+        )
+        optimizer.setup(model)
+
     Args:
         actual_optimizer: Any Chainer optimizer, set up or not. It is changed by the updates.
         communicator: The communicator over whose ranks parameters are averaged.

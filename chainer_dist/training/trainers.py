@@ -126,6 +126,13 @@ def on_rank_zero(
     - Triggers fire on all ranks in the same iteration: triggers by time, and of other classes, when rank
       0's does. So does the stop trigger, so that ``trainer.run()`` ends on all ranks together.
 
+    For example, with the same lines on every rank::
+
+        trainer.extend(extensions.LogReport())
+        trainer.extend(extensions.snapshot(), trigger=(1, "epoch"))
+        chainer_dist.on_rank_zero(trainer, comm)
+        trainer.run()
+
     Args:
         trainer: Any. Its ranks make the same iterations.
         comm: Communicator.

@@ -120,6 +120,12 @@ class timeline(contextlib.AbstractContextManager["timeline"]):  # noqa: N801 - u
     ``CHAINER_DIST_TIMELINE=trace.json`` in the environment records a whole job, from the first
     communicator that spans it to its end.
 
+    For example, for twenty steps::
+
+        with chainer_dist.watch.timeline("trace.json", comm):
+            for _ in range(20):
+                optimizer.update(model, x, t)
+
     Args:
         path: Path of the file; rank 0's counts, and rank 0 writes. The file is replaced when all is
             written. None on rank 0 writes neither a file nor the table.
