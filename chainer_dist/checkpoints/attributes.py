@@ -40,7 +40,7 @@ class Attributes:
         self._late: weakref.WeakSet[Any] = weakref.WeakSet()
 
     def look(self, target: Any, *, is_late: bool = False) -> None:
-        """Take notice of objects that are new in a target. Local.
+        """Note objects that are new in a target. Local.
 
         Args:
             target: Object to be saved later.

@@ -22,7 +22,7 @@ __all__ = ["Collector"]
 
 
 class Collector(serializers.Serializer):  # type: ignore[misc]  # Chainer has no types
-    """Sorts entries into those that are the same on all ranks, and those of this rank alone.
+    """Sorts entries into shared ones, which are the same on all ranks, and entries of this rank alone.
 
     The state of multi-node optimizers over all ranks is the same, and so are the parameters of their
     targets, unless the optimizer averages only now and then. Persistent values of links, such as the

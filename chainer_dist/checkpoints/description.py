@@ -29,7 +29,7 @@ def describe(target: Any, *, with_states: bool = True) -> dict[str, Any]:
     """Return what a target is, as JSON has it. Local.
 
     Args:
-        target: What is saved, or loaded into.
+        target: The object that is saved, or into which is loaded.
         with_states: Whether to say which update rules have a state.
     """
     models: dict[str, Any] = {}
@@ -55,7 +55,7 @@ def compare(saved: dict[str, Any], now: dict[str, Any]) -> list[str]:
     """Compare what was saved with what it is to be loaded into. Local.
 
     Returns:
-        What of the two is left out, or begins anew, for the user to know.
+        Messages for the user: one for each value that is not loaded, or that begins anew.
 
     Raises:
         ValueError: If they do not belong together.
@@ -90,7 +90,7 @@ def compare(saved: dict[str, Any], now: dict[str, Any]) -> list[str]:
 
 
 def without_state(saved: dict[str, Any], path: str, name: str) -> bool:
-    """Tell whether the update rule of a parameter had no state yet when it was saved. Local."""
+    """Return whether the update rule of a parameter had no state yet when it was saved. Local."""
     rules = saved["optimizers"].get(path, {}).get("rules", {})
     return name in rules and rules[name]["state"] is None
 
@@ -176,7 +176,7 @@ def _trainer(saved: dict[str, str], now: dict[str, str]) -> Iterator[str]:
         if key.startswith("extension_triggers/") and f"extensions{key[18:]}" not in {*saved} & {
             *now
         }:
-            continue  # told of with the extension
+            continue  # the message on the extension covers it
         before, after = saved.get(key), now.get(key)
         if {before, after} <= {None, *_STATELESS}:
             continue

@@ -31,8 +31,8 @@ def prepare(target: Any) -> None:
     """Let iterators that draw orders ahead draw them from a seed of their own. Local.
 
     A MultiprocessIterator and a MultithreadIterator draw the next epoch's order when they prefetch
-    its first samples: no save can tell whether ``numpy.random`` has seen that draw yet. From then on
-    their orders depend on nothing but a seed and the number of the epoch. No sample is lost.
+    its first samples: a save does not know whether ``numpy.random`` has made that draw yet. From then on
+    their orders depend only on a seed and the number of the epoch. No sample is lost.
     """
     for _, iterator in _plain_iterators(target):
         prefetches = isinstance(

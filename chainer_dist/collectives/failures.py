@@ -56,7 +56,7 @@ def raise_together(comm: Group, error: BaseException | None) -> None:
         error: The error of this rank, or None.
 
     Raises:
-        BaseException: The error that :func:`raise_first` takes from those of all ranks.
+        BaseException: The error that :func:`raise_first` takes from the errors of all ranks.
     """
     from mpi4py import MPI
 

@@ -102,7 +102,7 @@ class Observer:
     """A base class; its objects in :data:`observers` are called at the end of every operation of every thread."""
 
     def left(self, operation: Operation, end: float) -> None:
-        """Take notice of the end of an operation, in the thread that did it.
+        """Note the end of an operation, in the thread that did it.
 
         Args:
             operation: What was done.

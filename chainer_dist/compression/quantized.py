@@ -213,7 +213,7 @@ class Int8(Quantized):
         blocks = values.reshape(len(values), -1, self.block)
         scales = np.abs(blocks).max(axis=2, keepdims=True) / np.float32(127)
         safe = np.where(scales > 0, scales, np.float32(1))
-        with np.errstate(invalid="ignore"):  # NaN and Inf: the scale tells
+        with np.errstate(invalid="ignore"):  # NaN and Inf: the scale has them
             numbers = np.rint(blocks / safe).astype(np.int8)
         code = np.concatenate([scales.view(np.uint8), numbers.view(np.uint8)], axis=2)
         return code.reshape(len(values), -1)

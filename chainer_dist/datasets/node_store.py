@@ -86,7 +86,7 @@ class Store:
         self._commons: dict[int, _Entry] = {}
 
     def begin(self, header: Header) -> None:
-        """Note that the bytes appended next are those of ``header``."""
+        """Note that the bytes appended next belong to ``header``."""
         entry = _Entry(self.file.position, header)
         if header.rank is None:
             self._commons[header.number] = entry

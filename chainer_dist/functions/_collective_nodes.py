@@ -41,7 +41,7 @@ class Collective(CommunicationNode):
     The one delegate makes backward come here on every rank, also where the rank contributes
     nothing, or nothing that needs a gradient. The other is what backward can start from where the
     rank gets nothing; and the backward collective is connected to it, so that a second backward,
-    too, makes every rank take part in everything.
+    too, calls every collective on every rank.
     """
 
     name: ClassVar[str]

@@ -2,7 +2,7 @@
 
 The backward of each is made of the others: what was broadcast is summed on the root, what was
 gathered is scattered, what was exchanged is exchanged again. So double backprop works, and the
-gradients of gradients are those of all ranks together. Ranks that come to different collectives,
+gradients of gradients count all ranks. Ranks that come to different collectives,
 in forward or in backward, all raise an error.
 """
 
@@ -105,7 +105,7 @@ def alltoall(comm: CommunicatorBase, xs: Sequence[Any]) -> tuple[Any, ...]:
 def bcast(comm: CommunicatorBase, x: Any, root: int = 0, *, delegate_variable: Any = None) -> Any:
     """Broadcast a variable from rank ``root``. Collective, in backward as well.
 
-    In backward the gradients of all ranks are summed on root. All ranks take part in that, whether
+    In backward the gradients of all ranks are summed on root. All ranks call that, whether
     root's ``x`` needs a gradient or not (with ChainerMN's ``bcast`` root then stays away).
 
     Args:

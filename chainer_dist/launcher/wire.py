@@ -1,7 +1,7 @@
-"""What the launcher and the monitors of the ranks say to one another, over one TCP connection each.
+"""Messages between the launcher and the monitors of the ranks, over one TCP connection each.
 
 MPI's own forwarding of output is of no use for this: it tears lines of several ranks apart, and does
-not tell how a rank ended. A message is a letter for its kind, the length of its content as four
+not report how a rank ended. A message is a letter for its kind, the length of its content as four
 bytes, and the content. Before the first, both sides prove that they belong to the job: see
 :mod:`chainer_dist._connections`.
 """

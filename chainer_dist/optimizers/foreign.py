@@ -25,7 +25,7 @@ _CHAINERS = ("_hookable", "_loss_scale", "_loss_scaling_is_dynamic", "t")
 
 
 def is_foreign(optimizer: Any) -> bool:
-    """Tell whether an optimizer is neither Chainer's nor passes on what one has. Local."""
+    """Return whether an optimizer is neither Chainer's nor passes on what one has. Local."""
     if isinstance(optimizer, chainer.Optimizer):
         return False
     return not all(hasattr(optimizer, name) for name in _CHAINERS)
@@ -37,10 +37,10 @@ def wrap_foreign(
     """Return a :class:`ForeignMultiNodeOptimizer`.
 
     Args:
-        optimizer: Not Chainer's.
-        communicator: Over whose ranks gradients are averaged.
+        optimizer: Optimizer of another library.
+        communicator: The communicator over whose ranks gradients are averaged.
         zero_fill: Whether a gradient that is None on this rank counts as zero.
-        options: By their names, those that are for Chainer's optimizers only.
+        options: Values by name of the options that are for Chainer's optimizers only.
 
     Raises:
         ValueError: If one of the options is wanted.

@@ -1,7 +1,7 @@
 """Updates with ranks that have run out of data.
 
 Every update is collective, so a rank with fewer batches than the others would leave them waiting.
-With :class:`Join` it stands by instead: it takes part in the others' updates, with gradients that
+With :class:`Join` it stands by instead: it joins the updates of the others, with gradients that
 do not count, until all have finished.
 """
 
@@ -44,7 +44,7 @@ class Join:
             for x, t in batches:  # fewer on some ranks
                 optimizer.update(lossfun, x, t)
 
-    A rank that leaves the block takes part in the updates that others still make until they leave
+    A rank that leaves the block joins the updates that others still make until they leave
     it too. Each update uses the mean of the gradients over the ranks that still have batches, and
     all ranks' parameters stay equal. A rank may have no batch at all. With ``accumulate_steps`` it
     is the mean over all batches that were accumulated on any rank; where the last ones do not make
@@ -54,8 +54,8 @@ class Join:
     are collective as well: a rank that stands by repeats them with its last batch, which counts
     neither in statistics nor in gradients. ``update`` must then be given the loss function (a loss
     computed before it raises an error), and every rank must have at least one batch. Other
-    collectives inside the block, such as those of :mod:`chainer_dist.functions`, wait for the ranks
-    that left it forever.
+    collectives inside the block, such as :mod:`chainer_dist.functions` has, wait forever for the ranks
+    that left it.
 
     With a Trainer use :func:`~chainer_dist.create_multi_node_updater`.
 
@@ -134,7 +134,7 @@ class Join:
         self._exchange_intents(_STEP_IS_OVER)
 
     def stand_by(self) -> None:
-        """Take part in updates until the step is over, or no rank makes any more. Collective."""
+        """Join updates until the step is over, or no rank makes any more. Collective."""
         while True:
             able = all(
                 number in self._calls or not _repeats(optimizer)
@@ -201,5 +201,5 @@ def _standing_by() -> Iterator[None]:
 
 
 def _repeats(optimizer: MultiNodeOptimizer) -> bool:
-    """Tell whether forward and backward of an optimizer's model are collective. Local."""
+    """Return whether forward and backward of an optimizer's model are collective. Local."""
     return any(isinstance(link, MultiNodeBatchNormalization) for link in optimizer.target.links())

@@ -24,13 +24,13 @@ class OptimizerProxy:
 
     Args:
         actual_optimizer: The wrapped one.
-        communicator: Over whose ranks gradients are averaged.
+        communicator: The communicator over whose ranks gradients are averaged.
         zero_fill: Whether a gradient that is None on this rank counts as zero.
 
     Attributes:
-        actual_optimizer: As given.
-        communicator: As given; None after unpickling.
-        zero_fill: As given.
+        actual_optimizer: The wrapped one.
+        communicator: The communicator; None after unpickling.
+        zero_fill: Whether a gradient that is None on this rank counts as zero.
     """
 
     actual_optimizer: Any
@@ -61,7 +61,7 @@ class OptimizerProxy:
         return [(name, spec is not None) for name, spec in self._replicas.structure or ()]
 
     def is_changed(self, target: chainer.Link, previous_params: Any = None) -> bool:
-        """Tell whether parameters appeared, or were initialized, since those last made equal. Local.
+        """Return whether parameters appeared, or were initialized, since those last made equal. Local.
 
         Args:
             target: A link.

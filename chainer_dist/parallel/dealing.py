@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 ON_ERROR = ("raise", "return")
 
 
-_TAG = 17_711  # of all messages here, so that they do not meet those of the script
+_TAG = 17_711  # of all messages here, so that they do not meet messages of the script
 _AHEAD = 2  # chunks that a rank has, with the one it works on
 
 _dealing: weakref.WeakSet[CommunicatorBase] = weakref.WeakSet()

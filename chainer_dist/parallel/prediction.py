@@ -61,7 +61,7 @@ def predict(
             but not persistent values, such as running statistics: load those on every rank.
         dataset: All samples, with ``__len__`` and ``__getitem__(int)``; either on rank 0 alone, which
             then loads and sends them, and None elsewhere; or the same on every rank, and each
-            loads those of its batches. Samples are what ``model`` takes: to leave labels out
+            loads the samples of its batches. Samples are what ``model`` takes: to leave labels out
             use ``chainer.datasets.TransformDataset(dataset, lambda sample: sample[0])``.
         comm: Communicator.
         batchsize: Samples in a batch at most.

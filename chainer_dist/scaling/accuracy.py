@@ -26,7 +26,7 @@ def train(batch: int, target: float, seed: int) -> dict[str, Any]:
 
     Returns:
         ``seconds`` of training, ``epochs`` and ``updates`` that it took, and the accuracy it came to;
-        ``reached`` tells whether that is the one asked for, which is given up after 60 epochs.
+        ``reached`` is whether that is at least ``target``, which is given up after 60 epochs.
 
     Raises:
         ImportError: If scikit-learn is not installed.

@@ -32,7 +32,7 @@ _PARTS = {
     "other": "#8c8c8c",
 }
 _SIZE = (4.4, 3.7)  # inches
-# What Matplotlib draws in these colours has those of the page's text and background instead.
+# Matplotlib draws in these colours, which are replaced by the colours of the page's text and background.
 _INK, _PAPER = "#010203", "#fdfcfb"
 _STYLE: dict[Any, Any] = {
     **dict.fromkeys(

@@ -1,4 +1,4 @@
-"""The part of the page that tells what was predicted, and how wrong predictions were."""
+"""The section of the page on predictions and their errors."""
 
 from __future__ import annotations
 

@@ -22,13 +22,13 @@ class Address(NamedTuple):
         job_rank: The rank in ``MPI.COMM_WORLD``.
         pid: Number of its process.
         started: Time at which that process started, in the kernel's words, and the namespace of process
-            numbers, to tell it from others of its number; empty if it is not known.
+            numbers, which distinguish it from other processes of its number; empty if not known.
         host: Name of its node.
         port: Port on its node.
         open_address: Address at which other nodes reach it; empty if they do not.
         open_port: Port at that address; 0 if they do not.
         secret: Bytes that a rank that asks must know, and that this rank proves to know.
-        signal: Makes its process print its Python stacks without Python's help; 0 if there is none.
+        signal: Number of the signal on which the process prints its Python stacks; 0 if there is none.
     """
 
     node: int

@@ -20,7 +20,7 @@ _SIOCGIFADDR = 0x8915
 
 
 def own_hosts() -> tuple[str, ...]:
-    """Return addresses and name of this node, as far as the system tells them. Local."""
+    """Return addresses and name of this node, as far as the system knows them. Local."""
     found = []
     with contextlib.suppress(OSError), socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
         for _, name in socket.if_nameindex():

@@ -34,11 +34,11 @@ class Silence(NamedTuple):
 
     Attributes:
         text: Description in words.
-        tells: Whether it says something of the rank. If not, the rank may be where it should be.
+        is_reason: Whether the silence is a sign that the rank has not come. If not, it may have come.
     """
 
     text: str
-    tells: bool = True
+    is_reason: bool = True
 
 
 def ask(
@@ -61,7 +61,7 @@ def ask(
         return _silence(address, state, full=full)
     where = (LOOPBACK, address.port) if near else (address.open_address, address.open_port)
     if not where[1]:
-        return Silence("cannot be asked from other nodes", tells=False)
+        return Silence("cannot be asked from other nodes", is_reason=False)
     request = identity.encode() + (b"!" if full else b"?")
     try:
         for _ in range(_ATTEMPTS - 1):
@@ -100,13 +100,13 @@ def _exchange(
 def _explain(error: Exception) -> Silence | None:
     """Say of an error what it says of the rank; None if the state of its process says more."""
     if isinstance(error, Stranger):
-        return Silence(f"cannot be asked: {error}", tells=False)
+        return Silence(f"cannot be asked: {error}", is_reason=False)
     if isinstance(error, ConnectionRefusedError):
         return Silence("listens no more: it has left the script, or ended")
     if isinstance(error, _TURNED_AWAY):
-        return Silence("cannot be asked: others keep it busy with connections", tells=False)
+        return Silence("cannot be asked: others keep it busy with connections", is_reason=False)
     if not isinstance(error, OSError):
-        return Silence(f"gives an answer that cannot be read: {error}", tells=False)
+        return Silence(f"gives an answer that cannot be read: {error}", is_reason=False)
     return None
 
 

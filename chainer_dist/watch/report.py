@@ -140,7 +140,7 @@ def compose(wait: Operation, answers: Sequence[Any]) -> tuple[str, str]:
 def _line(wait: Operation, answered: Any) -> _Line:
     """Return whether a rank has come to the operation, and what it does in words."""
     if isinstance(answered, Silence):
-        return _Line(f": {answered.text}", has_come=False, is_known=answered.tells)
+        return _Line(f": {answered.text}", has_come=False, is_known=answered.is_reason)
     waits, number = answered["waits"], wait.number
     if not number:  # a message: every rank does something else
         return _Line(

@@ -202,7 +202,7 @@ class Watchdog:
         if rank == comm.operation_log.rank:
             return self._answer(identity, full)
         if peers[rank] is None:
-            return inquiry.Silence("is not watched", tells=False)
+            return inquiry.Silence("is not watched", is_reason=False)
         near = peers[rank].node == comm.inter_rank
         return inquiry.ask(peers[rank], identity, self._patience, near=near, full=full)
 

@@ -343,7 +343,7 @@ def neighbours(comm):
 
 
 def test_ranks_answer(comm):
-    """Each tells each what it does, without the help of its main thread, which is busy here."""
+    """Each answers each what it does, without the help of its main thread, which is busy here."""
     if comm.size == 1:
         pytest.skip("there is nobody to ask")
     log = comm.operation_log
@@ -374,7 +374,7 @@ def test_strangers_get_no_answer(comm):
     other = peer._replace(secret=comm.operation_log.peers[comm.rank].secret)
     found = inquiry.ask(other, identity, 20, near=True, full=True)
     assert isinstance(found, Silence)
-    assert not found.tells
+    assert not found.is_reason
     for words in (b"0" * 200, b"\xff" * 200, b"GET / HTTP/1.1\r\n\r\n" + b" " * 200):
         with socket.create_connection(("127.0.0.1", peer.port), 20) as stranger:
             challenge = stranger.recv(1000)
@@ -517,7 +517,7 @@ def test_who_answers_in_a_ranks_place():
             found = inquiry.ask(address, "0" * 32, 20, near=True, full=True)
             assert isinstance(found, Silence)
             assert "another program answers" in found.text
-            assert not found.tells
+            assert not found.is_reason
         thread.join()
     assert [len(each) for each in heard] == [64, 0, 64, 0]
     assert secret not in b"".join(heard)
@@ -576,7 +576,7 @@ def test_answers_are_bounded(kind):
     reception.close()
     assert isinstance(found, Silence)
     assert said in found.text
-    assert not found.tells
+    assert not found.is_reason
 
 
 def test_stacks_are_cut(comm):

@@ -99,7 +99,7 @@ def memory_fence() -> Callable[[], None]:
     """Return a function after which other ranks see what this one wrote before it. Local.
 
     And after which this rank sees what they wrote: a full fence. It has to be called between stores to data and the
-    store that tells of them, and between the load that tells of data and loads of the data.
+    store to the counter that publishes them, and between the load of a counter and loads of the data.
     """
     from mpi4py import MPI
 

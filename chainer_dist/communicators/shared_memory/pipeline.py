@@ -3,7 +3,7 @@
 Each rank copies a block of its arrays into memory that all of them see, sums its own slice of the
 block over all ranks, and copies the other slices of the result back. Blocks are so small that they
 stay in the cache on the way, so that an array is read from memory once and written once. Blocks
-follow one another without a barrier; counters in the shared memory tell how far each rank has come.
+follow one another without a barrier; counters in the shared memory show how far each rank has come.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Memory that the ranks of a node share: slots for blocks, and counters that tell how far each rank has come.
+"""Memory that the ranks of a node share: slots for blocks, and counters that show how far each rank has come.
 
 All order between what different ranks write and read is made here, by two pairs. :meth:`Slots.publish` has a
 fence between what a rank has written before, to slots too, and its counter; :meth:`Slots.has_reached` has one between

@@ -24,7 +24,7 @@ class Verdict:
 
     An error is noted with the number of its block, while all blocks go on, as other ranks wait for them. At the
     end every rank of the node has seen the number, as it has waited for that block. Ranks of equal number on the
-    nodes ask one another as soon as they have delivered the last block, and tell the rest of their node.
+    nodes compare as soon as they have delivered the last block, and publish the result on their node.
 
     Args:
         comm: The communicator.
@@ -82,7 +82,7 @@ class Verdict:
         return self._slots.behind(SETTLED, self._stop, self._reducers)
 
     def settle(self) -> bool:
-        """Go on to ask the other nodes, and to tell this one; return whether that moved anything. Local.
+        """Go on to compare with other nodes, and to publish on this one; return whether anything has changed. Local.
 
         It is for when this rank has delivered the last block.
         """

@@ -23,7 +23,7 @@ class Memory:
     """Arrays in one block of memory that the ranks of a node share: first planned, then allocated.
 
     Args:
-        comm: Communicator whose ranks share memory with those of their node.
+        comm: Communicator whose ranks share memory with the other ranks of their node.
     """
 
     def __init__(self, comm: SharedMemoryCommunicator) -> None:

@@ -186,7 +186,7 @@ class NodeStates(RuleStates):
 
 
 class JobStates(RuleStates):
-    """States that exist once per job: each rank has those of its slices in memory of its own."""
+    """States that exist once per job: each rank has the states of its slices in memory of its own."""
 
     @property
     def ranks(self) -> MPI.Intracomm:
