@@ -243,9 +243,10 @@ optimizer = chainer_dist.create_multi_node_optimizer(chainer.optimizers.SGD(), c
 loss = lambda: chainer.functions.sum(model(np.ones((1, 3), np.float32)))
 optimizer.update(loss)
 if comm.rank == last:
-    chunk = next(each for some in optimizer._state.plan.chosen.prepared.layout.chunks for each in some)
-    prepare = chunk.prepare
-    chunk.prepare = lambda hooks: (time.sleep(1.2), prepare(hooks))
+    layout = optimizer._state.plan.chosen.prepared.layout
+    chunk = next(each for group in layout.groups for some in group.slices for each in some.updates)
+    update = chunk.update
+    chunk.update = lambda hooks: (time.sleep(1.2), update(hooks))
 optimizer.update(loss)
 """
     job = run(code, 2, kind="shared_memory")
