@@ -104,9 +104,8 @@ def bars(groups: Mapping[str, Sequence[Bar]], series: Sequence[str]) -> tuple[li
 
 def _single(name: str) -> str:
     """Return the colour of a bar that stands for one contender: those of this package stand out."""
-    return (
-        BLUE if name.split(maxsplit=1)[0].strip(",") in ("chainer_dist", "shared_memory") else GREY
-    )
+    words = name.replace(",", "").split()
+    return BLUE if {"chainer_dist", "shared_memory"} & {*words} else GREY
 
 
 def _legend(series: Sequence[str]) -> tuple[list[str], float]:
@@ -165,17 +164,19 @@ def lines(
         parts.append(f'<polyline points="{path}" fill="none" stroke="{fill}" stroke-width="2.5"/>')
         parts += [f'<circle cx="{x:.1f}" cy="{y:.1f}" r="3.5" fill="{fill}"/>' for x, y in points]
         ends.append((points[-1][1], name, curve[max(curve)], fill))
-    for (_, name, value, fill), y in zip(sorted(ends), _apart([y for y, *_ in sorted(ends)])):
+    ends.sort()
+    for (_, name, value, fill), y in zip(ends, _apart([y for y, *_ in ends], lower)):
         parts.append(text(right + 4, y + 5, f"{name} {value:,.0f}", fill=fill))
     return parts, height
 
 
-def _apart(places: Sequence[float], gap: float = 17) -> list[float]:
-    """Return sorted places moved so far that no two labels overlap, around their middle."""
+def _apart(places: Sequence[float], lowest: float, gap: float = 17) -> list[float]:
+    """Return sorted places moved so far that no two labels overlap, around their middle, and none is too low."""
     moved: list[float] = []
     for each in places:
         moved.append(max(each, moved[-1] + gap) if moved else each)
-    back = (sum(moved) - sum(places)) / len(places) if places else 0
+    back = (sum(moved) - sum(places)) / len(places)
+    back = max(back, moved[-1] - lowest)
     return [each - back for each in moved]
 
 

@@ -48,7 +48,7 @@ def curves(content: dict[str, Any]) -> dict[str, dict[int, float]]:
         same = row["kind"] == "weak" and row["workload"] == WORKLOAD
         if same and row["contender"] in SHOWN and not row["oversubscribed"]:
             found[SHOWN[row["contender"]]][row["ranks"]] = row["throughput"]
-    return found
+    return {name: curve for name, curve in found.items() if curve}
 
 
 def computed(content: dict[str, Any]) -> str:

@@ -61,7 +61,13 @@ _EACH = re.compile(r"(?<=\S) a (rank|batch|step|node|layer)\b")
 def plain(words: str) -> str:
     """Return a title or a heading in words for a page."""
     words = _EACH.sub(r" per \1", _HEADINGS.get(words, words)).replace(" 1 nodes", " 1 node")
-    return re.sub(r"auto is (\w+)", r"chainer_dist computes by \1", words)
+    words = re.sub(r"auto is (\w+)", r"chainer_dist computes by \1", words)
+    return words.replace("by onednn", "by oneDNN")
+
+
+def _beginning(title: str) -> str:
+    """Return a title with a capital, unless it begins with a name."""
+    return title[0].upper() + title[1:] if title.split(maxsplit=1)[0].isalpha() else title
 
 
 class Measured(Directive):
@@ -90,7 +96,7 @@ class Measured(Directive):
                 (_FIRST[name] for name in _FIRST if file.name.startswith(name)), "contender"
             )
             for each in content["tables"]:
-                title = plain(each["title"])
+                title = _beginning(plain(each["title"]))
                 found.append(nodes.paragraph("", "", nodes.strong(text=title)))
                 columns = next((c for c in choices if c.keys() <= {*each["columns"]}), None)
                 if columns:
