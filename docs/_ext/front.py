@@ -145,8 +145,9 @@ class _FromFiles(Directive):
         """Return where the files are, after the page has been made to depend on them."""
         env = self.state.document.settings.env
         folder = Path(env.srcdir, "measured")
-        for name in (*MACHINES, "kernels", "memory"):
-            env.note_dependency(str(folder / f"{name}.json"))
+        files = [folder / f"{name}.json" for name in (*MACHINES, "kernels", "memory")]
+        for file in (*files, __file__, charts.__file__):
+            env.note_dependency(str(file))
         return folder
 
 

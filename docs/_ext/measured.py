@@ -82,7 +82,7 @@ class Measured(Directive):
         """Return charts and tables."""
         env = self.state.document.settings.env
         files = [Path(env.srcdir, "measured", f"{name}.json") for name in self.arguments]
-        for file in files:
+        for file in (*files, __file__, charts.__file__):
             env.note_dependency(str(file))
         missing = ", ".join(file.name for file in files if not file.is_file())
         if missing:

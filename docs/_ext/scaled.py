@@ -265,12 +265,14 @@ class Scaled(Directive):
         """Return a part."""
         part, *more = self.arguments
         name, make = PARTS[part]
+        env = self.state.document.settings.env
         content = {}
-        if name:
-            env = self.state.document.settings.env
-            file = Path(env.srcdir, "measured", f"{name}.json")
+        for file in (__file__, charts.__file__, Path(validation.__file__).with_suffix(".json")):
             env.note_dependency(str(file))
-            content = json.loads(file.read_text(encoding="utf-8"))
+        if name:
+            source = Path(env.srcdir, "measured", f"{name}.json")
+            env.note_dependency(str(source))
+            content = json.loads(source.read_text(encoding="utf-8"))
         return list(make(content, *more))
 
 
