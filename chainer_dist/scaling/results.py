@@ -179,15 +179,15 @@ def table(found: Iterable[Row], accuracies: Sequence[Mapping[str, Any]]) -> str:
     for row in found:
         if heading != (row.kind, row.workload):
             heading = row.kind, row.workload
-            columns = [("ranks", 6), ("batch", 6), ("step, ms", 10), ("95 %", 16)]
-            columns += [("examples/s", 12), ("efficiency", 11), ("95 %", 13), ("of copies", 10)]
+            columns = [("ranks", 6), ("batch", 6), ("step, ms", 10), ("examples/s", 12)]
+            columns += [("efficiency", 11), ("95 %", 12), ("of copies", 10)]
             lines += ["", f"{row.workload}, {row.kind} scaling"]
             lines.append(" " * 20 + "".join(f"{text:>{width}}" for text, width in columns))
         copies = "" if row.against_copies is None else f"{row.against_copies:.2f}"
         lines.append(
             f"{row.contender:20}{row.ranks:>6}{row.batch:>6}{row.ms:>10.1f}"
-            f"{f'{row.ms_low:.1f}-{row.ms_high:.1f}':>16}{row.throughput:>12,.0f}"
-            f"{row.efficiency:>11.1%}{f'{row.efficiency_low:.0%}-{row.efficiency_high:.0%}':>13}"
+            f"{row.throughput:>12,.0f}"
+            f"{row.efficiency:>11.1%}{f'{row.efficiency_low:.0%}-{row.efficiency_high:.0%}':>12}"
             f"{copies:>10}{'  more ranks than cores' * row.oversubscribed}"
         )
     if accuracies:
