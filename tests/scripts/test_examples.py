@@ -143,9 +143,15 @@ def test_matrix(tmp_path):
 
 
 def test_prediction(tmp_path):
-    """A snapshot that one script leaves is what the other predicts with, through files."""
-    arguments = "--epochs", 2, "--no-progress-bar"
-    trained, *_ = last_numbers("train_digits.py", 2, *arguments, cwd=tmp_path)
+    """A snapshot that one script leaves is what the other predicts with, through files.
+
+    Its name is the one that the documentation gives.
+    """
+    trained, *_ = last_numbers("../train_digits.py", 2, "--no-progress-bar", cwd=tmp_path)
+    assert (tmp_path / "result" / "accuracy.png").stat().st_size > 0
     (snapshot,) = tmp_path.glob("result/snapshot_iter_*")
+    for path in ("docs/howto/examples.rst", "scripts/examples/predict_digits.py"):
+        text = (mpi_job.ROOT / path).read_text(encoding="utf-8")
+        assert f"--snapshot result/{snapshot.name}" in text
     arguments = "--snapshot", snapshot, "--no-progress-bar", "--files", tmp_path / "scores"
     assert last_numbers("predict_digits.py", 3, *arguments, cwd=tmp_path) == [trained]
