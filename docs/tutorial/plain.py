@@ -11,18 +11,20 @@ from sklearn.datasets import load_digits
 
 
 def get_digits():
-    """Return the images and labels to train on, and those to validate with."""
+    """Return 1,437 images to train on and 360 to validate with, and their labels."""
     digits = load_digits()
-    images = (digits.data / 16).astype(np.float32)
+    images = (digits.images[:, None] / 16).astype(np.float32)
     labels = digits.target.astype(np.int32)
     data = chainer.datasets.TupleDataset(images, labels)
     return chainer.datasets.split_dataset_random(data, 1437, seed=0)
 
 
 def make_model():
-    """Return a perceptron with two hidden layers, and its loss."""
-    hidden = [L.Linear(64, 256), F.relu, L.Linear(256, 256), F.relu]
-    return L.Classifier(chainer.Sequential(*hidden, L.Linear(256, 10)))
+    """Return a network of two convolutions, and its loss."""
+    first = L.Convolution2D(1, 16, 3, pad=1)
+    second = L.Convolution2D(16, 32, 3, pad=1)
+    scores = L.Linear(32 * 8 * 8, 10)
+    return L.Classifier(chainer.Sequential(first, F.relu, second, F.relu, scores))
 
 
 def main():
@@ -35,15 +37,16 @@ def main():
     optimizer.setup(model)
 
     train_iter = chainer.iterators.SerialIterator(train, 32)
-    validation_iter = chainer.iterators.SerialIterator(validation, 256, repeat=False, shuffle=False)
+    validation_iter = chainer.iterators.SerialIterator(
+        validation, len(validation), repeat=False, shuffle=False
+    )
     updater = chainer.training.updaters.StandardUpdater(train_iter, optimizer)
     trainer = chainer.training.Trainer(updater, (10, "epoch"), out="result")
     evaluator = extensions.Evaluator(validation_iter, model)
     trainer.extend(evaluator)
+    columns = ["epoch", "iteration", "main/loss", "validation/main/accuracy"]
     trainer.extend(extensions.LogReport())
-    trainer.extend(
-        extensions.PrintReport(["epoch", "iteration", "main/loss", "validation/main/accuracy"])
-    )
+    trainer.extend(extensions.PrintReport(columns))
     trainer.run()
 
 

@@ -1,4 +1,4 @@
-"""What chainer-dist scale is to measure: the model of the tutorial, on batches of its digits."""
+"""The tutorial's model and batches of its digits, for chainer-dist scale."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from distributed import get_digits, make_model
 
 
 def make(batch, rank):
-    """Return a model, and the arguments with which model(*arguments) is the loss of this rank's batch."""
+    """Return the model, and the images and labels of a rank's batch."""
     train, _ = get_digits()
     first = rank * batch % (len(train) - batch)
     return make_model(), chainer.dataset.concat_examples(train[first : first + batch])
