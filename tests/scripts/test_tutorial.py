@@ -18,7 +18,7 @@ from chainer_dist.scaling import workloads
 pytestmark = pytest.mark.mpi_skip
 
 TUTORIAL = mpi_job.ROOT / "docs" / "tutorial"
-LIMIT = 150  # seconds
+LIMIT = 300  # seconds
 RANK = r"(?:\[0\] )?"  # chainer-dist run writes it before a line
 
 
@@ -94,7 +94,7 @@ def test_two_ranks(folder):
 
 def test_the_plain_script_made_distributed(folder):
     """It can stay as it is, and makes half the updates then, as the batches are twice as large."""
-    job = launcher.launch("run", "-n", 2, "--distribute", "plain.py", cwd=folder)
+    job = launcher.Launched("run", "-n", 2, "--distribute", "plain.py", cwd=folder).end(LIMIT)
     assert job.status == 0, job.stderr
     assert epochs(job.stdout)[-1][:2] == (10, 225)
     assert epochs(job.stdout)[-1][3] > 0.9
@@ -104,9 +104,9 @@ def test_a_job_that_goes_on(folder):
     """Ended in the middle and started again it goes on, and prints the remaining epochs."""
     first, again = shown("chainer-dist run -n 2 resumable.py")
     job = launcher.Launched("run", "-n", 2, "resumable.py", cwd=folder)
-    job.wait_for(folder / "result" / "log", '"epoch": 2')
+    job.wait_for(folder / "result" / "log", '"epoch": 2', LIMIT)
     job.process.send_signal(signal.SIGINT)
-    ended = job.end()
+    ended = job.end(LIMIT)
     assert ended.status == 130, ended.stderr
     check_shown(again, first)  # its lines are in both
     before = epochs(ended.stdout)
@@ -116,9 +116,9 @@ def test_a_job_that_goes_on(folder):
         assert re.fullmatch(f"chainer-dist: {last}", text.splitlines()[-1])
 
     job = launcher.Launched("run", "-n", 2, "resumable.py", cwd=folder)
-    job.wait_for(folder / "result" / "log", '"epoch": 6')
+    job.wait_for(folder / "result" / "log", '"epoch": 6', LIMIT)
     job.process.send_signal(signal.SIGTERM)
-    ended = job.end()
+    ended = job.end(LIMIT)
     assert ended.status == 75, ended.stderr
     assert "Warning" not in ended.stdout + ended.stderr
     assert ended.stdout.startswith("[0] beginning at iteration ")
@@ -157,7 +157,7 @@ def test_how_it_scales(folder):
     (expected,) = shown("chainer-dist scale --workloads workload.py:make --rounds 1 --accuracy 0")
     arguments = "--workloads", "workload.py:make", "--rounds", 1, "--accuracy", 0
     quick = "--seconds", 0.1, "--ranks", 2, "--oversubscribe"
-    job = launcher.launch("scale", *arguments, *quick, cwd=folder)
+    job = launcher.Launched("scale", *arguments, *quick, cwd=folder).end(LIMIT)
     assert job.status == 0, job.stderr
 
     def names(text):
