@@ -25,6 +25,7 @@ SHARED_MEMORY = Path("/dev/shm")  # noqa: S108 - where the system has it
 # Of MPICH and its transport, Open MPI, Intel MPI, Python's semaphores and shared memory, and chainer_dist.
 _NAMES = (
     "mpich_shm_",
+    "mpich_shar_tmp",
     "ucx_shm_",
     "sm_segment.",
     "vader_segment.",

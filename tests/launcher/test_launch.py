@@ -255,11 +255,10 @@ from mpi4py import MPI
 MPI.COMM_WORLD.Barrier()
 if {how == "workers"}:
     lock = multiprocessing.get_context("spawn").Lock()
-used = {{line.split()[-1] for line in open("/proc/self/maps") if "/dev/shm/" in line}}
+used = {{line.split()[5] for line in open("/proc/self/maps") if "/dev/shm/" in line}}
 if {how == "workers"}:
     used.add("/dev/shm/sem." + lock._semlock.name[1:])
-left = [name for name in used if os.path.exists(name)]
-print(*left, flush=True)
+print(*used, flush=True)
 MPI.COMM_WORLD.Barrier()
 open({str(tmp_path)!r} + f"/{{rank}}", "w").write("ready")
 if rank == 1: time.sleep(0.5); {LEAVES_MEMORY[how]}
