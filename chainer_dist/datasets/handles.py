@@ -5,6 +5,7 @@ from __future__ import annotations
 import copyreg
 import functools
 import io
+import itertools
 import multiprocessing
 import sys
 import tarfile
@@ -172,16 +173,18 @@ def _held(value: Any, where: str, *, pickled: bool) -> list[tuple[str, Any]]:
 @_held.register(dict)
 def _(value: dict[Any, Any], where: str, *, pickled: bool) -> list[tuple[str, Any]]:
     del pickled
-    return [(f"{where}[{key!r}]", each) for key, each in [*value.items()][:_MOST_ELEMENTS]]
+    some = itertools.islice(dict.items(value), _MOST_ELEMENTS)
+    return [(f"{where}[{key!r}]", each) for key, each in some]
 
 
 @_held.register(list)
 @_held.register(tuple)
 def _(value: Any, where: str, *, pickled: bool) -> list[tuple[str, Any]]:
     del pickled
-    base = list if isinstance(value, list) else tuple  # a subclass may have indexing of its own
-    elements = base.__getitem__(value, slice(_MOST_ELEMENTS))
-    return [(f"{where}[{i}]", each) for i, each in enumerate(elements)]
+    # A derived class may have any indexing of its own.
+    elements = (list if isinstance(value, list) else tuple).__iter__(value)
+    some = itertools.islice(elements, _MOST_ELEMENTS)
+    return [(f"{where}[{i}]", each) for i, each in enumerate(some)]
 
 
 @_held.register(functools.partial)
