@@ -12,13 +12,13 @@ import pytest
 
 import launcher
 import mpi_job
-from chainer_dist.scaling import workloads
+from chainer_dist.scaling import contenders, workloads
 
 # They start jobs of their own.
 pytestmark = pytest.mark.mpi_skip
 
 TUTORIAL = mpi_job.ROOT / "docs" / "tutorial"
-LIMIT = 300  # seconds
+LIMIT = 110  # seconds
 RANK = r"(?:\[0\] )?"  # chainer-dist run writes it before a line
 
 
@@ -153,17 +153,24 @@ def test_the_workload():
 
 
 def test_how_it_scales(folder):
-    """The table has the rows and columns that the tutorial shows."""
+    """The table has the contenders and columns that the tutorial shows; here two of them are measured."""
     (expected,) = shown("chainer-dist scale --workloads workload.py:make --rounds 1 --accuracy 0")
-    arguments = "--workloads", "workload.py:make", "--rounds", 1, "--accuracy", 0
-    quick = "--seconds", 0.1, "--ranks", 2, "--oversubscribe"
-    job = launcher.Launched("scale", *arguments, *quick, cwd=folder).end(LIMIT)
+    ours, other = contenders.OURS, contenders.INDEPENDENT
+    quick = "--contenders", ours, other, "--scaling", "weak", "--seconds", 0.1, "--oversubscribe"
+    arguments = "--workloads", "workload.py:make", "--rounds", 1, "--accuracy", 0, *quick
+    job = launcher.Launched("scale", *arguments, cwd=folder).end(LIMIT)
     assert job.status == 0, job.stderr
 
-    def names(text):
-        """Return the words of each line, and of a line of numbers the contender and its ranks."""
+    def rows(text):
+        """Return the contender and the number of ranks of each line of numbers, and other lines' words."""
         lines = [line.split() for line in text.splitlines()]
         return [line[:2] if line[2:] and line[1].isdigit() else line for line in lines]
 
-    found = [line for line in names(job.stdout) if not (line and line[0].startswith("torch"))]
-    assert found == names(expected)
+    weak, strong = (rows(part) for part in expected.split("\n\n")[:2])
+    assert strong[1:] == weak[1:]
+    assert [name for name, ranks in weak[2:] if ranks == "1"] == [
+        name for name in contenders.CONTENDERS if not contenders.is_torch(name)
+    ]
+    measured = [row for row in weak if row[0] not in {"chainermn", "allreduce"}]
+    assert rows(job.stdout.split("\n\n")[0]) == measured
+    assert job.stdout.splitlines()[-1] == expected.splitlines()[-1]
