@@ -212,6 +212,7 @@ def environment(mpi: Mpi, environ: Mapping[str, str]) -> dict[str, str]:
     if mpi.family == OPEN_MPI:
         wanted["PRTE_MCA_rmaps_default_mapping_policy"] = ":oversubscribe"
         wanted["OMPI_MCA_rmaps_base_oversubscribe"] = "1"  # the same for Open MPI 4
+        wanted["OMPI_MCA_orte_keep_fqdn_hostnames"] = "1"  # or it calls ssh without the domain
         if os.geteuid() == 0:
             wanted["OMPI_ALLOW_RUN_AS_ROOT"] = "1"
             wanted["OMPI_ALLOW_RUN_AS_ROOT_CONFIRM"] = "1"
