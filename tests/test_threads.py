@@ -134,7 +134,7 @@ def test_fewer_ranks_get_no_more_threads(comm, monkeypatch):
     if comm.size == 1:
         return
     limit = _threads.limit_threads(comm.node_comm)
-    monkeypatch.setattr(_threads, "_cores", lambda: range(1000))
+    monkeypatch.setattr(_threads, "cores", lambda: range(1000))
     assert _threads.limit_threads(comm.node_comm) == limit
     assert blas_threads() == {limit}
 
