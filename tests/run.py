@@ -56,7 +56,7 @@ def parse_args():
         help="how many ranks, job after job; 1 is one process without mpiexec (default: 1 2 3 4)",
     )
     parser.add_argument(
-        "--timeout", type=float, default=900, help="seconds a job may take (default: 900)"
+        "--timeout", type=float, default=3600, help="seconds a job may take (default: 3600)"
     )
     parser.add_argument("pytest_args", nargs="*", metavar="-- PYTEST_ARGS")
     args = parser.parse_args()
