@@ -13,7 +13,7 @@ from chainer_dist.checkpoints import generations
 from chainer_dist.checkpoints.generations import COMMON_FILE, File, Manifest, rank_file
 from chainer_dist.checkpoints.state import restore
 from chainer_dist.collectives.agreement import shared
-from chainer_dist.collectives.failures import describe_error, together
+from chainer_dist.collectives.failures import describe_error, raise_first, together
 from chainer_dist.serialization.npz import ArrayFile, PickleRefusedError
 
 if TYPE_CHECKING:
@@ -93,11 +93,18 @@ class Archive:
         Raises:
             OSError: If it could not be written.
         """
+        # Not by together(): a rank with fewer batches comes here while others compare before an update, and two
+        # allreduces of different sizes would end in an error of MPI that names neither.
+        error: BaseException | None = None
+        files: dict[str, File] = {}
         try:
-            with together(self._comm):
-                mine = pending.written.result()
-            files: dict[str, File] = {}
-            for theirs in self._comm.allgather_obj(mine):
+            files = pending.written.result()
+        except BaseException as caught:  # noqa: BLE001 - file systems may raise anything
+            error = caught
+        everyone = self._comm.allgather_obj((describe_error(error), files))
+        try:
+            raise_first({rank: failure for rank, (failure, _) in enumerate(everyone)}, error)
+            for _, theirs in everyone:
                 files.update(theirs)
             manifest = Manifest(pending.iteration, self._comm.size, files)
             self._ask_rank_0(lambda: generations.commit(pending.path, manifest))
