@@ -9,12 +9,22 @@ from typing import TYPE_CHECKING, Any, Union
 
 import numpy as np
 
+from chainer_dist.datasets.formats.stored import StoredDataset
+
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from chainer_dist.datasets.formats.open_file import Positions
+    from chainer_dist.datasets.formats.open_file import Paths, Positions
 
-__all__ = ["BlockCache", "Columns", "assemble", "check_columns", "check_lengths", "choose"]
+__all__ = [
+    "BlockCache",
+    "ColumnDataset",
+    "Columns",
+    "assemble",
+    "check_columns",
+    "check_lengths",
+    "choose",
+]
 
 # One name: samples are its values. Several: tuples in their order. None: dicts of all there are.
 Columns = Union[str, Sequence[str], None]
@@ -75,6 +85,29 @@ def assemble(columns: str | tuple[str, ...] | None, values: Mapping[str, Any]) -
     if isinstance(columns, str):
         return list(values[columns])
     return list(zip(*(values[name] for name in columns)))
+
+
+class ColumnDataset(StoredDataset):
+    """Rows of files of which blocks are read as a whole, and kept. Local.
+
+    Args:
+        paths: Path of a file, or a list of paths, in the order of their samples.
+        columns: Names of columns; see :data:`Columns`.
+        cache_bytes: Bytes of the blocks that each process keeps; the formats say of what.
+        max_open: How many files a process keeps open at most.
+    """
+
+    def __init__(
+        self,
+        paths: Paths,
+        columns: Columns = None,
+        *,
+        cache_bytes: int = 64 << 20,
+        max_open: int = 16,
+    ) -> None:
+        self._columns = check_columns(columns)
+        self._cache_bytes = cache_bytes
+        super().__init__(paths, max_open)
 
 
 class BlockCache:

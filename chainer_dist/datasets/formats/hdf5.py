@@ -7,26 +7,24 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from chainer_dist.datasets.formats.columns import (
-    Columns,
+    ColumnDataset,
     assemble,
-    check_columns,
     check_lengths,
     choose,
 )
 from chainer_dist.datasets.formats.open_file import require
-from chainer_dist.datasets.formats.stored import StoredDataset
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from chainer_dist.datasets.formats.open_file import Paths, Positions
+    from chainer_dist.datasets.formats.open_file import Positions
 
 __all__ = ["HDF5Dataset"]
 
 _SLOTS = 100_003  # of the table that finds chunks in the cache; a prime, so that few share one
 
 
-class HDF5Dataset(StoredDataset):
+class HDF5Dataset(ColumnDataset):
     """Rows of one or several HDF5 datasets of equal length, such as images and labels. Local.
 
     Needs h5py (``pip install 'chainer_dist[hdf5]'``). Only the rows that are asked for are read;
@@ -55,18 +53,6 @@ class HDF5Dataset(StoredDataset):
     A row is a new, writable array of the dtype that is stored, or a NumPy scalar where the HDF5
     dataset has one dimension.
     """
-
-    def __init__(
-        self,
-        paths: Paths,
-        columns: Columns = None,
-        *,
-        cache_bytes: int = 64 << 20,
-        max_open: int = 16,
-    ) -> None:
-        self._columns = check_columns(columns)
-        self._cache_bytes = cache_bytes
-        super().__init__(paths, max_open)
 
     def _library(self) -> Any:
         return require("h5py", type(self).__name__, "hdf5")

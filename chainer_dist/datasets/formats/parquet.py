@@ -8,23 +8,21 @@ import numpy as np
 
 from chainer_dist.datasets.formats.columns import (
     BlockCache,
-    Columns,
+    ColumnDataset,
     assemble,
-    check_columns,
     choose,
 )
 from chainer_dist.datasets.formats.open_file import require
-from chainer_dist.datasets.formats.stored import StoredDataset
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from chainer_dist.datasets.formats.open_file import Paths, Positions
+    from chainer_dist.datasets.formats.open_file import Positions
 
 __all__ = ["ParquetDataset"]
 
 
-class ParquetDataset(StoredDataset):
+class ParquetDataset(ColumnDataset):
     """Rows of Parquet files. Local.
 
     Needs pyarrow (``pip install 'chainer_dist[parquet]'``). Of each column the row groups that the
@@ -51,18 +49,6 @@ class ParquetDataset(StoredDataset):
     arrays of their shape, lists of numbers arrays of one dimension, and texts, bytes and everything
     else the Python objects of pyarrow. A missing value among numbers is an error when it is read.
     """
-
-    def __init__(
-        self,
-        paths: Paths,
-        columns: Columns = None,
-        *,
-        cache_bytes: int = 64 << 20,
-        max_open: int = 16,
-    ) -> None:
-        self._columns = check_columns(columns)
-        self._cache_bytes = cache_bytes
-        super().__init__(paths, max_open)
 
     def _library(self) -> Any:
         return require("pyarrow.parquet", type(self).__name__, "parquet")

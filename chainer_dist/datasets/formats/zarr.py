@@ -9,26 +9,24 @@ import numpy as np
 
 from chainer_dist.datasets.formats.columns import (
     BlockCache,
-    Columns,
+    ColumnDataset,
     assemble,
-    check_columns,
     check_lengths,
     choose,
 )
 from chainer_dist.datasets.formats.open_file import require
-from chainer_dist.datasets.formats.stored import StoredDataset
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from chainer_dist.datasets.formats.open_file import Paths, Positions
+    from chainer_dist.datasets.formats.open_file import Positions
 
 __all__ = ["ZarrDataset"]
 
 _METADATA = ("zarr.json", ".zarray", ".zgroup", ".zattrs", ".zmetadata")
 
 
-class ZarrDataset(StoredDataset):
+class ZarrDataset(ColumnDataset):
     """Rows of one or several arrays of a Zarr group, or of one array. Local.
 
     Needs zarr (``pip install 'chainer_dist[zarr]'``), version 2 or 3. Of each array the chunks that
@@ -55,18 +53,6 @@ class ZarrDataset(StoredDataset):
     A row is a new, writable array of the dtype that is stored, or a NumPy scalar where the array has
     one dimension. A chunk that is missing has the fill value in all rows: so the format defines it.
     """
-
-    def __init__(
-        self,
-        paths: Paths,
-        columns: Columns = None,
-        *,
-        cache_bytes: int = 64 << 20,
-        max_open: int = 16,
-    ) -> None:
-        self._columns = check_columns(columns)
-        self._cache_bytes = cache_bytes
-        super().__init__(paths, max_open)
 
     def _library(self) -> Any:
         return require("zarr", type(self).__name__, "zarr")
