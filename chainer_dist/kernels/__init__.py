@@ -1,13 +1,13 @@
 """Chainer's forward and backward computations on CPUs, made faster without a change in a script.
 
 Chainer computes a convolution by copying its input into columns, and a recurrent network step by step with many small
-products. The functions here stand in the place of those, with oneDNN where it is found (convolutions, pooling,
-normalization) and with NumPy where that is enough (recurrent networks). Graphs stay Chainer's: only the computation
-inside of a function changes, and results are Chainer's up to rounding. What a kernel has no way for (float16, float64,
-empty arrays, unusual strides) Chainer's own code computes.
+products. The kernels of this package replace that code: by oneDNN where the library is found (convolutions, pooling,
+normalization), and by NumPy where that is enough (recurrent networks). Graphs stay Chainer's: only the computation
+inside a function changes, and results equal Chainer's up to rounding. Chainer's own code still computes everything
+that a kernel does not support: float16, float64, empty arrays and unusual strides.
 
-``import chainer_dist`` puts them in; :func:`use` chooses, and so does the environment variable
-``CHAINER_DIST_KERNELS``. Nothing in this package knows of ranks.
+``import chainer_dist`` installs the kernels. :func:`use` and the environment variable ``CHAINER_DIST_KERNELS`` choose
+among them. Nothing in this package uses MPI.
 
 A new kernel is a function in one of these files, decorated with
 ``replacements.replaces``; a new family is a file and one word in ``_FAMILIES``.
@@ -52,12 +52,11 @@ _FAMILIES = (
 
 
 class Status(NamedTuple):
-    """What computes forward and backward.
+    """The implementation that computes forward and backward.
 
     Attributes:
         name: ``onednn``, ``numpy`` or ``chainer``.
-        text: The same for people: the version of oneDNN, its instruction set and where it was found, or why
-            it is not used.
+        text: Description for people: version, instruction set and path of oneDNN, or the reason why it is not used.
     """
 
     name: str
@@ -68,14 +67,14 @@ _status = Status("chainer", "Chainer's own code; no kernels were asked for yet")
 
 
 def status() -> Status:
-    """Return what computes forward and backward in this process. Local."""
+    """Return the implementation that computes forward and backward in this process. Local."""
     return _status
 
 
 class use:  # noqa: N801 - it is called like a function, as chainer.using_config is
-    """Choose what computes forward and backward, in this process. Local.
+    """Choose the implementation that computes forward and backward in this process. Local.
 
-    Acts at once and stays so; used as a context manager, what was chosen before is put back at its end::
+    The choice takes effect at once, and lasts. A context manager restores the previous choice at its end::
 
         chainer_dist.kernels.use("numpy")
         with chainer_dist.kernels.use("chainer"):
@@ -84,12 +83,13 @@ class use:  # noqa: N801 - it is called like a function, as chainer.using_config
     A graph may be made with one choice and differentiated with another.
 
     Args:
-        name: ``onednn``: oneDNN, and NumPy where that is faster. ``numpy``: the kernels that need NumPy alone.
-            ``chainer``: Chainer's own code, untouched. ``auto``: ``onednn`` where it is found, else ``numpy``.
+        name: Name of the implementation. ``onednn`` stands for oneDNN, and NumPy where that is faster; ``numpy`` for
+            the kernels that need NumPy alone; ``chainer`` for Chainer's own code. ``auto`` is ``onednn`` where the
+            library is found, and otherwise ``numpy``.
 
     Raises:
-        ValueError: For another name.
-        OneDNNError: If ``onednn`` is asked for and cannot be used; the message says why.
+        ValueError: If the name is none of these.
+        OneDNNError: If ``onednn`` is asked for and cannot be used; the message has the reason.
     """
 
     def __init__(self, name: str = "auto") -> None:
@@ -100,7 +100,7 @@ class use:  # noqa: N801 - it is called like a function, as chainer.using_config
         """Leave the choice as it is."""
 
     def __exit__(self, *exception: object) -> None:
-        """Choose again what was chosen before."""
+        """Restore the previous choice."""
         _choose(self._before.name, self._before)
 
 
@@ -131,13 +131,13 @@ def _choose(name: str, known: Status | None = None) -> None:
 
 
 def use_default() -> None:
-    """Choose what the environment asks for, or the best there is. Local.
+    """Choose the implementation that the environment asks for, or else the fastest one available. Local.
 
-    ``CHAINER_DIST_KERNELS`` has the names of :func:`use`. ``CHAINER_USE_IDEEP=never`` asked Chainer for its own code,
-    and does so here.
+    ``CHAINER_DIST_KERNELS`` takes the names that :func:`use` takes. ``CHAINER_USE_IDEEP=never``, by which scripts ask
+    Chainer for its own code, means ``chainer``.
 
     Raises:
-        ValueError: If the variable has another value.
+        ValueError: If ``CHAINER_DIST_KERNELS`` has another value.
     """
     try:
         _choose(asked_for())
@@ -146,13 +146,13 @@ def use_default() -> None:
 
 
 def asked_for() -> str:
-    """Return the choice that the environment asks for, see :func:`use_default`; ``auto`` where it does not. Local."""
+    """Return the name that the environment asks for, as :func:`use_default` takes it; ``auto`` by default. Local."""
     without = os.environ.get("CHAINER_USE_IDEEP") == "never"
     return os.environ.get(VARIABLE, "chainer" if without else "auto")
 
 
 def _after_fork() -> None:
-    """Do without oneDNN in a child that was forked, since OpenMP's threads are not there."""
+    """Choose NumPy in a child process, as the threads of OpenMP do not survive a fork. Local."""
     if _status.name == "onednn":
         _choose("numpy", Status("numpy", "NumPy, as this process was forked from one with oneDNN"))
 

@@ -1,6 +1,7 @@
 """Elementwise activations and their gradients, in fewer passes over memory.
 
-ReLU itself stays NumPy's, which is one pass already: oneDNN's turns NaN into zero, and would hide that training failed.
+The forward pass of ReLU stays NumPy's, which is a single pass already. That of oneDNN turns NaN into zero, and would
+hide that training has diverged.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ if TYPE_CHECKING:
     from chainer_dist.kernels.layouts import Array
 
 _RELU, _LOGISTIC = 0x20, 0x29
-# The gradient from the output instead of the input.
+# Algorithms that compute the gradient from the output instead of the input.
 _TANH_BY_OUTPUT, _LOGISTIC_BY_OUTPUT, _RELU_BY_OUTPUT = 0x101, 0x104, 0x100
 
 
@@ -62,7 +63,7 @@ def _is_worth_it(*arrays: Array) -> bool:
 
 
 def _apply(algorithm: int, x: Array, alpha: float = 0.0) -> Array:
-    y = np.empty_like(x)  # in the order of x
+    y = np.empty_like(x)  # it has the memory order of x
     _forward(algorithm, x.size, alpha)(x, y)
     return y
 
@@ -84,7 +85,7 @@ def _relu_gradient(chainers: Any, self: Any, inputs: tuple[Array]) -> Any:
 @replaces(LeakyReLU, "forward_cpu")
 def _leaky_relu(chainers: Any, self: Any, inputs: tuple[Array]) -> Any:
     (x,) = inputs
-    if not _is_worth_it(x) or self.slope == 0:  # as for ReLU
+    if not _is_worth_it(x) or self.slope == 0:  # this is ReLU, which stays NumPy's
         return chainers(self, inputs)
     if self.slope >= 0:
         self.retain_outputs((0,))

@@ -74,12 +74,17 @@ def _backward(shape: tuple[int, ...], eps: float) -> Operation:
 
 
 def _shape(x: Array) -> tuple[int, ...]:
-    """Return the shape that oneDNN is told: it is faster with one image of many positions than with a matrix. Local."""
+    """Return the shape for oneDNN, which is faster with one image of many positions than with a matrix. Local."""
     return x.shape if x.ndim > 2 else (1, x.shape[1], x.shape[0], 1)  # noqa: PLR2004
 
 
 def _is_possible(axis: Any, *arrays: Array) -> bool:
-    """Return whether these are float32 arrays of (batch, channels, ...) and of channels. Local."""
+    """Return whether oneDNN can normalize arrays. Local.
+
+    Args:
+        axis: Axes over which statistics are taken.
+        arrays: The input, of shape ``(batch, channels, ...)``, and arrays of shape ``(channels,)``.
+    """
     x, channels = arrays[0], arrays[1:]
     return (
         x.ndim > 1
@@ -92,7 +97,7 @@ def _is_possible(axis: Any, *arrays: Array) -> bool:
 @replaces(GeneralBatchNormalizationImpl, "forward")
 def _normalize(chainers: Any, self: Any, **given: Any) -> Any:
     x, gamma, beta, eps = (given[name] for name in ("x", "gamma", "beta", "eps"))
-    # Chainer's subclasses, such as ChainerMN's, find their statistics in another way.
+    # Subclasses, such as ChainerMN's, compute their statistics in other ways.
     if type(self) is not GeneralBatchNormalizationImpl or not _is_possible(
         given["axis"], x, gamma, beta
     ):
@@ -111,7 +116,7 @@ def _normalize(chainers: Any, self: Any, **given: Any) -> Any:
         running_var *= decay
         running_var += (1 - decay) * (count / max(count - 1.0, 1.0)) * var
     inv_std = np.reciprocal(np.sqrt(var + np.float32(eps)))
-    # The last goes to backward, for the gradient; Chainer's own does not look at it.
+    # Chainer passes the last value on to backward. Its own backward ignores it; the one below needs it.
     return y, given["x_layout"], running_mean, running_var, mean, var, inv_std, var
 
 
@@ -137,7 +142,7 @@ def _normalize_by_given(chainers: Any, self: Any, inputs: tuple[Array, ...]) -> 
     self.retain_inputs((0, 1, 3, 4))
     self.axis, self.key_axis = axis, (1,)
     self.expander = (None, slice(None), *[None] * (x.ndim - 2))
-    self.inv_std = self.inv_var = None  # the gradient computes them if it comes to that
+    self.inv_std = self.inv_var = None  # Chainer's gradient computes them if they are None
     y = layouts.empty(x.shape)
     channels = map(np.ascontiguousarray, (gamma, beta, mean, var))
     _fixed(_shape(x), self.eps)(layouts.channels_last(x), *channels, y)

@@ -1,6 +1,6 @@
-"""Statistics of the channels of an array, and arithmetic with a number for each channel, by oneDNN or in NumPy.
+"""Statistics of the channels of an array, and arithmetic with one number per channel, by oneDNN or in NumPy.
 
-It is what batch normalization by statistics of more than one array consists of.
+Batch normalization with statistics of several arrays is made of these operations.
 """
 
 from __future__ import annotations
@@ -39,25 +39,25 @@ if TYPE_CHECKING:
 
     from chainer_dist.kernels.layouts import Array
 
-# Values of one channel that are summed in float32 before float64 takes over.
+# Number of values of one channel that are summed in float32, before such sums are added in float64.
 _SUMMED = 8192
 
-# Values that are computed with at a time, so that they stay in the cache.
+# Number of values in one pass, which stay in the cache.
 _BLOCK = 1 << 18
 
-# Below so many values the calls cost more than the passes over memory that they save.
+# Number of values below which calls of oneDNN cost more than the passes over memory that they save.
 _FEW = 1 << 17
 
-_EPS = 1e-5  # any number that keeps the quotient finite
+_EPS = 1e-5  # any positive number will do: it keeps quotients finite
 
 
 def of(x: Array, axis: Sequence[int], dtype: Any) -> Channels:
-    """Return what computes with the channels of an array, by what is faster. Local.
+    """Return the channels of an array, computed by oneDNN where that is faster than NumPy. Local.
 
     Args:
-        x: Any array of floats.
-        axis: Ascending axes that are not those of channels.
-        dtype: That of computing, float32 or more.
+        x: Array of any float dtype and layout.
+        axis: Axes that are not axes of channels, ascending.
+        dtype: Dtype of the computation, float32 or wider.
     """
     if (
         replacements.may_use_onednn()
@@ -73,12 +73,14 @@ def of(x: Array, axis: Sequence[int], dtype: Any) -> Channels:
 
 
 class Channels:
-    """The channels of an array, in NumPy. Means, sums, scales and shifts are of their shape, in float64.
+    """The channels of an array, in NumPy. Its methods are local.
+
+    Means, sums, scales and shifts are float64, of the shape of the channels.
 
     Args:
-        x: Any array of floats, which is not changed.
-        axis: Ascending axes that are not those of channels.
-        dtype: That of computing, float32 or more.
+        x: Array of any float dtype and layout, which is not changed.
+        axis: Axes that are not axes of channels, ascending.
+        dtype: Dtype of the computation, float32 or wider.
     """
 
     def __init__(self, x: Array, axis: Sequence[int], dtype: Any) -> None:
@@ -87,19 +89,19 @@ class Channels:
         self._dims = [i for i in range(x.ndim) if i not in axis]
         self._expand = tuple(None if i in axis else slice(None) for i in range(x.ndim))
         self._count = math.prod(x.shape[i] for i in axis)
-        self._kept: tuple[Array, Array] | None = None  # a deviation that is of use once more
+        self._kept: tuple[Array, Array] | None = None  # the last deviation, for the next method
 
     def moments(self) -> tuple[Array, Array]:
-        """Return means and sums of squared deviations from them. There must be values."""
+        """Return the means, and the sums of squared deviations from them. The array must not be empty."""
         mean = self._sum(self._x.astype(self._dtype, copy=False)) / self._count
         center, deviation = self._kept = self._deviation(mean)
-        # The centre was rounded; how far the mean is from it takes fewer digits to say.
+        # The center is the rounded mean. The mean's small distance from it is computed with fewer digits lost.
         rest = self._sum(deviation) / self._count
         squares = self._sum(deviation, deviation) - self._count * rest * rest
         return center + rest, np.maximum(squares, 0)
 
     def normalize(self, mean: Array, scale: Array, shift: Array) -> Array:
-        """Return (x - mean) * scale + shift, new, in the dtype of computing."""
+        """Return (x - mean) * scale + shift as a new array, in the dtype of the computation."""
         center, y = self._kept or self._deviation(mean)
         self._kept = None
         y *= self._per_channel(scale)
@@ -107,7 +109,7 @@ class Channels:
         return y
 
     def products(self, gy: Array, mean: Array, scale: Array) -> tuple[Array, Array, Array]:
-        """Return gy * scale, new, and the sums of gy and of gy * (x - mean)."""
+        """Return gy * scale as a new array, and the sums of gy and of gy * (x - mean)."""
         gy = gy.astype(self._dtype, copy=False)
         center, deviation = self._kept = self._deviation(mean)
         sums = self._sum(gy)
@@ -115,16 +117,16 @@ class Channels:
         return gy * self._per_channel(scale), sums, products
 
     def add_normalized(self, to: Array, mean: Array, scale: Array, shift: Array) -> None:
-        """Add (x - mean) * scale + shift to what :meth:`products` returned, in place."""
+        """Add (x - mean) * scale + shift in place to an array that :meth:`products` returned."""
         to += self.normalize(mean, scale, shift)
 
     def _deviation(self, mean: Array) -> tuple[Array, Array]:
-        """Return the rounded mean, and how far x is from it, new."""
+        """Return the rounded mean, and the deviation of x from it as a new array."""
         center = mean.astype(self._dtype)
         return center, self._x - center[self._expand]
 
     def _sum(self, *arrays: Array) -> Array:
-        """Sum the product of arrays over the axes: blocks in their dtype, of blocks in float64."""
+        """Return the product of arrays, summed over the axes in float64; blocks are summed in the arrays' dtype."""
         dims = list(range(arrays[0].ndim))
         operands = [operand for array in arrays for operand in (array, dims)]
         length = arrays[0].shape[0]
@@ -139,19 +141,22 @@ class Channels:
         return sums.astype(np.float64)
 
     def _per_channel(self, values: Array) -> Array:
-        """Return float64 values of channels in the dtype of computing, to be used with x."""
+        """Return float64 values of channels in the dtype of the computation, in a shape that broadcasts to x."""
         expanded: Array = values.astype(self._dtype)[self._expand]
         return expanded
 
 
 def _layouts(rows: int, channels: int) -> tuple[Layout, Layout]:
-    """Return those of values that oneDNN takes for one image, and of the numbers of channels. Local."""
+    """Return the layout of rows, which oneDNN takes for one image, and of one number per channel. Local."""
     return Layout.channels_last((1, channels, rows, 1)), Layout.flat(channels)
 
 
 @kept
 def measure(rows: int, channels: int) -> Operation:
-    """Return what takes x (rows, channels), and writes normalized values, means and biased variances. Local."""
+    """Return an operation that normalizes. Local.
+
+    It reads x, of shape ``(rows, channels)``, and writes normalized values, means and biased variances.
+    """
     x, each = _layouts(rows, channels)
     outputs = [(DST, x), (MEAN, each), (VARIANCE, each)]
     return Operation("batch_normalization_forward", [TRAINING, x, x, _EPS, 0], [(SRC, x)], outputs)
@@ -159,7 +164,10 @@ def measure(rows: int, channels: int) -> Operation:
 
 @kept
 def normalize(rows: int, channels: int) -> Operation:
-    """Return what takes x, means, variances, scales and shifts, and writes the result. Local."""
+    """Return an operation that normalizes by given statistics. Local.
+
+    It reads x, of shape ``(rows, channels)``, means, variances, scales and shifts, and writes the result.
+    """
     x, each = _layouts(rows, channels)
     inputs = [(SRC, x), (MEAN, each), (VARIANCE, each), (SCALE, each), (SHIFT, each)]
     parameters = [INFERENCE, x, x, 0.0, SCALE_AND_SHIFT | USE_GIVEN_STATISTICS]
@@ -168,9 +176,10 @@ def normalize(rows: int, channels: int) -> Operation:
 
 @kept
 def multiply(rows: int, channels: int) -> Operation:
-    """Return what takes x, means, variances, gradients and scales of channels, and writes three things. Local.
+    """Return an operation that multiplies gradients. Local.
 
-    These are gradients times scales, and of each channel the sums of gradients times normalized x, and of gradients.
+    It reads x and gradients, of shape ``(rows, channels)``, with means, variances and scales of channels. It writes
+    gradients times scales, and for each channel the sum of gradients times normalized x, and the sum of gradients.
     """
     x, each = _layouts(rows, channels)
     flags = SCALE_AND_SHIFT | USE_GIVEN_STATISTICS
@@ -182,11 +191,13 @@ def multiply(rows: int, channels: int) -> Operation:
 
 
 class _ChannelsByOneDNN(Channels):
-    """The same by oneDNN's batch normalization, of some rows at a time; without eps and with a variance of 1.
+    """The channels of an array, by oneDNN's batch normalization, some rows at a time.
+
+    Where statistics are given, eps is 0 and the variance 1, so that scale and shift alone decide.
 
     Args:
-        x: Float32, with channels last in memory.
-        axis: All but the second.
+        x: Array of float32, with channels last in memory.
+        axis: All axes but the second.
         dtype: float32.
     """
 
@@ -200,7 +211,7 @@ class _ChannelsByOneDNN(Channels):
         return (slice(low, low + step) for low in range(0, len(self._rows), step))
 
     def moments(self) -> tuple[Array, Array]:
-        """Return means and sums of squared deviations from them. There must be values."""
+        """Return the means, and the sums of squared deviations from them. The array must not be empty."""
         blocks = [self._rows[block] for block in self._blocks()]
         n, channels = blocks[0].shape
         counts = np.array([len(block) for block in blocks])[:, None]
@@ -210,7 +221,7 @@ class _ChannelsByOneDNN(Channels):
             n = len(block)
             measure(n, channels)(block, normalized[:n], mean, variance)
             multiply_matrices(ones[:, :n], normalized[:n], total[None])
-        # As the mean was rounded, so do normalized values have one.
+        # The means are rounded, so the normalized values have means other than zero, which are corrected here.
         rest = sums * np.sqrt(variances + np.float64(_EPS)) / counts
         squares = counts * np.maximum(variances - rest * rest, 0)
         exact = means + rest
@@ -219,15 +230,15 @@ class _ChannelsByOneDNN(Channels):
         return mean, (squares + counts * deviation * deviation).sum(0)
 
     def normalize(self, mean: Array, scale: Array, shift: Array) -> Array:
-        """Return (x - mean) * scale + shift, new."""
+        """Return (x - mean) * scale + shift as a new array."""
         y = np.empty_like(self._x)
         self._normalize_into(self._rows, layouts.rows(y), self._numbers(mean, scale, shift))
         return y
 
     def products(self, gy: Array, mean: Array, scale: Array) -> tuple[Array, Array, Array]:
-        """Return gy * scale, new, and the sums of gy and of gy * (x - mean)."""
+        """Return gy * scale as a new array, and the sums of gy and of gy * (x - mean)."""
         if not layouts.is_suitable(gy):
-            gy = np.array(gy, np.float32)  # aligned
+            gy = np.array(gy, np.float32)  # a copy is aligned
         gx = np.empty_like(self._x)
         given, made = layouts.rows(layouts.channels_last(gy)), layouts.rows(gx)
         center, factor = mean.astype(np.float32), scale.astype(np.float32)
@@ -242,7 +253,7 @@ class _ChannelsByOneDNN(Channels):
         return gx, of_gy, of_x + of_gy * (center - mean)
 
     def add_normalized(self, to: Array, mean: Array, scale: Array, shift: Array) -> None:
-        """Add (x - mean) * scale + shift to what :meth:`products` returned, in place."""
+        """Add (x - mean) * scale + shift in place to an array that :meth:`products` returned."""
         rows, numbers = layouts.rows(to), self._numbers(mean, scale, shift)
         added = None
         for block in self._blocks():

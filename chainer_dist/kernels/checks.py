@@ -1,4 +1,4 @@
-"""What Chainer asks of every array that it meets, several times a function, answered at once for those of NumPy."""
+"""Checks that Chainer makes of every array, several times in each function, in a faster way for NumPy's arrays."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _CPU = backend.CpuDevice()
 
 @replaces(chainer, "is_arrays_compatible", needs_onednn=False, is_computation=False)
 def _are_compatible(chainers: Any, arrays: Any) -> Any:
-    if type(arrays) not in (tuple, list):  # an iterator can be asked once
+    if type(arrays) not in (tuple, list):  # an iterator can be read only once
         return chainers(arrays)
     for array in arrays:
         if type(array) is not np.ndarray and array is not None:
@@ -35,6 +35,6 @@ def _device(chainers: Any, *arrays: Any) -> Any:
     chainer.FunctionNode, "_check_data_type_forward", needs_onednn=False, is_computation=False
 )
 def _check_types(chainers: Any, self: Any, in_data: Any) -> None:
-    # Most gradients have no check of their own; to call that of the base class takes as long as a small product.
+    # Most gradients have no check of their own. Chainer's call of the empty one takes as long as a small product.
     if type(self).check_type_forward is not chainer.FunctionNode.check_type_forward:
         chainers(self, in_data)

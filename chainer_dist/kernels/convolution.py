@@ -1,7 +1,7 @@
-"""Convolutions of any number of dimensions, transposed ones, and their gradients, by oneDNN.
+"""Convolutions and transposed convolutions of up to three dimensions, and their gradients, by oneDNN.
 
 A transposed convolution is the gradient of a convolution with respect to its input, and Chainer computes that
-gradient so; oneDNN's ``convolution_backward_data`` serves both.
+gradient as one. So ``convolution_backward_data`` of oneDNN serves both.
 """
 
 from __future__ import annotations
@@ -39,13 +39,13 @@ if TYPE_CHECKING:
 
     from chainer_dist.kernels.layouts import Array
 
-MOST_DIMENSIONS = 3  # of sizes
+MOST_DIMENSIONS = 3  # most dimensions beside batch and channels
 
-_DIRECT = 1  # an algorithm of oneDNN
+_DIRECT = 1  # the algorithm dnnl_convolution_direct
 
 
 class Window(NamedTuple):
-    """How a convolution goes over its input, a number for each of its dimensions."""
+    """Stride, padding and dilation of a convolution, one number per dimension, and its number of groups."""
 
     stride: tuple[int, ...]
     pad: tuple[int, ...]
@@ -54,7 +54,7 @@ class Window(NamedTuple):
 
     @classmethod
     def of(cls, function: Any) -> Window:
-        """Return that of one of Chainer's functions. Local."""
+        """Return the window of one of Chainer's functions. Local."""
         if hasattr(function, "sy"):
             stride, pad = (function.sy, function.sx), (function.ph, function.pw)
             return cls(stride, pad, (function.dy, function.dx), function.groups)
@@ -62,20 +62,24 @@ class Window(NamedTuple):
 
 
 def padding_at_end(*sizes: Sequence[int]) -> tuple[int, ...]:
-    """Return how far the last windows reach beyond the end, which Chainer does not say. Local.
+    """Return how far the last windows reach beyond the end, which Chainer does not state. Local.
 
     Args:
-        sizes: Those of the input, the window, the output, stride, padding and dilation, a number for each dimension.
+        sizes: Sizes of input, window and output, stride, padding and dilation, each with one number per dimension.
     """
     each = zip(*sizes)
     return tuple(max(0, s * (y - 1) + (k - 1) * d + 1 - x - p) for x, k, y, s, p, d in each)
 
 
 class Geometry(NamedTuple):
-    """All that decides which operation a convolution of ``x`` to ``y`` by ``w`` is.
+    """Key of the operation of a convolution of ``x`` to ``y`` by ``w``.
 
-    ``x`` is (batch, channels, sizes...), and ``x_is_dense`` says that it lies in memory so; ``y`` likewise. ``w`` is
-    (channels of y, channels of x / groups, sizes...).
+    Attributes:
+        x: Shape of the input, ``(batch, channels, sizes...)``.
+        w: Shape of the weights, ``(channels of y, channels of x / groups, sizes...)``.
+        y: Shape of the output, ``(batch, channels, sizes...)``.
+        window: Stride, padding, dilation and groups.
+        x_is_dense: Whether the input is C-contiguous. Otherwise its channels are last in memory.
     """
 
     x: tuple[int, ...]
@@ -90,7 +94,7 @@ class Geometry(NamedTuple):
         return padding_at_end(self.x[2:], self.w[2:], self.y[2:], stride, pad, dilate)
 
     def weights(self) -> tuple[int, ...]:
-        """Return the shape of the weights as oneDNN has it: groups first, if there are several. Local."""
+        """Return the shape of the weights for oneDNN: groups first, if there are several. Local."""
         if self.window.groups == 1:
             return self.w
         groups = self.window.groups
@@ -144,7 +148,7 @@ def _given(geometry: Geometry) -> Layout:
 
 
 def _input(x: Array) -> tuple[Array, bool]:
-    """Return an array that oneDNN reads, and whether it is C-contiguous, and not channels last. Local."""
+    """Return an array that oneDNN can read, and whether it is C-contiguous instead of channels last. Local."""
     if layouts.is_channels_last(x):
         return x, False
     return np.ascontiguousarray(x), True
@@ -153,7 +157,7 @@ def _input(x: Array) -> tuple[Array, bool]:
 def _is_product(window: Window, w_sizes: Sequence[int]) -> bool:
     """Return whether a convolution is a product of matrices: of each position's channels by the weights. Local.
 
-    A product takes the weights as they lie; oneDNN's convolution would reorder them.
+    A product reads the weights where they are, while oneDNN's convolution would reorder them.
     """
     stride, pad, _, groups = window
     return {*stride, *w_sizes, groups} == {1} and not any(pad)
@@ -166,7 +170,15 @@ def convolve(
     y_sizes: Sequence[int],
     window: Window,
 ) -> Array:
-    """Return the convolution of ``x`` (n, c, sizes...) by ``w``, new, channels last. Local."""
+    """Return a convolution as a new array, with channels last in memory. Local.
+
+    Args:
+        x: Input of shape ``(n, c, sizes...)``, float32.
+        w: Weights of shape ``(out_c, c / groups, sizes...)``, float32.
+        b: Biases of shape ``(out_c,)``, float32; None for zeros.
+        y_sizes: Sizes of the output, without batch and channels.
+        window: Stride, padding, dilation and groups.
+    """
     x, is_dense = _input(x)
     if not is_dense and _is_product(window, w.shape[2:]):
         rows = multiply(layouts.rows(x), w.reshape(w.shape[:2]).T, b)
@@ -186,7 +198,15 @@ def transposed(
     x_sizes: Sequence[int],
     window: Window,
 ) -> Array:
-    """Return the transposed convolution of ``y`` by ``w`` (channels of y, of the result, ...), new. Local."""
+    """Return a transposed convolution as a new array, with channels last in memory. Local.
+
+    Args:
+        y: Input of shape ``(n, c, sizes...)``, float32.
+        w: Weights of shape ``(c, out_c / groups, sizes...)``, float32.
+        b: Biases of shape ``(out_c,)``, float32; None for zeros.
+        x_sizes: Sizes of the output, without batch and channels.
+        window: Stride, padding, dilation and groups.
+    """
     y = layouts.channels_last(y)
     x = layouts.empty((y.shape[0], w.shape[1] * window.groups, *x_sizes))
     geometry = Geometry(x.shape, w.shape, y.shape, window)
@@ -202,7 +222,14 @@ def gradient_of_weights(
     w_sizes: Sequence[int],
     window: Window,
 ) -> Array:
-    """Return the gradient with respect to the weights from ``x`` and the gradient ``y``, new, C-contiguous. Local."""
+    """Return the gradient of a convolution with respect to its weights, as a new C-contiguous array. Local.
+
+    Args:
+        x: Input of the convolution, of shape ``(n, c, sizes...)``, float32.
+        y: Gradient with respect to its output, of shape ``(n, out_c, sizes...)``, float32.
+        w_sizes: Sizes of the weights, without channels.
+        window: Stride, padding, dilation and groups.
+    """
     x, is_dense = _input(x)
     y = layouts.channels_last(y)
     if not is_dense and _is_product(window, w_sizes):

@@ -1,4 +1,4 @@
-"""Dropout in NumPy, block by block within the processor's cache, with the same random numbers as Chainer's."""
+"""Dropout in NumPy, in blocks that fit the processor's cache, with the same random numbers as Chainer's."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from chainer_dist.kernels.replacements import replaces
 if TYPE_CHECKING:
     from chainer_dist.kernels.layouts import Array
 
-# Values of a block: 128 kB of random numbers.
+# Number of values of a block, which take 128 kB of random numbers.
 _BLOCK = 1 << 14
 
 
 def draw_mask(shape: tuple[int, ...], ratio: float) -> Array:
-    """Return a mask of zeros and 1 / (1 - ratio), float32, new, C-contiguous, by ``numpy.random``. Local."""
+    """Return a new C-contiguous float32 mask of zeros and 1 / (1 - ratio), drawn by ``numpy.random``. Local."""
     mask = np.empty(shape, np.float32)
     row = mask.reshape(-1)
     scale = np.float32(1.0 / (1 - ratio))

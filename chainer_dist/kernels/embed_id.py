@@ -28,7 +28,7 @@ def _gradient(chainers: Any, self: Any, inputs: tuple[Array, Array]) -> Any:
     self._gy_shape = gy.shape
     row = ids.ravel()
     vectors = gy.reshape(row.size, -1)
-    order = np.argsort(row, kind="stable")  # of equal words, the same sum every time
+    order = np.argsort(row, kind="stable")  # stable, so that sums have the same order every time
     ordered = row[order]
     starts = np.flatnonzero(np.r_[True, ordered[1:] != ordered[:-1]])
     gw = np.zeros(self.w_shape, gy.dtype)

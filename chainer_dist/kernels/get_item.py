@@ -1,6 +1,6 @@
-"""The gradient of what was sliced, such as ``x[i]`` for each i, with each part added where it belongs.
+"""The gradient of slices, such as ``x[i]`` for each i, added in place to one array.
 
-Chainer makes an array of the whole shape for each part, and adds them all up.
+Chainer makes an array of the whole shape for each slice, and adds all of them.
 """
 
 from __future__ import annotations
@@ -14,16 +14,16 @@ from chainer.functions.array.get_item import GetItem
 
 from chainer_dist.kernels.replacements import replaces
 
-# Chainer asks each function whether it has a way of its own to accumulate. This is the one that it inherits.
+# A replacement needs an attribute of the class itself. It has to be this very function, since Chainer takes any other
+# one for an implementation of accumulation, also after kernels are taken out.
 GetItem.backward_accumulate = chainer.FunctionNode.backward_accumulate
 
-_MARK = (
-    "_chainer_dist_parts"  # an attribute of gradients that are in the hands of this kernel alone
-)
+# Attribute of gradients that only this kernel refers to, so that it may change them in place.
+_MARK = "_chainer_dist_parts"
 
 
 def _is_basic(slices: tuple[Any, ...]) -> bool:
-    """Return whether slices take no value twice, as arrays of indexes might. Local."""
+    """Return whether slices select no value twice, as arrays of indexes might. Local."""
     return all(
         each is None
         or each is Ellipsis
@@ -39,7 +39,7 @@ def _accumulate(
     (gy,), (gx,) = gys, gxs
     if (
         chainer.config.enable_backprop  # for gradients of gradients
-        or self.inputs[0].creator_node is None  # its gradient stays, and may be in other hands
+        or self.inputs[0].creator_node is None  # a leaf keeps its gradient, which others may use
         or gy is None
         or type(gy.array) is not np.ndarray
         or not _is_basic(self.slices)

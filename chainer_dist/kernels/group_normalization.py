@@ -1,6 +1,7 @@
-"""Group normalization and its gradient by oneDNN, of arrays whose channels are last in memory.
+"""Group normalization and its gradient by oneDNN, for arrays whose channels are last in memory.
 
-oneDNN 3.2 has none, but batch normalization of each example finds the moments of its channels, which make those of groups.
+oneDNN 3.2 has no group normalization. Its batch normalization, applied to one example at a time, computes the moments
+of the channels, from which the moments of groups follow.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from chainer_dist.kernels.replacements import replaces
 if TYPE_CHECKING:
     from chainer_dist.kernels.layouts import Array
 
-# Below so many values of an example the calls cost more than they save.
+# Number of values of an example below which the calls cost more than they save.
 _FEW = 1 << 14
 
 
@@ -32,7 +33,7 @@ def _is_possible(groups: int, x: Array, *arrays: Array) -> bool:
 
 
 def _examples(x: Array) -> Any:
-    """Return an array of (batch, positions, channels), a view. Local."""
+    """Return a view of shape ``(batch, positions, channels)``. Local."""
     return layouts.to_last(x).reshape(len(x), -1, x.shape[1])
 
 
@@ -52,7 +53,7 @@ def _normalize(chainers: Any, self: Any, inputs: tuple[Array, Array, Array]) -> 
     of_channels = means.reshape(in_groups).astype(np.float64)
     mean = of_channels.mean(axis=2, keepdims=True)
     variance = (variances.reshape(in_groups) + (of_channels - mean) ** 2).mean(axis=2)
-    # As Chainer's gradient takes them.
+    # In the form that Chainer's gradient expects.
     self.mean = mean.ravel().astype(np.float32)
     self.inv_std = np.reciprocal(np.sqrt(variance + self.eps)).ravel().astype(np.float32)
     center, inv_std = _of_channels(self, means.shape)
@@ -63,7 +64,7 @@ def _normalize(chainers: Any, self: Any, inputs: tuple[Array, Array, Array]) -> 
 
 
 def _of_channels(function: Any, shape: tuple[int, ...]) -> list[Array]:
-    """Return the mean and the reciprocal deviation for each channel of each example, (batch, channels). Local."""
+    """Return mean and reciprocal standard deviation of each example's channels, ``(batch, channels)`` each. Local."""
     return [
         np.repeat(each.reshape(len(each) // function.groups, -1), shape[1] // function.groups, 1)
         for each in (function.mean, function.inv_std)
@@ -76,7 +77,7 @@ def _normalize_gradient(
 ) -> Any:
     x, gamma = (each.array for each in self.get_retained_inputs())
     gy = grad_outputs[0].array
-    # A gradient that is differentiated again has to be a graph.
+    # Gradients of gradients need a graph, which only Chainer's own code makes.
     if chainer.config.enable_backprop or not _is_possible(self.groups, x, gamma, gy):
         return chainers(self, indexes, grad_outputs)
     gx = layouts.empty(x.shape)

@@ -17,8 +17,8 @@ if TYPE_CHECKING:
 class GRULayer(recurrent.Layer):
     """A layer of gated recurrent units in one direction.
 
-    The gates are r, z and the candidate a. The products by the state are u, of which a gets as much as r says, and
-    parts of r and z. So there are gradients of u, r, z and a, in this order.
+    The gates are r, z and the candidate a. The state is multiplied by three matrices: two products are added to r and
+    z, and the third, u, is multiplied by r and added to a. So there are gradients of u, r, z and a, in this order.
     """
 
     _step = staticmethod(n_step_gru._gru)
@@ -28,7 +28,7 @@ class GRULayer(recurrent.Layer):
     def run(
         self, gates: Array, states: list[Array], by_h: recurrent.Product, h_biases: Array
     ) -> Array:
-        """Compute all times, and return the packed states."""
+        """Compute all steps, and return the packed states."""
         (last,) = states
         self._gates = gates
         outputs: Array = np.empty_like(gates[0])
@@ -56,9 +56,9 @@ class GRULayer(recurrent.Layer):
     def differentiate(
         self, hs: Array, gys: Array | None, grads: list[Array], by_h: recurrent.Product
     ) -> Array:
-        """Return the gradients of the products."""
+        """Return the gradients with respect to the products."""
         r, z, a = self._gates
-        # At first what the gradient of h is to be multiplied by.
+        # Before the loop these are the derivatives of h. The loop multiplies them by the gradient of h.
         made = np.empty((4, *hs.shape), np.float32)
         of_u, of_r, of_z, of_a = made
         np.multiply(a, a, out=of_a)

@@ -1,4 +1,4 @@
-"""Layer normalization by oneDNN; its gradient as one operation instead of a graph of twenty, in NumPy too."""
+"""Layer normalization by oneDNN, and its gradient by oneDNN or NumPy, as one operation instead of twenty."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 
 
 def _layouts(n: int, units: int) -> tuple[Layout, Layout, Layout]:
-    """Return those of the data, of a number for each example, and of a number for each unit. Local."""
+    """Return the layouts of the data, of one number per example, and of one number per unit. Local."""
     return Layout.dense((n, units)), Layout.flat(n), Layout.flat(units)
 
 
@@ -55,7 +55,7 @@ def _backward(n: int, units: int, eps: float) -> Operation:
     hint = Description("layer_normalization_forward", forward)
     parameters = [BACKWARD, x, x, x, examples, eps, SCALE_AND_SHIFT, hint]
     inputs = [(SRC, x), (MEAN, examples), (VARIANCE, examples), (DIFF_DST, x), (SCALE, each)]
-    inputs.append((SHIFT, each))  # not read, but oneDNN 3.2 counts it
+    inputs.append((SHIFT, each))  # oneDNN 3.2 does not read it, but demands it
     outputs = [(DIFF_SRC, x), (DIFF_SCALE, each), (DIFF_SHIFT, each)]
     return Operation("layer_normalization_backward", parameters, inputs, outputs)
 
@@ -80,7 +80,7 @@ def _normalize_gradient(
 ) -> Any:
     x, gamma = (each.array for each in self.get_retained_inputs())
     gy = grad_outputs[0].array
-    # A gradient that is differentiated again has to be a graph.
+    # Gradients of gradients need a graph, which only Chainer's own code makes.
     if chainer.config.enable_backprop or not layouts.is_suitable(x, gamma, gy):
         return chainers(self, indexes, grad_outputs)
     statistics = getattr(self, "_statistics", None)
@@ -94,7 +94,7 @@ def _normalize_gradient(
 
 
 def _gradients(x: Array, gamma: Array, gy: Array, eps: float) -> tuple[Array, Array, Array]:
-    """Return the gradients with respect to x, gamma and beta, new, in NumPy. Local."""
+    """Return the gradients with respect to x, gamma and beta as new arrays, computed by NumPy. Local."""
     x_hat = x - x.mean(axis=1, keepdims=True)
     inv_std = np.reciprocal(np.sqrt(_mean_of_products(x_hat, x_hat) + np.float32(eps)))
     x_hat *= inv_std

@@ -1,7 +1,7 @@
-"""Channels last in memory: the layout in which convolutions and their neighbours need no reordering.
+"""Channels last in memory: the layout with which convolutions and their neighbors need no reordering.
 
-An array keeps its shape, (batch, channels, sizes...); the values of all channels at one position lie side by side.
-NumPy's elementwise functions keep that order, so that it spreads through a network by itself.
+An array keeps its shape, ``(batch, channels, sizes...)``, while the values of all channels at one position are
+adjacent. NumPy's elementwise functions keep that order, so a whole network comes to use it.
 """
 
 from __future__ import annotations
@@ -20,15 +20,15 @@ if TYPE_CHECKING:
 
 _FLOAT32 = np.dtype(np.float32)
 
-# Below so many values a call of oneDNN for an elementwise function costs more than the passes that it saves.
+# Number of values below which a call of oneDNN for an elementwise function costs more than the passes that it saves.
 FEW = 4096
 
-# From so many values on oneDNN reorders them faster than NumPy.
+# Number of values from which oneDNN reorders them faster than NumPy.
 _MANY = 1 << 14
 
 
 def is_suitable(*arrays: Any) -> bool:
-    """Return whether all are plain, aligned float32 arrays with dimensions and at least one value. Local."""
+    """Return whether all are plain, aligned float32 arrays, neither 0-dimensional nor empty. Local."""
     for array in arrays:
         if type(array) is not np.ndarray or array.dtype != _FLOAT32 or not array.size:
             return False
@@ -38,43 +38,43 @@ def is_suitable(*arrays: Any) -> bool:
 
 
 def is_channels_last(array: Array) -> bool:
-    """Return whether the channels of an array of at least 2 dimensions lie side by side, without gaps. Local."""
+    """Return whether an array of 2 dimensions or more has channels last in memory, without gaps. Local."""
     return bool(to_last(array).flags.c_contiguous)
 
 
 def to_last(array: Array) -> Any:
-    """Return the array with its channels as the last dimension, a view. Local."""
+    """Return a view of an array with its channels as the last dimension. Local."""
     return array.transpose(0, *range(2, array.ndim), 1)
 
 
 def to_second(array: Array) -> Any:
-    """Return the array with its last dimension as the second, a view. Local."""
+    """Return a view of an array with its last dimension as the second one. Local."""
     return array.transpose(0, array.ndim - 1, *range(1, array.ndim - 1))
 
 
 def rows(array: Array) -> Any:
-    """Return an array that has channels last as a matrix of (positions, channels), a view. Local."""
+    """Return an array with channels last in memory as a matrix ``(positions, channels)``, a view. Local."""
     return to_last(array).reshape(-1, array.shape[1])
 
 
 def gradients_like(known: Array, gy: Array) -> tuple[Array, Array]:
-    """Return ``gy`` in the order of ``known``, and an array for the result, which may be the same. Local."""
+    """Return ``gy`` in the memory order of ``known``, and an array for the result, which may be the same. Local."""
     gx = np.empty_like(known)
     if gy.strides == known.strides:
         return gy, gx
     gx[...] = gy
-    return gx, gx  # oneDNN may write where it has read
+    return gx, gx  # oneDNN can write in place
 
 
 def empty(shape: Sequence[int], dtype: Any = np.float32) -> Array:
-    """Return a new array of (batch, channels, sizes...) with channels last in memory. Local."""
+    """Return a new array of shape ``(batch, channels, sizes...)`` with channels last in memory. Local."""
     n, c, *sizes = shape
     array: Array = to_second(np.empty((n, *sizes, c), dtype))
     return array
 
 
 def channels_last(array: Array) -> Array:
-    """Return the array itself if its channels are last in memory, or a copy with them so, by oneDNN. Local."""
+    """Return an array with channels last in memory: the array itself, or a copy that oneDNN may make. Local."""
     if is_channels_last(array):
         return array
     copy = empty(array.shape)
@@ -86,7 +86,7 @@ def channels_last(array: Array) -> Array:
 
 
 def in_memory_order(array: Array) -> Array | None:
-    """Return all values of an array as one row in the order in which they lie, a view; None if there are gaps. Local."""
+    """Return a 1-dimensional view of all values in their order in memory, or None if there are gaps. Local."""
     if array.flags.c_contiguous:
         return np.ravel(array)
     if array.ndim > 2 and is_channels_last(array):  # noqa: PLR2004 - batch and channels

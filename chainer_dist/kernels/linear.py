@@ -1,4 +1,4 @@
-"""Products of matrices by oneDNN, where it beats the BLAS of NumPy: fully connected layers and F.matmul."""
+"""Fully connected layers and ``F.matmul`` by oneDNN, where it is faster than the BLAS of NumPy."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from chainer_dist.kernels.replacements import replaces
 if TYPE_CHECKING:
     from chainer_dist.kernels.layouts import Array
 
-# Chainer puts what it finds here into the configuration for the gradients; its default would refuse kernels there.
+# Chainer computes gradients with this value of the setting ``use_ideep``. Its default would disable kernels there.
 _ALLOWED = "auto"
 
 

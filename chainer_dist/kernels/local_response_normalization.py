@@ -1,7 +1,7 @@
 """Local response normalization over five channels by oneDNN.
 
-Other windows and exponents are left to Chainer, and so are processors without AVX-512: there oneDNN 3.2 takes several
-times as long, or gets gradients wrong.
+Chainer's own code computes other windows and exponents, and everything on processors without AVX-512. There oneDNN 3.2
+takes several times as long, or computes wrong gradients.
 """
 
 from __future__ import annotations
@@ -63,12 +63,12 @@ def _backward(shape: tuple[int, ...], k: float, alpha: float) -> Operation:
 
 
 class _WhenAsked:
-    """What Chainer's own gradient would take from forward: NumPy asks for it as an array, if it comes to that.
+    """An intermediate result for Chainer's own gradient, computed only when NumPy converts it to an array. Local.
 
     Args:
-        x: Input of forward.
-        k: What is added to the sums of squares.
-        alpha: Factor of these sums.
+        x: Input of forward, of shape ``(batch, channels, height, width)``.
+        k: Constant that is added to the sums of squares.
+        alpha: Factor of the sums.
         exponent: Exponent of the result.
     """
 
@@ -76,7 +76,7 @@ class _WhenAsked:
         self._x, self._k, self._alpha, self._exponent = x, k, alpha, exponent
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> Array:
-        """Return the result, new. Called by NumPy."""
+        """Return the result as a new array. Called by NumPy."""
         del copy
         squares = np.square(self._x)
         sums = squares.copy()
@@ -106,7 +106,7 @@ def _normalize(chainers: Any, self: Any, inputs: tuple[Array]) -> Any:
     self.retain_outputs((0,))
     k, alpha = float(self.k), float(self.alpha)
     y = layouts.empty(x.shape)
-    # Chainer hands these on to the gradient.
+    # Chainer passes these three attributes to the gradient.
     self.indexes = np.empty(_WORKSPACE_SIZE * x.size, np.float32)
     self.unit_scale = _WhenAsked(x, k, alpha, 1.0)
     self.scale = _WhenAsked(x, k, alpha, -_BETA)

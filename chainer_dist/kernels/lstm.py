@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 class LSTMLayer(recurrent.Layer):
-    """A layer of LSTM in one direction. Its gates are the input a of the cell, i, f and o."""
+    """A layer of LSTM in one direction. Its gates are the cell's input a, then i, f and o."""
 
     states = 2
     _step = staticmethod(n_step_lstm._lstm)
@@ -25,13 +25,13 @@ class LSTMLayer(recurrent.Layer):
     def run(
         self, gates: Array, states: list[Array], by_h: recurrent.Product, h_biases: Array
     ) -> Array:
-        """Compute all times, and return the packed states."""
-        del h_biases  # all are in the gates
+        """Compute all steps, and return the packed states."""
+        del h_biases  # the gates include them
         last_h, last_c = states
         self._gates = gates
         outputs: Array = np.empty_like(gates[0])
-        self._cs = np.empty_like(outputs)  # before each time
-        self._tanhs = np.empty_like(outputs)  # of c after each time
+        self._cs = np.empty_like(outputs)  # c before each step
+        self._tanhs = np.empty_like(outputs)  # tanh of c after each step
         products = np.empty((4, self.rows, len(last_h[0])), np.float32)
         for start, end, batch in self.times:
             h, c = last_h[:batch], last_c[:batch]
@@ -53,9 +53,10 @@ class LSTMLayer(recurrent.Layer):
     def differentiate(
         self, hs: Array, gys: Array | None, grads: list[Array], by_h: recurrent.Product
     ) -> Array:
-        """Return the gradients of the products."""
+        """Return the gradients with respect to the products."""
         a, i, f, o = self._gates
-        # At first what the gradient of c, or for o that of h, is to be multiplied by.
+        # Before the loop these are the derivatives of c, and for o the one of h. The loop multiplies them by the
+        # gradients of c and h.
         made = np.empty_like(self._gates)
         np.multiply(a, a, out=made[0])
         np.subtract(ONE, made[0], out=made[0])
@@ -65,7 +66,7 @@ class LSTMLayer(recurrent.Layer):
         made[1] *= a
         made[2] *= self._cs
         made[3] *= self._tanhs
-        from_h = self._tanhs * self._tanhs  # what the gradient of h is multiplied by to be one of c
+        from_h = self._tanhs * self._tanhs  # derivative of h with respect to c
         np.subtract(ONE, from_h, out=from_h)
         from_h *= o
         products = np.empty((4, self.rows, hs.shape[1]), np.float32)

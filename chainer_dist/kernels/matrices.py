@@ -13,14 +13,14 @@ from chainer_dist.kernels.shared_library import check, library, n_threads
 if TYPE_CHECKING:
     from chainer_dist.kernels.layouts import Array
 
-# Up to so many multiplications OpenBLAS does not copy the matrices first, and the call costs more than it saves.
+# Number of multiplications up to which OpenBLAS does not copy the matrices first, so that it is faster.
 _FEW = 10**6
-# The same of few rows by a transposed matrix.
+# The same number for few rows by a transposed matrix.
 _FEW_TRANSPOSED = 1 << 18
-# Several threads of OpenBLAS would keep those of oneDNN from the cores for a while after a product.
+# The same number with several threads: after a product, those of OpenBLAS keep the cores from oneDNN's for a while.
 _FEW_FOR_THREADS = 1 << 16
 
-# Up to so many rows oneDNN's older way is faster whatever the second matrix is.
+# Number of rows up to which dnnl_sgemm is faster than the primitive matmul for any second matrix.
 _FEW_ROWS = 12
 
 
@@ -33,15 +33,16 @@ def _multiply(a: Layout, b: Layout, has_bias: bool) -> Operation:
 
 
 def multiply(a: Array, b: Array, bias: Array | None = None) -> Array:
-    """Return the product of two matrices, or of two stacks of as many matrices, new, C-contiguous. Local.
+    """Return the product of two matrices, or of two stacks of matrices, as a new C-contiguous array. Local.
 
-    Of oneDNN's two ways the one is faster where the second matrix is transposed, or a bias is added; the other otherwise.
+    oneDNN's primitive ``matmul`` is faster where the second matrix is transposed or a bias is added, and ``dnnl_sgemm``
+    otherwise.
 
     Args:
-        a: (..., m, k), float32; in its last two dimensions C- or Fortran-contiguous, or any other layout
-            at the price of a copy.
-        b: (..., k, n) likewise.
-        bias: (n,), float32; None for zeros.
+        a: Matrices of shape ``(..., m, k)``, float32. They are copied unless their last two dimensions are C- or
+            Fortran-contiguous.
+        b: Matrices of shape ``(..., k, n)``, float32, likewise.
+        bias: Array of shape ``(n,)``, float32; None for zeros.
     """
     a, b = _matrices(a), _matrices(b)
     y = np.empty((*a.shape[:-1], b.shape[-1]), np.float32)
@@ -57,13 +58,13 @@ def multiply(a: Array, b: Array, bias: Array | None = None) -> Array:
 
 
 def multiply_into(a: Array, b: Array, y: Array, *, adds: bool = False) -> None:
-    """Write the product of two float32 matrices into ``y`` by what is faster, with oneDNN or without it. Local.
+    """Write the product of two float32 matrices into ``y``, by oneDNN or NumPy, whichever is faster. Local.
 
     Args:
-        a: (m, k), of any layout.
-        b: (k, n) likewise.
-        y: (m, n), C-contiguous.
-        adds: Whether the product is added to what is in ``y``.
+        a: Matrix of shape ``(m, k)`` and any layout.
+        b: Matrix of shape ``(k, n)`` and any layout.
+        y: C-contiguous matrix of shape ``(m, n)``.
+        adds: Whether the product is added to the values of ``y``.
     """
     if replacements.uses_onednn() and are_many(a, b):
         multiply_matrices(_matrices(a), _matrices(b), y, adds=adds)
@@ -74,13 +75,13 @@ def multiply_into(a: Array, b: Array, y: Array, *, adds: bool = False) -> None:
 
 
 def _matrices(array: Array) -> Array:
-    """Return the array itself if oneDNN can multiply it as it lies, or a copy. Local."""
+    """Return the array itself if oneDNN can multiply it in its layout, or a copy. Local."""
     lies_well = matrix_order(array)[0] and min(array.strides) > 0
     return array if lies_well else np.ascontiguousarray(array)
 
 
 def are_many(a: Array, b: Array) -> bool:
-    """Return whether there are so many multiplications that oneDNN is faster than OpenBLAS. Local."""
+    """Return whether a product has so many multiplications that oneDNN is faster than OpenBLAS. Local."""
     few = _FEW
     if n_threads() > 1:
         few = _FEW_FOR_THREADS
@@ -93,10 +94,13 @@ def multiply_matrices(a: Array, b: Array, y: Array, *, adds: bool = False) -> No
     """Write the product of two float32 matrices into a third, C-contiguous one. Local.
 
     Args:
-        a: (m, k); either its rows or its columns are contiguous, as :func:`matrix_order` says.
-        b: (k, n) likewise.
-        y: (m, n).
-        adds: Whether the product is added to what is in ``y``.
+        a: Matrix of shape ``(m, k)``, of which rows or columns are contiguous, see :func:`matrix_order`.
+        b: Matrix of shape ``(k, n)``, likewise.
+        y: Matrix of shape ``(m, n)``.
+        adds: Whether the product is added to the values of ``y``.
+
+    Raises:
+        OneDNNError: If oneDNN refuses.
     """
     (kind_a, step_a), (kind_b, step_b) = matrix_order(a), matrix_order(b)
     (m, k), n = a.shape, b.shape[1]
@@ -106,9 +110,10 @@ def multiply_matrices(a: Array, b: Array, y: Array, *, adds: bool = False) -> No
 
 
 def matrix_order(array: Array) -> tuple[bytes, int]:
-    """Return how the last two dimensions lie in memory, and the step from one row, or column, to the next. Local.
+    """Return the memory order of the last two dimensions, and the step between rows or columns, in values. Local.
 
-    ``N``: each row is contiguous. ``T``: each column is. Nothing and 0: neither, or they overlap. Steps are in values.
+    The order is ``b"N"`` if each row is contiguous, and ``b"T"`` if each column is. It is empty, with a step of 0, if
+    neither is, or if they overlap.
     """
     rows, columns = array.shape[-2:]
     by_row, by_column = (stride // array.itemsize for stride in array.strides[-2:])

@@ -1,4 +1,4 @@
-"""Chainer's n-step networks (LSTM, GRU and plain ones, in one or both directions), layer by layer."""
+"""Chainer's n-step networks (LSTM, GRU and plain ones, in one or both directions), one function per layer."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from chainer_dist.kernels.layouts import Array
     from chainer_dist.kernels.recurrent import Layer
 
-# By the method of Chainer's links that calls Chainer's function; one that is overridden is not here.
+# Layers by the method of Chainer's links that calls Chainer's function; a method of a subclass is not here.
 _LAYERS = {
     L.NStepLSTM.rnn: LSTMLayer,
     L.NStepBiLSTM.rnn: LSTMLayer,
@@ -40,7 +40,7 @@ _LAYERS = {
 
 
 def _layer_of(step: Callable[..., Any]) -> type[Layer] | None:
-    """Return the layer that computes with one of Chainer's functions of one time, or None for another function."""
+    """Return the layer for one of Chainer's functions of a single step, or None for any other function. Local."""
     if step is n_step_lstm._lstm:
         return LSTMLayer
     if step is n_step_gru._gru:
@@ -56,9 +56,18 @@ def _array(variable: Any) -> Any:
 
 
 class _Network(NamedTuple):
-    """What Chainer's links and functions are called with, but for states and sequences."""
+    """The arguments of Chainer's links and functions, without states and sequences.
 
-    layer: Any  # a subclass of Layer, or None where the computation is not a known one
+    Attributes:
+        layer: Subclass of :class:`~chainer_dist.kernels.recurrent.Layer`; None for an unknown computation.
+        n_layers: Number of layers.
+        directions: Number of directions, 1 or 2.
+        dropout: Ratio of dropout between layers.
+        ws: Weights of each layer and direction, in Chainer's order.
+        bs: Biases of each layer and direction, in Chainer's order.
+    """
+
+    layer: Any
     n_layers: int
     directions: int
     dropout: float
@@ -66,7 +75,12 @@ class _Network(NamedTuple):
     bs: Any
 
     def can_run(self, states: Sequence[Any], xs: Sequence[Any]) -> bool:
-        """Return whether all is of float32, and of shapes that Chainer does not refuse; a state of None is zeros."""
+        """Return whether all arrays are float32, and of shapes that Chainer accepts. Local.
+
+        Args:
+            states: Initial states, each of shape ``(layers * directions, batch, units)``; None for zeros.
+            xs: Sequences, each of shape ``(length, size)``.
+        """
         if self.layer is None or len(states) != self.layer.states:
             return False
         values = [_array(x) for x in xs]
@@ -101,13 +115,19 @@ class _Network(NamedTuple):
     def run(
         self, states: Sequence[Any], values: Any, batches: Sequence[int]
     ) -> tuple[list[Any], Any]:
-        """Return the last states, each stacked, and the packed outputs, from packed inputs. Local."""
+        """Return the last states, each stacked over layers and directions, and the packed outputs. Local.
+
+        Args:
+            states: Initial states, each of shape ``(layers * directions, batch, units)``.
+            values: Packed inputs; see :mod:`chainer_dist.kernels.recurrent`.
+            batches: Number of sequences at each step, in descending order.
+        """
         initial = [F.separate(state) for state in states]
         last: list[list[Any]] = [[] for _ in states]
         for i in range(self.n_layers):
             outputs = []
             for direction in range(self.directions):
-                # One mask for all times has the random numbers of Chainer's masks, of which each time has one.
+                # Chainer draws one mask per step. One mask for all steps takes the same random numbers.
                 x = values if i == 0 else dropout.dropout(values, ratio=self.dropout)
                 number = self.directions * i + direction
                 begin = [state[number] for state in initial]
@@ -121,7 +141,7 @@ class _Network(NamedTuple):
 
 
 @replaces(n_step_rnn, "n_step_rnn_impl", needs_onednn=False)
-def _n_step_rnn(  # noqa: PLR0917 - as Chainer has it
+def _n_step_rnn(  # noqa: PLR0917 - Chainer's parameters
     chainers: Any,
     f: Any,
     n_layers: int,
@@ -161,7 +181,7 @@ def _link(chainers: Any, self: Any, hs: Any, xs: Any, **kwargs: Any) -> Any:
     states = [
         self.init_hx(xs) if h is None else F.permutate(h, indices, axis=1, inv=False) for h in hs
     ]
-    # Which row of all sequences, one after the other, comes where in the packed ones: first those of the first time.
+    # For each packed row, its index among the concatenated sequences: first the rows of the first step.
     lengths = np.array([len(x) for x in xs])
     starts = np.cumsum(lengths) - lengths
     times = np.arange(lengths.max())[:, None]

@@ -1,7 +1,7 @@
-"""Operations of oneDNN on NumPy arrays, in place in their memory, through its C interface.
+"""Operations of oneDNN on NumPy arrays, without copies, through its C interface.
 
-The constants below are those of ``dnnl_types.h``. An :class:`Operation` is made for one geometry and kept, since making
-one compiles code; running one takes some microseconds beside the work itself.
+The constants below are those of ``dnnl_types.h``. An :class:`Operation` is made for one geometry and kept, since
+making it compiles code. Running it takes some microseconds beside the work itself.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
     from chainer_dist.kernels.shared_library import Library
 
-# How many operations are kept, for all geometries and threads together. One holds some 100 kB of compiled code.
+# Most operations that are kept, of all geometries and threads together. Each has some 100 kB of compiled code.
 CAPACITY = 1024
 
 _MAX_DIMENSIONS = 12
@@ -52,37 +52,42 @@ class _Argument(ctypes.Structure):
 
 
 class Layout(NamedTuple):
-    """Shape and strides, both in values, of a float32 array; no strides mean any layout that oneDNN likes."""
+    """Shape and strides of a float32 array.
+
+    Attributes:
+        shape: Shape of the array.
+        strides: Strides, in values; None for any layout that oneDNN chooses.
+    """
 
     shape: tuple[int, ...]
     strides: tuple[int, ...] | None
 
     @classmethod
     def of(cls, array: np.ndarray[Any, Any]) -> Layout:
-        """Return that of an array, whose strides may be anything where it has one value. Local."""
+        """Return the layout of an array. Strides of dimensions of size 1 are ignored. Local."""
         own = zip(array.shape, array.strides, _strides(array.shape))
         steps = (dense if n == 1 else step // array.itemsize for n, step, dense in own)
         return cls(array.shape, tuple(steps))
 
     @classmethod
     def flat(cls, size: int) -> Layout:
-        """Return that of so many values in a row. Local."""
+        """Return the layout of a contiguous 1-dimensional array. Local."""
         return cls((size,), (1,))
 
     @classmethod
     def dense(cls, shape: Sequence[int]) -> Layout:
-        """Return that of a C-contiguous array. Local."""
+        """Return the layout of a C-contiguous array. Local."""
         return cls(tuple(shape), _strides(shape))
 
     @classmethod
     def channels_last(cls, shape: Sequence[int]) -> Layout:
-        """Return that of an array of (batch, channels, ...) whose channels lie side by side. Local."""
+        """Return the layout of an array of shape ``(batch, channels, ...)`` with channels last in memory. Local."""
         n, c, *sizes = shape
         batch, *others, channels = _strides((n, *sizes, c))
         return cls(tuple(shape), (batch, channels, *others))
 
     def anyhow(self) -> Layout:
-        """Return the same shape in any layout. Local."""
+        """Return the same shape in any layout that oneDNN chooses. Local."""
         return Layout(self.shape, None)
 
 
@@ -101,7 +106,7 @@ def _descriptor(layout: Layout) -> Owned:
 
 
 def dimensions(values: Sequence[int]) -> Any:
-    """Return sizes as an argument of oneDNN's functions. Local."""
+    """Return sizes, one per dimension, as an argument of oneDNN's functions. Local."""
     return _Dimensions(*values)
 
 
@@ -145,12 +150,14 @@ class _Primitive:
 
 
 class Description:
-    """What oneDNN would do, without the compiled code: as a hint, gradients are made with that of forward. Local.
+    """A primitive descriptor of oneDNN, without the compiled code. Local.
+
+    The descriptor of a gradient takes the one of the forward operation as a hint.
 
     Args:
-        name: The primitive, such as ``convolution_forward``.
-        parameters: What its ``..._primitive_desc_create`` takes between the engine and the attributes. A :class:`Layout`
-            stands for its descriptor, a :class:`Description` for itself, None for nothing.
+        name: Name of the primitive, such as ``convolution_forward``.
+        parameters: Parameters of ``dnnl_..._primitive_desc_create`` between the engine and the attributes. A
+            :class:`Layout` stands for its memory descriptor, a :class:`Description` for its handle, None for NULL.
 
     Raises:
         OneDNNError: If oneDNN has no implementation.
@@ -179,15 +186,15 @@ class Description:
 class Operation:
     """One of oneDNN's primitives, for arrays of given layouts. Local.
 
-    Where the primitive was left the choice of an argument's layout and chose another than the array has, the
-    argument is reordered on its way in or out.
+    Where the primitive may choose the layout of an argument, and chooses another one than the array has, the argument
+    is reordered before or after the primitive.
 
     Args:
-        name: The primitive, such as ``convolution_forward``.
-        parameters: See :class:`Description`.
-        inputs: Arguments that are read: the constant, and the layout of the array that will be given; None is the one
-            that the primitive has for it, as for the workspace, which is not of float32.
-        outputs: Arguments that are written likewise.
+        name: Name of the primitive, such as ``convolution_forward``.
+        parameters: Parameters of the primitive; see :class:`Description`.
+        inputs: Arguments that are read, each as oneDNN's constant and the layout of the array. None is the primitive's
+            own layout, as for the workspace, which is not float32.
+        outputs: Arguments that are written, likewise.
 
     Raises:
         OneDNNError: If oneDNN has no implementation.
@@ -230,7 +237,11 @@ class Operation:
         )
 
     def __call__(self, *arrays: np.ndarray[Any, Any]) -> None:
-        """Run on arrays in the order of inputs and outputs; outputs are written in place. Local."""
+        """Run on arrays in the order of inputs and outputs; outputs are written in place. Local.
+
+        Raises:
+            OneDNNError: If the execution fails.
+        """
         addresses = [address(array) for array in arrays]
         if not self._inputs and not self._outputs:
             self._primitive.run(addresses)
@@ -250,17 +261,17 @@ class Operation:
 
 
 def address(array: np.ndarray[Any, Any]) -> int:
-    """Return where an array's first value lies. Local."""
+    """Return the address of an array's first value. Local."""
     return int(array.__array_interface__["data"][0])
 
 
 def scratch(size: int) -> np.ndarray[Any, Any]:
-    """Return so many bytes. Local."""
+    """Return an uninitialized array of ``size`` bytes. Local."""
     return np.empty(size, np.uint8)
 
 
 def reorder(source: np.ndarray[Any, Any], target: np.ndarray[Any, Any]) -> None:
-    """Copy float32 values to an array of the same shape that lies in memory in another order. Local."""
+    """Copy float32 values to an array of the same shape and another memory order. Local."""
     _kept_reorder(Layout.of(source), Layout.of(target)).run((address(source), address(target)))
 
 
@@ -282,10 +293,11 @@ _lock = threading.Lock()
 
 
 def kept(make: Callable[..., Any]) -> Callable[..., Any]:
-    """Decorate what makes operations from hashable arguments so that they are made once. Local.
+    """Decorate a function that makes operations from hashable arguments, so that it makes each once. Local.
 
-    Each thread has its own, since addresses are put into them; each number of OpenMP threads too, since oneDNN
-    divides the work when an operation is made. At most :data:`CAPACITY` are kept, those used last.
+    Each thread has operations of its own, since an operation holds the addresses of its arguments. So has each number
+    of OpenMP threads, since oneDNN divides the work when an operation is made. At most :data:`CAPACITY` are kept, the
+    ones that were used last.
     """
 
     @functools.wraps(make)
@@ -318,6 +330,6 @@ def _kept_reorder(source: Layout, target: Layout) -> _Primitive:
 
 
 def clear() -> None:
-    """Give back all operations that are kept. Local."""
+    """Drop all operations that are kept. Local."""
     with _lock:
         _kept.clear()

@@ -1,4 +1,4 @@
-"""Maximum and average pooling of any number of dimensions, and their gradients, by oneDNN."""
+"""Maximum and average pooling of up to three dimensions, and their gradients, by oneDNN."""
 
 from __future__ import annotations
 
@@ -32,11 +32,20 @@ if TYPE_CHECKING:
 
 _MAX, _AVERAGE_WITH_PADDING, _AVERAGE_WITHOUT_PADDING = 0x1FF, 0x2FF, 0x3FF
 
-_MOST_IN_A_BYTE = 255  # positions in a window whose index oneDNN stores in one byte
+_MOST_IN_A_BYTE = 255  # most values of a window whose indexes oneDNN stores in one byte each
 
 
 class _Pooling(NamedTuple):
-    """All that decides which operation a pooling of ``x`` (batch, channels, sizes...) is."""
+    """Key of the operation of a pooling.
+
+    Attributes:
+        algorithm: Constant of oneDNN.
+        x: Shape of the input, ``(batch, channels, sizes...)``.
+        y: Shape of the output, ``(batch, channels, sizes...)``.
+        size: Sizes of the window.
+        stride: Strides of the window.
+        pad: Padding at the beginning.
+    """
 
     algorithm: int
     x: tuple[int, ...]
@@ -47,7 +56,7 @@ class _Pooling(NamedTuple):
 
     @classmethod
     def of(cls, algorithm: int, function: Any, x: tuple[int, ...]) -> _Pooling:
-        """Return that of one of Chainer's functions of an input of this shape. Local."""
+        """Return the key for one of Chainer's functions and an input of shape ``x``. Local."""
         if hasattr(function, "kh"):
             size, stride = (function.kh, function.kw), (function.sy, function.sx)
             pad, cover_all = (function.ph, function.pw), False
@@ -64,14 +73,14 @@ class _Pooling(NamedTuple):
         return padding_at_end(self.x[2:], self.size, self.y[2:], self.stride, self.pad, together)
 
     def is_possible(self) -> bool:
-        """Return whether each window has a value of ``x`` in it. Local."""
+        """Return whether oneDNN has the operation, as each window has a value of ``x``. Local."""
         ends = zip(self.size, self.pad, self.padding_at_end(), self.y[2:])
         return len(self.size) <= MOST_DIMENSIONS and all(
             p < k and end < k and y > 0 for k, p, end, y in ends
         )
 
     def parameters(self) -> list[Any]:
-        """Return what oneDNN's functions take last. Local."""
+        """Return the parameters that forward and backward have in common. Local."""
         between = [0] * len(self.size)
         sizes = (self.stride, self.size, between, self.pad, self.padding_at_end())
         return [
@@ -81,7 +90,7 @@ class _Pooling(NamedTuple):
         ]
 
     def indexes(self) -> Any:
-        """Return the dtype of the index of the largest value of each window. Local."""
+        """Return the dtype of the indexes of each window's largest value. Local."""
         return np.uint8 if np.prod(self.size) <= _MOST_IN_A_BYTE else np.int32
 
 
@@ -113,12 +122,11 @@ def _max_pooling(chainers: Any, self: Any, inputs: tuple[Array]) -> Any:
     if not layouts.is_suitable(x) or not pooling.is_possible():
         return chainers(self, inputs)
     x = layouts.channels_last(x)
-    if not layouts.is_finite(
-        x
-    ):  # oneDNN passes over NaN, and takes infinity for the largest number
+    # oneDNN ignores NaN, and replaces infinity by the largest number.
+    if not layouts.is_finite(x):
         return chainers(self, inputs)
     y = layouts.empty(pooling.y)
-    # Which value of its window each is, as Chainer counts too.
+    # Index of each maximum within its window, which Chainer counts in the same way.
     self.indexes = layouts.empty(pooling.y, pooling.indexes())
     self._in_shape, self._in_dtype = x.shape, x.dtype
     _forward(pooling)(x, y, self.indexes)
@@ -155,7 +163,7 @@ def _average_pooling(chainers: Any, self: Any, inputs: tuple[Array]) -> Any:
     if not layouts.is_suitable(x) or not pooling.is_possible():
         return chainers(self, inputs)
     self._in_shape, self._in_dtype = x.shape, x.dtype
-    if pooling.algorithm == _AVERAGE_WITHOUT_PADDING:  # for Chainer's gradient, if it comes to that
+    if pooling.algorithm == _AVERAGE_WITHOUT_PADDING:  # Chainer's own gradient needs it
         self.width = self._get_pooling_width(np, x.shape[2:], x.dtype)
     y = layouts.empty(pooling.y)
     _forward(pooling)(layouts.channels_last(x), y)

@@ -1,10 +1,11 @@
-"""One layer of a recurrent network for a whole sequence, as one function: what LSTM, GRU and the plain network share.
+"""One layer of a recurrent network as one function of whole sequences: the base of LSTM, GRU and the plain network.
 
-Sequences lie packed in one array of (values of all times, units): the batch of the first time, then that of the
-second, and so on; a batch never grows from one time to the next, as Chainer has it. Gates lie in one array of (gates,
-values of all times, units), so that each gate, and several next to each other, are one piece of memory at each time.
-The products by the weights of the input are computed for all times at once, and so are the gradients of all weights;
-from time to time go only the product by the weights of the state and the gates, in place.
+Sequences are packed in one array of shape ``(rows of all steps, units)``: the batch of the first step, then that of the
+second, and so on. As in Chainer, a batch never grows from one step to the next. Gates have the shape ``(gates, rows of
+all steps, units)``, so that each gate, and adjacent gates together, are contiguous for each step.
+
+The products by the weights of the input are computed for all steps at once, and so are the gradients of all weights.
+Only the products by the weights of the state, and the gates, are computed step by step, in place.
 """
 
 from __future__ import annotations
@@ -23,21 +24,21 @@ if TYPE_CHECKING:
 
 HALF, ONE = np.float32(0.5), np.float32(1)
 
-_SMALL = 10**6  # multiplications up to which OpenBLAS does not copy the matrices first
+_SMALL = 10**6  # number of multiplications up to which OpenBLAS does not copy the matrices first
 
-_NARROWEST = 32  # columns of a block; narrower ones are slower than the copies
+_NARROWEST = 32  # fewest columns of a block; narrower blocks are slower than the copies
 
 
 class Product:
-    """The products of few rows by some matrices of equal shape, which are computed often. Local.
+    """Products of few rows by matrices of equal shape, to be computed many times. Local.
 
     OpenBLAS copies both matrices before it multiplies, unless they are small. The copies take several times as long
-    as the product of some rows, so the matrices are cut into blocks of columns that are small.
+    as a product of few rows, so the matrices are cut into small blocks of columns.
 
     Args:
-        matrices: Matrices of (values, columns).
-        rows: Most rows that they are multiplied with.
-        halved: Which of them are halved.
+        matrices: Matrices of shape ``(values, columns)``, float32.
+        rows: Largest number of rows by which they are multiplied.
+        halved: Slice of the matrices that are multiplied by a half.
     """
 
     def __init__(self, matrices: Sequence[Array], rows: int, halved: slice = slice(0)) -> None:
@@ -52,11 +53,21 @@ class Product:
         self._blocks[halved] *= HALF
 
     def of_all(self, rows: Array, out: Array) -> None:
-        """Write the product of (rows, values) by each matrix into ``out``, (matrices, rows, columns)."""
+        """Multiply the same rows by each matrix.
+
+        Args:
+            rows: Array of shape ``(rows, values)``.
+            out: Array of shape ``(matrices, rows, columns)`` that takes the products.
+        """
         np.matmul(rows, self._blocks, out=self._cut(out))
 
     def of_each(self, rows: Array, out: Array) -> None:
-        """Write the product of the rows of each matrix, (matrices, rows, values), likewise."""
+        """Multiply rows of its own by each matrix.
+
+        Args:
+            rows: Array of shape ``(matrices, rows, values)``.
+            out: Array of shape ``(matrices, rows, columns)`` that takes the products.
+        """
         np.matmul(rows[:, None], self._blocks, out=self._cut(out))
 
     def _cut(self, matrix: Array) -> Any:
@@ -64,11 +75,11 @@ class Product:
 
 
 class Factors(NamedTuple):
-    """What the inputs, or the states, are multiplied by.
+    """The weights by which inputs, or states, are multiplied.
 
     Attributes:
-        weights: Numbers of the weights.
-        first: Where the gradients of the products begin among those that ``differentiate`` returns.
+        weights: Indexes of the weights in Chainer's order.
+        first: Index of the first gradient of their products among the gradients that ``differentiate`` returns.
     """
 
     weights: tuple[int, ...]
@@ -76,77 +87,84 @@ class Factors(NamedTuple):
 
     @property
     def places(self) -> slice:
-        """Where these gradients lie."""
+        """Slice of the gradients of their products."""
         return slice(self.first, self.first + len(self.weights))
 
     def take(self, params: Sequence[Array]) -> list[Array]:
-        """Return the weights, or the biases, in order."""
+        """Return these weights, or their biases, in order. Local."""
         return [params[i] for i in self.weights]
 
 
 class Layer(chainer.FunctionNode):  # type: ignore[misc]  # Chainer has no types
     """A layer in one direction.
 
-    Inputs are the packed sequences, the initial states, each of (batch, units), the weights and the biases in Chainer's
-    order. Outputs are the last states, each of (batch, units), and the packed states of all times.
+    Inputs are the packed sequences, the initial states, each of shape ``(batch, units)``, and the weights and biases in
+    Chainer's order. Outputs are the last states, each of shape ``(batch, units)``, and the packed states of all steps.
 
     Args:
-        batches: How many sequences there are at each time, in descending order.
-        is_reversed: Whether the last time comes first.
+        batches: Number of sequences at each step, in descending order.
+        is_reversed: Whether the last step comes first.
+
+    Attributes:
+        states: Number of states: 2 for LSTM, otherwise 1.
+        of_x: Weights by which inputs are multiplied.
+        of_h: Weights by which states are multiplied.
+        sigmoids: Indexes of the gates whose activation is the sigmoid, among the gradients of the products.
+        times: Begin, end and number of the rows of each step, in the order of computation.
+        rows: Largest number of rows of a step.
     """
 
     states: ClassVar[int] = 1
-    _step: ClassVar[Callable[..., Any]]  # one time, of Chainer's functions, as Chainer has it
+    _step: ClassVar[Callable[..., Any]]  # Chainer's function of a single step
     of_x: ClassVar[Factors]
     of_h: ClassVar[Factors]
-    sigmoids: ClassVar[range]  # of which the sigmoid is taken, counted as the gradients are
+    sigmoids: ClassVar[range]
 
     def __init__(self, batches: Sequence[int], is_reversed: bool) -> None:
         super().__init__()
         self._is_reversed = is_reversed
         ends = np.cumsum(batches).tolist()
         self._sections = ends[:-1]
-        # From where to where the values of each time lie, and how many they are, in the order of computing.
         self.times = list(zip([0, *ends[:-1]], ends, batches))
         if is_reversed:
             self.times.reverse()
         self.rows = max(batches)
 
-    # What a kind of network has of its own.
+    # To be overridden
 
     def run(self, gates: Array, states: list[Array], by_h: Product, h_biases: Array) -> Array:
-        """Compute all times, and return the packed states.
+        """Compute all steps, and return the packed states. Local.
 
         Args:
-            gates: Products of the inputs and all biases that are added to them, (gates, values, units); halves where
-                the sigmoid is taken; changed in place.
-            states: Initial states, which become the last ones, in place.
-            by_h: Product by the weights of the state, halves likewise.
-            h_biases: Biases of the state, (products, units).
+            gates: Products of the inputs, with all biases that are added to them, of shape ``(gates, rows, units)``.
+                Gates with the sigmoid as activation are multiplied by a half. They are changed in place.
+            states: Initial states, which become the last ones in place.
+            by_h: Product by the weights of the state, multiplied by a half likewise.
+            h_biases: Biases of the state, of shape ``(products, units)``.
         """
         raise NotImplementedError
 
     def differentiate(
         self, hs: Array, gys: Array | None, grads: list[Array], by_h: Product
     ) -> Array:
-        """Return the gradients of the products by the weights, (products, values, units), new.
+        """Return the gradients with respect to the products by the weights, ``(products, rows, units)``. Local.
 
         Args:
-            hs: States before each time, packed.
-            gys: Gradients of the packed states, or None.
-            grads: Gradients of the last states, which become those of the initial ones, in place.
-            by_h: Product of the gradients of the state's products by the weights.
+            hs: States before each step, packed.
+            gys: Gradients of the packed states; None for zeros.
+            grads: Gradients of the last states, which become the gradients of the initial ones in place.
+            by_h: Product by the weights of the state, for gradients.
         """
         raise NotImplementedError
 
-    # What all have.
+    # The same for all layers
 
     def _take(self, inputs: Sequence[Any]) -> tuple[Any, Any, Any, Any]:
         x, states, params = inputs[0], inputs[1 : 1 + self.states], inputs[1 + self.states :]
         return x, states, params[: len(params) // 2], params[len(params) // 2 :]
 
     def forward(self, inputs: tuple[Array, ...]) -> tuple[Array, ...]:
-        """Compute all times. Called by Chainer."""
+        """Compute all steps. Called by Chainer."""
         self.retain_inputs(tuple(range(len(inputs))))
         x, states, ws, bs = self._take(inputs)
         states = [state.copy() for state in states]
@@ -154,7 +172,7 @@ class Layer(chainer.FunctionNode):  # type: ignore[misc]  # Chainer has no types
         gates = np.empty((len(self.of_x.weights), len(x), units), np.float32)
         for gate, w in zip(gates, self.of_x.take(ws)):
             np.dot(x, w.T, out=gate)
-        # Views of one array have the biases where the gradients of the products are.
+        # One array has the biases at the indexes of the gradients of their products.
         biases = np.zeros((max(self.of_x.places.stop, self.of_h.places.stop), units), np.float32)
         biases[self.of_x.places] = self.of_x.take(bs)
         h_biases = np.stack(self.of_h.take(bs))
@@ -170,7 +188,7 @@ class Layer(chainer.FunctionNode):  # type: ignore[misc]  # Chainer has no types
         return slice(self.sigmoids.start - factors.first, self.sigmoids.stop - factors.first)
 
     def backward(self, indexes: tuple[int, ...], grad_outputs: tuple[Any, ...]) -> tuple[Any, ...]:
-        """Compute the gradients, by Chainer's own functions where they shall have gradients too. Called by Chainer."""
+        """Compute the gradients, by Chainer's own functions if they need gradients too. Called by Chainer."""
         if chainer.config.enable_backprop:
             return self._backward_of_chainer(indexes, grad_outputs)
         *gs, gys = (None if each is None else each.array for each in grad_outputs)
@@ -191,13 +209,13 @@ class Layer(chainer.FunctionNode):  # type: ignore[misc]  # Chainer has no types
                 of_w, of_b = 1 + self.states + i, 1 + self.states + len(ws) + i
                 if of_w in indexes:
                     made[of_w] = product.T.dot(values)
-                made[of_b] = bias.copy()  # as two biases may have this gradient
+                made[of_b] = bias.copy()  # two biases may have the same gradient
         return tuple(chainer.as_variable(made[i]) for i in indexes)
 
     def _backward_of_chainer(
         self, indexes: tuple[int, ...], grad_outputs: tuple[Any, ...]
     ) -> tuple[Any, ...]:
-        # Inputs that depend on each other, or are one, have a gradient each: hence the copies in the graph.
+        # Copies in the graph give each input a gradient of its own, even if inputs depend on each other, or are one.
         inputs = [F.identity(each) for each in self.get_retained_inputs()]
         x, states, ws, bs = self._take(inputs)
         xs = F.split_axis(x, self._sections, 0, force_tuple=True)
@@ -214,7 +232,7 @@ class Layer(chainer.FunctionNode):  # type: ignore[misc]  # Chainer has no types
         )
 
     def _previous(self, initial: Array, values: Array) -> Array:
-        """Return what a state was before each time, packed, from what it was after each."""
+        """Return the packed states before each step, from the packed states after each step."""
         previous = np.empty_like(values)
         before = initial
         for start, end, batch in self.times:
@@ -226,13 +244,13 @@ class Layer(chainer.FunctionNode):  # type: ignore[misc]  # Chainer has no types
 
 
 def sigmoid_of_halves(values: Array) -> None:
-    """Compute the sigmoid of the doubles of values, as Chainer does, in place. Local."""
+    """Replace halves of numbers by the sigmoid of the numbers, as Chainer computes it, in place. Local."""
     np.tanh(values, out=values)
     finish_sigmoid(values)
 
 
 def finish_sigmoid(values: Array) -> None:
-    """Make the sigmoid from the hyperbolic tangent of the halves, in place. Local."""
+    """Replace the hyperbolic tangent of halves of numbers by the sigmoid of the numbers, in place. Local."""
     np.multiply(values, HALF, out=values)
     np.add(values, HALF, out=values)
 

@@ -1,4 +1,4 @@
-"""Put kernels into Chainer in the place of its own code, and take them out again."""
+"""Installing kernels in the place of Chainer's own code, and removing them again."""
 
 from __future__ import annotations
 
@@ -27,16 +27,16 @@ _with_onednn = False
 def replaces(
     owner: Any, attribute: str, *, needs_onednn: bool = True, is_computation: bool = True
 ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Decorate a kernel: a function that stands for a method of Chainer's, or for a function of a module. Local.
+    """Decorate a kernel: a function in the place of a method of Chainer's, or of a module's function. Local.
 
-    The kernel is called with Chainer's own function first, then with the arguments; what it has no way for, it hands to
-    Chainer's own.
+    The kernel is called with Chainer's own function as the first argument, followed by the arguments of the call. It
+    calls Chainer's function for everything that it does not support.
 
     Args:
-        owner: Class or module that has it.
-        attribute: Name that it has there.
+        owner: Class or module of Chainer's function.
+        attribute: Name of the function in ``owner``.
         needs_onednn: Whether the kernel is used with oneDNN only.
-        is_computation: Whether ``use_ideep`` has a say in it.
+        is_computation: Whether ``use_ideep="never"`` disables the kernel.
     """
 
     def register(kernel: Callable[..., Any]) -> Callable[..., Any]:
@@ -47,7 +47,7 @@ def replaces(
                 return original(*args, **kwargs)
             return kernel(original, *args, **kwargs)
 
-        # A partial function is faster, but no method.
+        # A partial function is faster, but cannot be a method.
         partial = functools.partial(kernel, original)
         used: Any = stand_in if is_computation or isinstance(owner, type) else partial
         functools.update_wrapper(used, original)
@@ -58,25 +58,29 @@ def replaces(
 
 
 def _is_refused() -> bool:
-    """Return whether this thread asked Chainer for its own code by ``use_ideep``, the setting that meant oneDNN. Local.
+    """Return whether this thread has set ``use_ideep``, Chainer's own setting for oneDNN, to ``never``. Local.
 
-    Chainer's default is "never" too, so that only a value that was set for this thread counts.
+    Chainer's default is ``never`` too, so only a value that was set for this thread counts.
     """
     return bool(vars(chainer.config._local).get("use_ideep") == "never")
 
 
 def uses_onednn() -> bool:
-    """Return whether kernels that do without oneDNN may take it where it is faster. Local."""
+    """Return whether kernels that do not need oneDNN may use it where it is faster. Local."""
     return _with_onednn
 
 
 def may_use_onednn() -> bool:
-    """Return whether what is no kernel may take oneDNN in this thread. Local."""
+    """Return whether code that is not a kernel may use oneDNN in this thread. Local."""
     return _with_onednn and not _is_refused()
 
 
 def put(*, with_onednn: bool) -> None:
-    """Put the kernels into Chainer, those that need oneDNN only where asked for. Local."""
+    """Install the kernels. Local.
+
+    Args:
+        with_onednn: Whether kernels that need oneDNN are installed as well.
+    """
     global _with_onednn  # noqa: PLW0603 - one choice for the process
     _with_onednn = with_onednn
     for each in _replacements:
@@ -85,7 +89,7 @@ def put(*, with_onednn: bool) -> None:
 
 
 def take_out() -> None:
-    """Give Chainer its own code back. Local."""
+    """Remove all kernels. Local."""
     global _with_onednn  # noqa: PLW0603 - one choice for the process
     _with_onednn = False
     for each in _replacements:

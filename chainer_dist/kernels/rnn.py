@@ -23,7 +23,7 @@ def _relu(x: Any, h: Any, c: None, w: Any, b: Any) -> tuple[Any, None]:
 
 
 class TanhLayer(recurrent.Layer):
-    """A layer of the plain recurrent network in one direction."""
+    """A layer of the plain recurrent network in one direction, with tanh."""
 
     _step = staticmethod(_tanh)
     of_x, of_h = Factors((0,), 0), Factors((1,), 0)
@@ -32,10 +32,10 @@ class TanhLayer(recurrent.Layer):
     def run(
         self, gates: Array, states: list[Array], by_h: recurrent.Product, h_biases: Array
     ) -> Array:
-        """Compute all times, and return the packed states."""
-        del h_biases  # all are in the gates
+        """Compute all steps, and return the packed states."""
+        del h_biases  # the gates include them
         (last,) = states
-        outputs: Array = gates[0]  # which become the states in place
+        outputs: Array = gates[0]  # the only gate becomes the states in place
         products = np.empty((1, self.rows, last.shape[1]), np.float32)
         for start, end, batch in self.times:
             h, y, product = last[:batch], outputs[start:end], products[:, :batch]
@@ -48,7 +48,7 @@ class TanhLayer(recurrent.Layer):
     def differentiate(
         self, hs: Array, gys: Array | None, grads: list[Array], by_h: recurrent.Product
     ) -> Array:
-        """Return the gradients of the products."""
+        """Return the gradients with respect to the products."""
         del hs
         made = self._slope(self.get_retained_outputs()[0].array)[None]
         for start, end, batch in reversed(self.times):
@@ -68,7 +68,7 @@ class TanhLayer(recurrent.Layer):
 
 
 class ReLULayer(TanhLayer):
-    """The same with ReLU."""
+    """A layer of the plain recurrent network in one direction, with ReLU."""
 
     _step = staticmethod(_relu)
 

@@ -1,6 +1,6 @@
-"""The library oneDNN: where it is found, its C functions, and handles of what it makes.
+"""The library oneDNN: where it is found, its C functions, and handles of its objects.
 
-The interface is that of oneDNN 3 (``dnnl.h``); every 3.x has it.
+The interface is that of oneDNN 3 (``dnnl.h``), which every version 3.x has.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-# Names a file instead of the library that is found.
+# Environment variable with the path of the library.
 VARIABLE = "CHAINER_DIST_ONEDNN"
 
 _MAJOR = 3  # the version whose interface this is
 
-# Which are transposed; m, n, k; a factor, a and its step, b and its step; a factor, y and its step.
+# Orders of a and b; m, n, k; alpha, a, its step, b, its step; beta, y, its step.
 _SIZE, _PLACE = ctypes.c_int64, ctypes.c_void_p
 _SGEMM: list[Any] = [ctypes.c_char, ctypes.c_char, _SIZE, _SIZE, _SIZE]
 _SGEMM += [ctypes.c_float, _PLACE, _SIZE, _PLACE, _SIZE, ctypes.c_float, _PLACE, _SIZE]
@@ -41,12 +41,12 @@ class Library(NamedTuple):
     """A loaded library.
 
     Attributes:
-        functions: Its C functions.
-        path: Where it was found; a bare name was found by the loader.
-        version: Such as ``3.2.0``.
-        instructions: The instruction set that it uses, such as ``avx512_core_bf16``.
-        engine: The processor, as oneDNN has it.
-        stream: What operations are executed in.
+        functions: C functions of the library.
+        path: Path of the library; a bare name if the loader found it.
+        version: Version, such as ``3.2.0``.
+        instructions: Instruction set that it uses, such as ``avx512_core_bf16``.
+        engine: Handle of the engine, which stands for the processor.
+        stream: Handle of the stream in which operations are executed.
     """
 
     functions: Any
@@ -58,10 +58,11 @@ class Library(NamedTuple):
 
 
 def candidates() -> Iterator[str]:
-    """Yield where the library may be, the best first. Local.
+    """Yield the paths at which the library may be, the best one first. Local.
 
-    The environment variable alone if it is set; else the ``lib`` directory of this Python environment, where the package
-    ``onednn-cpu-gomp`` of PyPI puts it, and the loader's path, for those of distributions, conda and modules.
+    If ``CHAINER_DIST_ONEDNN`` is set, its value is the only one. Otherwise the ``lib`` directory of this Python
+    environment is the first, where the package ``onednn-cpu-gomp`` of PyPI installs it. A bare name is the last, for
+    libraries of distributions, conda and environment modules, which the loader finds.
     """
     if chosen := os.environ.get(VARIABLE):
         yield chosen
@@ -75,10 +76,10 @@ def candidates() -> Iterator[str]:
 
 @functools.lru_cache(maxsize=1)
 def library() -> Library:
-    """Return the library, loaded at the first call. Local.
+    """Return the library, which the first call loads. Local.
 
     Raises:
-        OneDNNError: If there is none that can be used; the message says why for each place.
+        OneDNNError: If no library can be used; the message has the reason for each path.
     """
     if sys.platform != "linux":
         raise OneDNNError(f"oneDNN is looked for on Linux only, this is {sys.platform}")
@@ -86,7 +87,7 @@ def library() -> Library:
     for path in candidates():
         try:
             return _load(path)
-        except (OSError, OneDNNError) as error:  # noqa: PERF203 - a few places
+        except (OSError, OneDNNError) as error:  # noqa: PERF203 - there are few paths
             reasons.append(f"{path}: {error}" if path not in str(error) else str(error))
     raise OneDNNError("; ".join(reasons))
 
@@ -110,7 +111,7 @@ def _load(path: str) -> Library:
     engine, stream = Handle(), Handle()
     check(functions.dnnl_engine_create(ctypes.byref(engine), 1, ctypes.c_size_t(0)), "an engine")
     check(functions.dnnl_stream_create(ctypes.byref(stream), engine, 1), "a stream")
-    # Operations are kept here, bounded; oneDNN's own cache would keep those that are dropped.
+    # This package keeps operations itself, up to a limit; oneDNN's own cache would keep dropped ones as well.
     check(functions.dnnl_set_primitive_cache_capacity(0), "a cache of no size")
     return Library(
         functions,
@@ -123,18 +124,26 @@ def _load(path: str) -> Library:
 
 
 def check(status: int, what: str) -> None:
-    """Raise OneDNNError if the status that a C function returned is not success. Local."""
+    """Check the status that a C function returned. Local.
+
+    Args:
+        status: The status.
+        what: Object that was asked for, for the message.
+
+    Raises:
+        OneDNNError: If the status is not success.
+    """
     if status:
         raise OneDNNError(f"oneDNN answered {status} when asked for {what}")
 
 
 class Owned:
-    """A handle of oneDNN that is destroyed with this object. Local.
+    """A handle of oneDNN that is destroyed together with this object. Local.
 
     Args:
-        create: C function that makes what the handle stands for.
-        destroy: C function that takes the handle back.
-        arguments: Arguments of the former, after the handle.
+        create: Name of the C function that makes the handle.
+        destroy: Name of the C function that destroys it.
+        arguments: Arguments of ``create`` after the handle.
 
     Raises:
         OneDNNError: If oneDNN refuses.
@@ -152,5 +161,5 @@ class Owned:
 
 
 def n_threads() -> int:
-    """Return how many threads an operation may take. Local."""
+    """Return how many threads an operation may use. Local."""
     return int(library().functions.omp_get_max_threads())

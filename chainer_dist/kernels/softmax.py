@@ -1,4 +1,4 @@
-"""Softmax and its logarithm by oneDNN, and softmax cross entropy in NumPy, block by block within the cache."""
+"""Softmax and its logarithm by oneDNN, and softmax cross entropy in NumPy, in blocks that fit the cache."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 
 _SOFTMAX, _LOG_SOFTMAX = 0x30000, 0x30001
 
-# Values of a block, some 256 kB.
+# Number of values of a block, which take 256 kB.
 _BLOCK = 1 << 16
 
 
@@ -45,12 +45,16 @@ def _blocks(rows: int, columns: int) -> Iterator[slice]:
 
 
 def softmax_rows(x: Array) -> tuple[Array, Array]:
-    """Return the softmax of each row of a float32 matrix, new, and the logarithm of each row's sum. Local.
+    """Return the softmax of each row of a matrix, and the logarithm of each row's sum of exponentials. Local.
 
-    The logarithm is of the sum of exponentials, (rows, 1).
+    Args:
+        x: Matrix of shape ``(rows, columns)``, float32.
+
+    Returns:
+        New arrays of shape ``(rows, columns)`` and ``(rows, 1)``, float32.
     """
     by_onednn = _softmax(_SOFTMAX, x, 1) if replacements.uses_onednn() else None
-    if by_onednn is not None:  # the largest of a row is one divided by the sum
+    if by_onednn is not None:  # the largest value of a row is 1 / (sum of exp(x - largest x))
         largest_y = by_onednn.max(axis=1, keepdims=True)
         return by_onednn, x.max(axis=1, keepdims=True) - np.log(largest_y)
     y = np.empty(x.shape, np.float32)
@@ -89,11 +93,11 @@ def _in_order(array: Array) -> Array:
 
 
 def _softmax(algorithm: int, x: Array, axis: int) -> Array | None:
-    """Return the softmax or its logarithm, new; None where oneDNN has no way for it. Local."""
+    """Return the softmax or its logarithm as a new array, or None if oneDNN cannot compute it. Local."""
     if not _is_worth_it(x):
         return None
     x = _in_order(x)
-    if not layouts.is_finite(x):  # oneDNN takes NaN and infinity for other numbers
+    if not layouts.is_finite(x):  # oneDNN computes wrong results from NaN and infinity
         return None
     y = np.empty_like(x)
     _forward(algorithm, Layout.of(x), axis % x.ndim)(x, y)

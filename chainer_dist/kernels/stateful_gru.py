@@ -20,14 +20,14 @@ if TYPE_CHECKING:
 
     from chainer_dist.kernels.layouts import Array
 
-# Of a link, as it has them; each has a matrix and a bias.
+# Names of the linear layers of a link, each of which has a matrix and a bias.
 _LINKS = ("W_r", "U_r", "W_z", "U_z", "W", "U")
 
 
 class GRUStep(Step):
     """A step of gated recurrent units: from h, x and the parameters of the links to h."""
 
-    # What is kept: the gradients of r, z and the new value before their activations; h, x and r * h.
+    # Indexes of the values that are kept: the gradients of r, z and a before their activations, then h, x and r * h.
     factors = tuple(
         each
         for gradient, of_h in ((0, 3), (1, 3), (2, 5))
@@ -74,7 +74,7 @@ class GRUStep(Step):
     def differentiate(
         self, inputs: Sequence[Array], gys: Sequence[Any], indexes: Sequence[int]
     ) -> tuple[dict[int, Array], Sequence[Array]]:
-        """Return the gradients of h and x, and what the factors are numbers of."""
+        """Return the gradients of h and x, and the values from which those of the parameters follow."""
         h, x, *params = inputs
         w_r, u_r, w_z, u_z, w, u = params[::2]
         (gy,) = gys
@@ -107,7 +107,7 @@ class GRUStep(Step):
 
 
 def _step(link: Any, h: Any, x: Any) -> Any:
-    """Return h after a step of one of Chainer's links, or None where Chainer is to compute. Local."""
+    """Return h after a step of one of Chainer's links, or None if only Chainer's own code can compute it. Local."""
     links = [getattr(link, name) for name in _LINKS]
     if h is None or not are_plain(*links) or any(each.b is None for each in links):
         return None

@@ -24,8 +24,8 @@ if TYPE_CHECKING:
 class LSTMStep(Step):
     """A step of LSTM: from c, h, x and the parameters of the links to c and h.
 
-    As in Chainer, c may have more rows than the others, which stay, and the gates of a unit lie next to each other:
-    the input a of the cell, i, f and o.
+    As in Chainer, c may have more rows than h and x; the step leaves these as they are. The parameters have the gates
+    of each unit next to each other: the cell's input a, then i, f and o.
     """
 
     factors = Factors(0, 2), Factors(0), Factors(0, 1)
@@ -62,7 +62,7 @@ class LSTMStep(Step):
     def differentiate(
         self, inputs: Sequence[Array], gys: Sequence[Any], indexes: Sequence[int]
     ) -> tuple[dict[int, Array], Sequence[Array]]:
-        """Return the gradients of c, h and x, and the gradient of the gates, h and x."""
+        """Return the gradients of c, h and x, and the values from which those of the parameters follow."""
         c, h, x, w, _, v = inputs
         gc, gh = gys
         n = len(x)
@@ -102,7 +102,7 @@ class LSTMStep(Step):
 
 
 def _step(link: Any, c: Any, h: Any, x: Any) -> Any:
-    """Return c and h after a step of one of Chainer's links, or None where Chainer is to compute. Local."""
+    """Return c and h after a step of one of Chainer's links, or None if only Chainer's code can compute it. Local."""
     upward, lateral = link.upward, link.lateral
     if (
         c is None

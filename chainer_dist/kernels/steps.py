@@ -1,7 +1,7 @@
-"""Steps of a recurrent network that a script calls one by one: each step one function, gradients of weights for many.
+"""Steps of a recurrent network that a script calls one by one. Each step is one function.
 
-The parameters come to the steps of a sequence by way of one function, which hands them on. Backward comes to it when it
-has been through all of the steps, so that the gradient of a matrix is a product of the values of many times.
+All steps of a sequence get their parameters from one function, :class:`Parameters`, to which backward comes after all
+steps. So the gradient of a matrix is one product of the values of many steps.
 """
 
 from __future__ import annotations
@@ -22,27 +22,27 @@ if TYPE_CHECKING:
 
 
 class Factors(NamedTuple):
-    """What the gradient of a parameter is made of, by number among the values that steps keep.
+    """The factors of a parameter's gradient, as indexes of values that each step keeps.
 
     Attributes:
-        gradient: Gradient of what was computed with the parameter, (batch, rows of the parameter).
-        value: What a matrix was multiplied by, (batch, columns); None for a bias.
+        gradient: Index of the gradient of the sums to which the parameter belongs, ``(batch, rows of the parameter)``.
+        value: Index of the values by which a matrix was multiplied, ``(batch, columns)``; None for a bias.
     """
 
     gradient: int
     value: int | None = None
 
 
-# From so many rows on a product of them takes no longer for each than one of more rows; then they need not be kept.
+# Number of rows from which a product takes no longer per row than with more rows, so that no more are kept.
 _ROWS = 1024
 
 
 class _Sums:
-    """Gradients of parameters, to which steps add.
+    """Gradients of parameters, summed over steps. Local.
 
     Args:
-        factors: Of the gradient of each parameter.
-        indexes: Which of the parameters need a gradient.
+        factors: Factors of each parameter's gradient.
+        indexes: Indexes of the parameters that need a gradient.
     """
 
     def __init__(self, factors: Sequence[Factors], indexes: Sequence[int]) -> None:
@@ -52,14 +52,14 @@ class _Sums:
         self._rows = 0
 
     def add(self, values: Sequence[Array]) -> None:
-        """Add what a step has computed, which is not to be changed any more."""
+        """Add the values of a step, which no code changes any more."""
         self._kept.append(values)
         self._rows += len(values[0])
         if self._rows >= _ROWS:
             self._multiply()
 
     def gradients(self) -> dict[int, Array]:
-        """Return the gradients by number."""
+        """Return the gradients by the index of the parameter."""
         if self._kept:
             self._multiply()
         return self._gradients
@@ -79,11 +79,11 @@ class _Sums:
 
 
 class _Kept(chainer.Variable):  # type: ignore[misc]  # Chainer has no types
-    """In the place of a parameter's gradient until all steps have added to it.
+    """A placeholder for a parameter's gradient, until all steps have added to it.
 
     Args:
         shape: Shape of the parameter.
-        sums: Where the gradient is.
+        sums: Sums that the gradient belongs to.
     """
 
     def __init__(self, shape: tuple[int, ...], sums: _Sums) -> None:
@@ -92,14 +92,14 @@ class _Kept(chainer.Variable):  # type: ignore[misc]  # Chainer has no types
 
 
 class Parameters(chainer.FunctionNode):  # type: ignore[misc]
-    """Hands parameters on to the steps of a sequence."""
+    """The identity of parameters, of which all steps of a sequence take the outputs."""
 
     def forward(self, inputs: tuple[Array, ...]) -> tuple[Array, ...]:
         """Return the parameters themselves. Called by Chainer."""
         return inputs
 
     def backward(self, indexes: tuple[int, ...], grad_outputs: tuple[Any, ...]) -> tuple[Any, ...]:
-        """Return the gradients that steps have added to, or those that are given as a graph. Called by Chainer."""
+        """Return the summed gradients, or those of a graph as they are. Called by Chainer."""
         kept = next((each for each in grad_outputs if isinstance(each, _Kept)), None)
         if kept is None:
             return tuple(grad_outputs[i] for i in indexes)
@@ -108,19 +108,22 @@ class Parameters(chainer.FunctionNode):  # type: ignore[misc]
         return tuple(chainer.as_variable(gradients[i].reshape(shapes[i])) for i in indexes)
 
     def unchain(self) -> None:
-        """Stay, since later steps may need it: cutting a graph leaves parameters with the rest of it."""
+        """Stay connected to the parameters for later steps, where a script cuts the graph. Called by Chainer."""
 
 
 class Step(chainer.FunctionNode):  # type: ignore[misc]
-    """One step. Its inputs are what changes from step to step, then the parameters; its outputs begin with the state.
+    """One step. Its inputs are states and values of this step, then the parameters; its outputs begin with the state.
 
     Args:
-        parameters: Of Chainer's links, as variables.
-        before: State of the step before, whose parameters are used again if they are the same.
+        parameters: Parameters of Chainer's links, as variables.
+        before: State after the step before, whose outputs of :class:`Parameters` are used again if possible.
+
+    Attributes:
+        factors: Factors of each parameter's gradient.
     """
 
-    factors: ClassVar[Sequence[Factors]]  # of each parameter
-    _step: ClassVar[Callable[..., Any]]  # the same of Chainer's functions, from and to Variables
+    factors: ClassVar[Sequence[Factors]]
+    _step: ClassVar[Callable[..., Any]]  # the step by Chainer's functions of Variables
 
     def __init__(self, parameters: Sequence[Any], before: Any) -> None:
         super().__init__()
@@ -140,18 +143,21 @@ class Step(chainer.FunctionNode):  # type: ignore[misc]
         )
 
     def run(self, *values: Any) -> Any:
-        """Return the outputs for Variables of what changes."""
+        """Return the outputs of the step, given its inputs without the parameters, as Variables."""
         return self.apply((*values, *self._parameters))
 
     def differentiate(
         self, inputs: Sequence[Array], gys: Sequence[Any], indexes: Sequence[int]
     ) -> tuple[dict[int, Array], Sequence[Array]]:
-        """Return the gradients of what changes, new arrays by number, and what is kept for those of the parameters.
+        """Return the gradients of all inputs but the parameters, and the values that are kept for the parameters.
 
         Args:
-            inputs: Those of forward.
-            gys: Gradients of the outputs; None stands for zeros where there are several.
-            indexes: Of which inputs gradients are needed.
+            inputs: Inputs of forward.
+            gys: Gradients of the outputs. If there are several, None stands for zeros.
+            indexes: Indexes of the inputs that need a gradient.
+
+        Returns:
+            New arrays by the index of the input, and arrays to which :attr:`factors` has the indexes.
         """
         raise NotImplementedError
 
@@ -161,7 +167,7 @@ class Step(chainer.FunctionNode):  # type: ignore[misc]
         grad_outputs: tuple[Any, ...],
         grad_inputs: tuple[Any, ...],
     ) -> tuple[Any, ...]:
-        """Add gradients of what changes to others, and keep what those of parameters need. Called by Chainer."""
+        """Add the gradients of inputs, and keep the values that those of parameters need. Called by Chainer."""
         if chainer.config.enable_backprop:
             accumulated: tuple[Any, ...] = super().backward_accumulate(
                 indexes, grad_outputs, grad_inputs
@@ -189,10 +195,10 @@ class Step(chainer.FunctionNode):  # type: ignore[misc]
     def backward(self, indexes: tuple[int, ...], grad_outputs: tuple[Any, ...]) -> tuple[Any, ...]:
         """Compute gradients by Chainer's own functions, as a graph. Called by Chainer."""
         retained = self.get_retained_inputs()
-        # Gradients of gradients go to the parameters themselves: only steps know how to keep what they need.
+        # Gradients of gradients bypass the function Parameters, and belong to the parameters themselves.
         nodes = self._parameters[0].creator_node.inputs
         changing = retained[: len(retained) - len(nodes)]
-        # Inputs that depend on each other, or are one, have a gradient each: hence the copies in the graph.
+        # Copies in the graph give each input a gradient of its own, even if inputs depend on each other, or are one.
         inputs = [F.identity(each) for each in (*changing, *(n.get_variable() for n in nodes))]
         known = [(y, g) for y, g in zip(type(self)._step(*inputs), grad_outputs) if g is not None]
         ys, gs = zip(*known)
@@ -202,7 +208,7 @@ class Step(chainer.FunctionNode):  # type: ignore[misc]
 
 
 def are_plain(*links: Any) -> bool:
-    """Return whether links are linear layers that nothing listens to, and no static graph is recorded. Local."""
+    """Return whether links are linear layers without hooks, and no static graph is recorded. Local."""
     return (
         all(type(link) is L.Linear and not link._n_local_link_hooks for link in links)
         and not chainer._get_link_hooks()

@@ -1,4 +1,4 @@
-"""Sums over all dimensions but that of channels, as the gradients of biases are, as products by ones."""
+"""Sums over all dimensions but the channels, such as gradients of biases, as products by a row of ones."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from chainer_dist.kernels.replacements import replaces
 if TYPE_CHECKING:
     from chainer_dist.kernels.layouts import Array
 
-# Below so many values the call costs more than it saves.
+# Number of values below which the call costs more than it saves.
 _FEW = 1 << 14
 
 
@@ -26,7 +26,7 @@ def _sum(chainers: Any, self: Any, inputs: tuple[Array]) -> Any:
         or self.axis is None
         or self.keepdims
         or not layouts.is_suitable(x)
-        or x.ndim < 2  # noqa: PLR2004 - others and channels
+        or x.ndim < 2  # noqa: PLR2004 - batch and channels
         or {axis % x.ndim for axis in self.axis} != {*range(x.ndim)} - {1}
         or not layouts.is_channels_last(x)
     ):
@@ -35,7 +35,7 @@ def _sum(chainers: Any, self: Any, inputs: tuple[Array]) -> Any:
     ones = np.ones((1, len(rows)), np.float32)
     if not replacements.uses_onednn():
         return ((ones @ rows)[0],)
-    # BLAS has threads of its own, which would keep those of oneDNN from the cores for a while.
+    # Not by BLAS: its threads would keep the cores from those of oneDNN for a while.
     sums = np.empty((1, x.shape[1]), np.float32)
     multiply_matrices(ones, rows, sums)
     return (sums[0],)

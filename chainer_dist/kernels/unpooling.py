@@ -1,4 +1,4 @@
-"""Unpooling, and upsampling by the indexes of maxima, in NumPy without copies into columns."""
+"""Unpooling, and upsampling by the indexes of maxima, in NumPy, without Chainer's copies into columns."""
 
 from __future__ import annotations
 
@@ -21,7 +21,15 @@ if TYPE_CHECKING:
 
 
 class _Axis(NamedTuple):
-    """A dimension along which each of ``small`` values stands in a window of ``size`` among ``large`` values."""
+    """A dimension along which each value of a small array has a window of a large one.
+
+    Attributes:
+        small: Number of windows.
+        size: Size of a window.
+        stride: Distance of windows.
+        pad: Number of places of the first window before the beginning of the large array.
+        large: Size of the large array.
+    """
 
     small: int
     size: int
@@ -30,7 +38,7 @@ class _Axis(NamedTuple):
     large: int
 
     def places(self, offset: int) -> tuple[slice, slice]:
-        """Return which small values have a place at an offset in their windows, and these places. Local."""
+        """Return the windows whose place at an offset is inside the large array, and these places. Local."""
         first = max(0, -((offset - self.pad) // self.stride))
         last = min(self.small - 1, (self.large - 1 + self.pad - offset) // self.stride)
         begin = first * self.stride - self.pad + offset
@@ -44,19 +52,25 @@ class _Axis(NamedTuple):
         return self.stride < self.size
 
     def covers(self) -> bool:
-        """Return whether each large value has one place in a window. Local."""
+        """Return whether each place of the large array is in exactly one window. Local."""
         ends = self.pad >= 0 and self.large + self.pad <= self.small * self.stride
         return self.stride == self.size and ends
 
     def along(self, ndim: int, dimension: int, places: slice) -> tuple[slice, ...]:
-        """Return an index of an array, with these places along a dimension. Local."""
+        """Return the index of an array that selects places along one dimension. Local."""
         return tuple(places if i == dimension else slice(None) for i in range(ndim))
 
 
 def _axes(
     function: Any, small: Sequence[int], large: Sequence[int | None] | None = None
 ) -> list[_Axis]:
-    """Return the dimensions of one of Chainer's functions; sizes that are None are those that Chainer takes. Local."""
+    """Return the axes of one of Chainer's functions. Local.
+
+    Args:
+        function: The function.
+        small: Sizes of the small array, without batch and channels.
+        large: Sizes of the large array; None for those that Chainer computes.
+    """
     if hasattr(function, "kh"):
         windows = [(function.kh, function.sy, function.ph), (function.kw, function.sx, function.pw)]
     else:
@@ -77,30 +91,30 @@ def _axes_of_gradient(function: Any, large: Sequence[int]) -> list[_Axis]:
 
 
 def _are_usual(axes: Sequence[_Axis], *arrays: Array) -> bool:
-    """Return whether arrays can be computed with, and each window begins within the large values. Local."""
+    """Return whether arrays are suitable, and each window begins inside the large array. Local."""
     return layouts.is_suitable(*arrays) and all(
         axis.large > 0 and axis.small > 0 and axis.pad < axis.size for axis in axes
     )
 
 
 def is_shortened(axes: Sequence[_Axis]) -> bool:
-    """Return whether Chainer repeats values here and cuts some off, which is not what its gradient undoes. Local."""
+    """Return whether Chainer repeats values here and drops some, which its gradient does not match. Local."""
     return any(axis.pad for axis in axes) and all(
         axis.pad % 2 == 0 and axis.large == axis.size * (axis.small - axis.pad) for axis in axes
     )
 
 
 def _in_memory(array: Array) -> tuple[Array, int]:
-    """Return a view in C's order if there is one, or a copy, and where its first dimension of sizes is. Local."""
+    """Return a C-contiguous view or copy, and the index of its first dimension after batch and channels. Local."""
     if array.flags.c_contiguous or not layouts.is_channels_last(array):
         return np.ascontiguousarray(array), 2
     return layouts.to_last(array), 1
 
 
 def _spread(x: Array, axes: Sequence[_Axis]) -> Array:
-    """Return an array with each value in all places of its window, or the sum of those that share a place. Local."""
+    """Return a large array: at each place the sum of the values whose windows have that place. Local."""
     y, first = _in_memory(x)
-    # The last dimension first, while there are few values.
+    # The last dimension is the first to grow, while there are few values.
     for dimension, axis in reversed(list(enumerate(axes, first))):
         x = y
         shape = (*x.shape[:dimension], axis.large, *x.shape[dimension + 1 :])
@@ -115,7 +129,7 @@ def _spread(x: Array, axes: Sequence[_Axis]) -> Array:
 
 
 def _gather(gy: Array, axes: Sequence[_Axis]) -> Array:
-    """Return the sums of all values of each window, where there are any. Local."""
+    """Return a small array: for each window the sum of its values. Local."""
     gx, first = _in_memory(gy)
     for dimension, axis in enumerate(axes, first):
         gy = gx
@@ -159,7 +173,10 @@ def _unpooling_gradient(chainers: Any, self: Any, inputs: tuple[Array]) -> Any:
 
 
 def _windows(axes: Sequence[_Axis]) -> tuple[list[int], tuple[Any, ...], tuple[Any, ...]]:
-    """Return the sizes of all windows together, which part of them large values are, and which of these. Local."""
+    """Return the sizes of an array of all windows, and indexes of its overlap with the large array. Local.
+
+    The first index is of the array of all windows, the second one of the large array.
+    """
     sizes = [(axis.small - 1) * axis.stride + axis.size for axis in axes]
     ends = [min(size - axis.pad, axis.large) for size, axis in zip(sizes, axes)]
     part = (slice(axis.pad, axis.pad + end) for axis, end in zip(axes, ends))
@@ -167,12 +184,12 @@ def _windows(axes: Sequence[_Axis]) -> tuple[list[int], tuple[Any, ...], tuple[A
 
 
 def _positions(indexes: Array, axes: Sequence[_Axis], strides: Sequence[int]) -> Array:
-    """Return where the values that indexes point at lie in memory, in values. Local.
+    """Return the positions in memory of the values at given places of windows. Local.
 
     Args:
-        indexes: Numbers of places in windows, (batch, channels, height, width).
-        axes: Those of the windows.
-        strides: Those of an array of all windows together, in bytes of a float32.
+        indexes: Numbers of places in their windows, of shape ``(batch, channels, height, width)``.
+        axes: Axes of the windows.
+        strides: Strides of a float32 array of all windows, in bytes.
     """
     steps = [stride // np.dtype(np.float32).itemsize for stride in strides]
     offsets = np.ix_(*(np.arange(axis.size) * step for axis, step in zip(axes, steps[2:])))
@@ -185,7 +202,12 @@ def _positions(indexes: Array, axes: Sequence[_Axis], strides: Sequence[int]) ->
 
 
 def _zeros(like: Array, sizes: Sequence[int]) -> tuple[Array, Array]:
-    """Return zeros of (batch, channels, sizes...) that lie in memory as ``like`` does, and the same as a row. Local."""
+    """Return zeros in the memory order of an array, and a 1-dimensional view of them. Local.
+
+    Args:
+        like: Array of shape ``(batch, channels, ...)``.
+        sizes: Sizes of the zeros, without batch and channels.
+    """
     n, channels, *_ = like.shape
     row = np.zeros(n * channels * math.prod(sizes), np.float32)
     if layouts.is_channels_last(like):
