@@ -37,7 +37,7 @@ class ArrayCommunicator(ObjectCommunicator, abc.ABC):
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
-        if "mean_arrays" in vars(cls):  # every kind has its own
+        if "mean_arrays" in vars(cls):  # each kind of communicator overrides it
             watched = collective("arrays")(cls.mean_arrays)
             cls.mean_arrays = watched  # type: ignore[method-assign]  # the same to its callers
 
@@ -46,9 +46,9 @@ class ArrayCommunicator(ObjectCommunicator, abc.ABC):
         """Replace each array by its mean over the ranks, in place. Collective.
 
         Args:
-            arrays: Writable float arrays of any layout, the same number, shapes and dtypes in the
-                same order on every rank (which the caller has made sure of). Two of them may be
-                one and the same object. float16 is summed in float32.
+            arrays: Writable float arrays of any layout. Their number, shapes, dtypes and order are the
+                same on every rank, which is not checked. The same array may be among them twice.
+                float16 is summed in float32.
         """
 
     @point_to_point
@@ -61,7 +61,7 @@ class ArrayCommunicator(ObjectCommunicator, abc.ABC):
             tag: Message tag, not negative.
 
         Raises:
-            TypeError: If that is not what ``data`` is; the receiver then raises as well.
+            TypeError: If ``data`` is anything else; the receiver then raises as well.
         """
         message, error = pack(self.rank, lambda: _checked_arrays(data, "send"))
         post(self.mpi_comm, message, dest, tag, limit=SMALL).wait()
@@ -143,7 +143,7 @@ class ArrayCommunicator(ObjectCommunicator, abc.ABC):
             xs: ``size`` arrays, of any shapes and dtypes.
 
         Returns:
-            A tuple of ``size`` new arrays: the one that rank 0 had for this rank, and so on.
+            A tuple of ``size`` new arrays, in the order of the ranks that sent them.
 
         Raises:
             TypeError, ValueError: On every rank, if any rank passes something else.

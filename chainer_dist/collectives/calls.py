@@ -1,6 +1,6 @@
-"""Calls whose arguments are in the wrong places are refused in one line.
+"""A check that the arguments of a call are in the right order.
 
-To be called first, before anything is communicated: such a mistake is in the script, on every rank.
+It is made before anything is communicated, as such a mistake is in the script, and so on every rank.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from typing import Any
 
 __all__ = ["check_call", "is_communicator"]
 
-_LONGEST = 60  # characters of what stands in a place
+_LONGEST = 60  # most characters of an argument in a message
 
 
 def is_communicator(value: Any) -> bool:
@@ -20,17 +20,17 @@ def is_communicator(value: Any) -> bool:
 
 
 def check_call(call: str, comm: Any, *others: Any, needs: str | None = None) -> None:
-    """Refuse a call without a communicator in its place, or with one in another's. Local.
+    """Check that a call has a communicator as the right argument, and as no other one. Local.
 
     Args:
-        call: The call as it is written, with the name of the communicator's parameter first or last among those
-            that ``others`` has values of, such as ``"scatter_dataset(dataset, comm)"``.
-        comm: The argument in the place of the communicator.
-        others: The arguments in the other places, in their order.
-        needs: A method or attribute that the first of the others must have.
+        call: The call as it is written, such as ``"scatter_dataset(dataset, comm)"``. The communicator is its first
+            or last argument.
+        comm: The value of the communicator's argument.
+        others: The values of the other arguments, in their order.
+        needs: Name of a method or attribute that the first of ``others`` must have.
 
     Raises:
-        TypeError: If an argument is in the wrong place; it says what each place has.
+        TypeError: If an argument is in the wrong place; the message has the value of each argument.
     """
     lacks = needs is not None and (isinstance(others[0], type) or not hasattr(others[0], needs))
     if is_communicator(comm) and not lacks and not any(map(is_communicator, others)):

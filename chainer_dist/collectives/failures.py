@@ -56,7 +56,7 @@ def raise_together(comm: Group, error: BaseException | None) -> None:
         error: The error of this rank, or None.
 
     Raises:
-        BaseException: The error that :func:`raise_first` takes from the errors of all ranks.
+        BaseException: The error that :func:`raise_first` raises, given the errors of all ranks.
     """
     from mpi4py import MPI
 
@@ -74,9 +74,9 @@ def raise_together(comm: Group, error: BaseException | None) -> None:
 
 
 def together(comm: Group) -> AbstractContextManager[None]:
-    """Return a context that raises on every rank what is raised on any. Collective at its end.
+    """Return a context that raises an error of any rank on every rank. Collective at its end.
 
-    Every rank comes into it, and nothing in it waits for ranks that may have left it::
+    Every rank enters it, and no code in it waits for ranks that may have left it::
 
         with together(comm):
             lines = describe(what_the_user_gave)
@@ -85,7 +85,7 @@ def together(comm: Group) -> AbstractContextManager[None]:
         comm: The communicator whose ranks do this together.
 
     Raises:
-        BaseException: The error that :func:`raise_first` takes; on a single rank the error itself.
+        BaseException: The error that :func:`raise_first` raises; on a single rank the error itself.
     """
     return _Together(comm)
 
@@ -120,11 +120,11 @@ def describe_error(error: BaseException | None) -> Failure:
 
 
 def raise_first(failures: Mapping[int, Failure], error: BaseException | None) -> None:
-    """Raise what the lowest rank that failed described, if any did. Local.
+    """Raise the error of the lowest rank that failed, if any did. Local.
 
-    The error is of the same class if that can be unpickled here and takes a message. Otherwise it is of the
-    nearest base class, with RuntimeError in the place of Exception, and its text begins with the
-    name of the class. A rank whose own error is no Exception, such as SystemExit, raises that one itself.
+    The error has the same class if that can be unpickled here and takes a message. Otherwise it has the
+    nearest such base class, with RuntimeError in the place of Exception, and its text begins with the
+    name of the class. A rank whose own error is no Exception, such as SystemExit, raises its own one.
 
     Args:
         failures: Result of :func:`describe_error` on each rank.
@@ -139,7 +139,7 @@ def raise_first(failures: Mapping[int, Failure], error: BaseException | None) ->
 
 
 def rebuild_error(kind: type[BaseException], text: str) -> BaseException:
-    """Return an error with message ``text``, of the class that :func:`raise_first` would take. Local."""
+    """Return an error with message ``text``, of the class that :func:`raise_first` would choose. Local."""
     return _rebuilt(kind.__name__, _lineage(kind), text, "")
 
 
@@ -158,14 +158,14 @@ def _rebuilt(name: str, kinds: Iterable[Any], text: str, where: str) -> BaseExce
 
 
 def _lineage(kind: type[BaseException]) -> list[type]:
-    """Return a class and those that it is derived from, but for the most general ones."""
+    """Return a class and its base classes, without the most general ones."""
     return [kind, *(each for each in kind.__mro__[1:] if each not in _GENERAL)]
 
 
 def _pickled(kind: type) -> bytes:
     try:
         return pickle.dumps(kind)
-    except Exception:  # noqa: BLE001 - such as a class that is made in a function
+    except Exception:  # noqa: BLE001 - a class may be defined in a function, for instance
         return b""
 
 
@@ -177,8 +177,8 @@ def _unpickled(data: bytes) -> Any:
 
 
 def in_words(value: object, way: Callable[[object], str]) -> str:
-    """Return what ``str`` or ``repr`` makes of an object, or that it makes nothing."""
+    """Return an object as text, by ``str`` or ``repr``, or a note that this raises an error. Local."""
     try:
-        return str.__str__(way(value))  # that of a derived class might not be pickled
+        return str.__str__(way(value))  # an object of a class derived from str might not be picklable
     except Exception as error:  # noqa: BLE001 - methods of users may raise anything
         return f"(no text: its __{way.__name__}__ raises {type(error).__name__})"

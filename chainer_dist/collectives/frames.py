@@ -1,4 +1,4 @@
-"""Which line of a user's script a frame or an error belongs to."""
+"""The line of a user's script that a frame or an error belongs to."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from types import FrameType
 
 
-# Packages whose frames are not where a user's script is.
+# Packages whose frames are not part of a user's script.
 _OWN_PACKAGES = ("chainer_dist", "chainer", "mpi4py")
 _PYTHON = sysconfig.get_path("stdlib") + os.sep
 _PACKAGES = tuple(f"{_PYTHON}{name}{os.sep}" for name in ("site-packages", "dist-packages"))
@@ -28,9 +28,9 @@ def user_line(frame: FrameType | None) -> str:
 
 
 def calls_user_code(frame: FrameType | None) -> bool:
-    """Return whether chainer_dist is calling code that is not its own in this frame. Local.
+    """Return whether chainer_dist is calling foreign code in this frame. Local.
 
-    The standard library does not count: chainer_dist itself waits by it.
+    The standard library does not count, since chainer_dist itself waits by its means.
     """
     found = False
     while frame is not None:
@@ -42,7 +42,7 @@ def calls_user_code(frame: FrameType | None) -> bool:
 
 
 def raising_line(error: BaseException) -> str:
-    """Return where an error that was caught came from, in the words of :func:`user_line`. Local."""
+    """Return the line that raised an error, in the form of :func:`user_line`. Local."""
     lines = list(traceback.walk_tb(error.__traceback__))
     users = [each for each in lines if not _is_own(each[0])]
     return _line(*(users or lines)[-1]) if lines else "an unknown line"

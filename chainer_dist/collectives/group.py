@@ -53,8 +53,8 @@ class Group:
         )
         # A node is numbered by its lowest rank, so that node 0 is the one rank 0 is on.
         leader = self._node_comm.bcast(mpi_comm.rank)
-        # The first allgather of pkl5 duplicates the communicator, and no thread of the process can run while
-        # that waits for other ranks: here all ranks call it at the same time.
+        # The first allgather of pkl5 duplicates the communicator. No thread of this process can run while that
+        # waits for other ranks, so it is done here, where all ranks come at the same time.
         leaders = sorted(set(pkl5.Intracomm(mpi_comm).allgather(leader)))
         self._inter_rank = leaders.index(leader)
         self._inter_size = len(leaders)
@@ -88,7 +88,7 @@ class Group:
 
     @property
     def size(self) -> int:
-        """How many ranks the group has."""
+        """Number of ranks of the group."""
         return self.mpi_comm.size
 
     @property
@@ -98,7 +98,7 @@ class Group:
 
     @property
     def intra_size(self) -> int:
-        """How many ranks of the group are on this node."""
+        """Number of ranks of the group on this node."""
         return self.node_comm.size
 
     @property
@@ -108,7 +108,7 @@ class Group:
 
     @property
     def inter_size(self) -> int:
-        """How many nodes the group spans."""
+        """Number of nodes that the group spans."""
         return self._inter_size
 
     @operation.collective()
@@ -116,8 +116,9 @@ class Group:
         """Split the group into one communicator for each color. Collective.
 
         Args:
-            color: Ranks of equal color end up together. ``MPI.UNDEFINED`` leaves this rank out.
-            key: Ranks are ordered by key in the new group, ties by their rank here.
+            color: Color of this rank; ranks of equal color get one communicator. ``MPI.UNDEFINED`` leaves this
+                rank out.
+            key: Number by which the ranks are ordered in the new group; equal ones keep their order.
 
         Returns:
             A new communicator of the same kind and configuration, or None where left out.
@@ -130,18 +131,18 @@ class Group:
         if type(self).__init__ is Group.__init__:
             child = type(self).__new__(type(self))
             child._adopt(cast("MPI.Intracomm", part))  # noqa: SLF001 - of the same class
-        else:  # a program's own class, which may set more there; ChainerMN calls it like this
+        else:  # a user's class may set more attributes; ChainerMN calls its constructor in this way
             child = type(self)(mpi_comm=cast("MPI.Intracomm", part))
             part.Free()
         child._configs.update(self._configs)  # noqa: SLF001 - of the same class
         return child
 
     def derived(self, name: str, make: Callable[[], Made], free: Callable[[Made], object]) -> Made:
-        """Return something that is made once and goes with this group. Collective at first.
+        """Return an object that belongs to this group, and is made by the first call. Collective at first.
 
-        That is for code that needs another communicator over these ranks. MPI has only some thousand, and
-        all ranks of one must free it together, which garbage collectors do not do. So every caller gets
-        the same object, which is freed with this group.
+        It is for code that needs another communicator over these ranks. MPI has only some thousand
+        communicators, and all ranks must free one together, which garbage collectors do not do. So every
+        caller gets the same object, which is freed with this group.
 
         Args:
             name: Name of the object, the same on every rank.
@@ -160,10 +161,10 @@ class Group:
             name: ``batched_copy`` (accepted for ChainerMN scripts; packing is always batched), or
                 a name that was set before within :meth:`config_scope`.
             value: Any object.
-            kwargs: None are known.
+            kwargs: Not used; ChainerMN's parameter.
 
         Raises:
-            ValueError: If the name is not known.
+            ValueError: If the name is not known, or ``kwargs`` are given.
         """
         if name not in self._configs or kwargs:
             unknown = name if name not in self._configs else ", ".join(kwargs)
@@ -187,7 +188,7 @@ class Group:
 
     @contextlib.contextmanager
     def config_scope(self) -> Iterator[None]:
-        """Attributes set on the communicator inside this scope become configuration values."""
+        """Return a context in which attributes set on the communicator become configuration values. Local."""
         outer = self._within_config_scope
         before = dict(vars(self))
         self._within_config_scope = True

@@ -1,10 +1,10 @@
-"""Objects on their way between two ranks, and what is sent instead of an object that cannot be pickled.
+"""Messages with Python objects, or with the error of an object that cannot be pickled.
 
-mpi4py's pkl5 does the transport: pickle protocol 5, with large buffers sent as they lie in
-memory, and any size beyond 2 GiB.
+mpi4py's pkl5 does the transport: pickle protocol 5, with large buffers sent from where they are in
+memory, and any size, also above 2 GiB.
 
-Messages between two ranks begin in the way of mpi4py's ``send``. An object that fits one message is all
-of it, so that mpi4py's ``send`` and ``recv`` on the same communicator understand those here.
+A message between two ranks begins with a message of mpi4py's ``send``. If the object fits, that is all of it,
+so mpi4py's ``send`` and ``recv`` on the same communicator are compatible with the functions here.
 """
 
 from __future__ import annotations
@@ -37,12 +37,12 @@ _ONE_MESSAGE = 1 << 30
 
 
 class Pickled(NamedTuple):
-    """An object on its way.
+    """A pickled object.
 
     Attributes:
-        data: Its pickle.
-        buffers: The large buffers that were left out of the pickle.
-        number: Number of the gradient that is to come back for it, or None.
+        data: Pickle of the object.
+        buffers: Large buffers that are not in the pickle.
+        number: Number of the gradient that the receiver sends back for it, or None.
     """
 
     data: pickle.PickleBuffer
@@ -51,15 +51,15 @@ class Pickled(NamedTuple):
 
     @property
     def nbytes(self) -> int:
-        """Bytes in all."""
+        """Number of bytes of pickle and buffers."""
         return sum(each.raw().nbytes for each in (self.data, *self.buffers))
 
 
 class Failed(NamedTuple):
-    """The error of an object that its rank could not send.
+    """The error because of which a rank could not send an object.
 
     Attributes:
-        rank: The rank.
+        rank: Number of the rank.
         failure: Description of the error.
     """
 
@@ -71,7 +71,7 @@ Message = Union[Pickled, Failed]
 
 
 class _Inline:
-    """A pickled object, with its buffers, that is unpickled to the object itself."""
+    """A message that ``pickle.loads`` turns into the object itself."""
 
     def __init__(self, message: Pickled) -> None:
         self._message = message
@@ -81,7 +81,7 @@ class _Inline:
 
 
 class _Announcement:
-    """Says that an object follows, as pkl5 sends it."""
+    """A message that announces an object, which pkl5 sends next."""
 
 
 def _load(data: Any, *buffers: Any) -> Any:
@@ -93,16 +93,16 @@ def pack(rank: int, make: Callable[[], Any]) -> tuple[Message, BaseException | N
 
     Args:
         rank: This rank.
-        make: Function that returns the object, or raises why there is none.
+        make: Function that returns the object, or raises the reason why it cannot be sent.
 
     Returns:
-        A message for :func:`post`, and the error that it has instead of an object, or None.
+        A message for :func:`post`, and the error that the message has instead of an object, or None.
     """
     from mpi4py.util import pkl5
 
     try:
         data, buffers = pkl5.pickle.dumps_oob(make())
-    except BaseException as error:  # noqa: BLE001 - others wait for what reduce methods raise
+    except BaseException as error:  # noqa: BLE001 - methods of users may raise anything, and other ranks wait
         return Failed(rank, describe_error(error)), error
     wrapped = [pickle.PickleBuffer(cast("bytes", each)) for each in (data, *buffers)]
     return Pickled(wrapped[0], wrapped[1:]), None
@@ -111,15 +111,15 @@ def pack(rank: int, make: Callable[[], Any]) -> tuple[Message, BaseException | N
 def pack_each(
     rank: int, size: int, make: Callable[[], Sequence[Any]]
 ) -> tuple[list[Message], BaseException | None]:
-    """Pickle one object for each rank; if one fails, all messages have its error. Local.
+    """Pickle one object for each rank; if one of them fails, all messages have its error. Local.
 
     Args:
         rank: This rank.
         size: Number of ranks.
-        make: Function that returns ``size`` objects, or raises why there are none.
+        make: Function that returns ``size`` objects, or raises the reason why they cannot be sent.
 
     Returns:
-        A message for each rank, and the error that they have, or None.
+        One message per rank, and the error that they have instead of objects, or None.
     """
     try:
         attempts = [pack(rank, lambda each=each: each) for each in make()]  # type: ignore[misc]
@@ -132,7 +132,7 @@ def pack_each(
 
 
 def unpack(message: Message) -> Any:
-    """Return the object of a message, or raise why it was not sent. Local."""
+    """Return the object of a message, or raise the error that it has instead of an object. Local."""
     from mpi4py.util import pkl5
 
     raise_failure(message, None)
@@ -141,7 +141,7 @@ def unpack(message: Message) -> Any:
 
 
 def raise_failure(message: Message, cause: BaseException | None) -> None:
-    """Raise why the object of a message was not sent, if it was not. Local."""
+    """Raise the error that a message has instead of an object, if it has one; ``cause`` is its cause. Local."""
     if isinstance(message, Failed):
         raise_first({message.rank: message.failure}, cause)
 
@@ -153,10 +153,10 @@ def post(
 
     Args:
         comm: Communicator of mpi4py.
-        message: Message that :func:`pack` has made.
+        message: Message of :func:`pack`.
         dest: Receiving rank.
         tag: Message tag.
-        limit: Bytes up to which all of it is one message of MPI.
+        limit: Largest number of bytes that are sent as one message of MPI.
 
     Returns:
         A request to wait for.
@@ -177,19 +177,19 @@ def post(
 def receive(
     comm: MPI.Intracomm, source: int, tag: int | None, status: MPI.Status | None = None
 ) -> tuple[Any, int | None]:
-    """Receive an object that another rank has sent. Waits for it.
+    """Wait for an object that another rank sends, and return it.
 
     Args:
         comm: Communicator of mpi4py.
         source: Sending rank, or ``MPI.ANY_SOURCE``.
-        tag: Message tag; None takes any.
-        status: Filled with source and tag where given.
+        tag: Message tag; None for any.
+        status: Status that takes source and tag, or None.
 
     Returns:
-        The object, and the number of the gradient that is to come back for it, or None.
+        The object, and the number of the gradient that this rank sends back for it, or None.
 
     Raises:
-        Exception: The error that the sender had instead of an object, or why it cannot be unpickled.
+        Exception: If the sender had an error instead of an object, or the object cannot be unpickled here.
     """
     from mpi4py import MPI
     from mpi4py.util import pkl5

@@ -1,7 +1,7 @@
 """Python objects between ranks.
 
-What is added to mpi4py's transport (see :mod:`chainer_dist.collectives.messages`) is that an object which
-cannot be pickled, or unpickled on some rank, raises on all ranks, instead of leaving some of them waiting.
+mpi4py does the transport (see :mod:`chainer_dist.collectives.messages`). In addition, an object that cannot be
+pickled, or unpickled on some rank, raises an error on all ranks, where some would otherwise wait forever.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class ObjectCommunicator(Group):
     def send_obj(self, obj: Any, dest: int, tag: int = 0) -> None:
         """Send an object to rank ``dest``, which must call :meth:`recv_obj`.
 
-        Up to 1 GiB can as well be received by ``mpi_comm.recv``.
+        ``mpi_comm.recv`` can receive objects of up to 1 GiB as well.
 
         Args:
             obj: Any picklable object, of any size.
@@ -54,7 +54,7 @@ class ObjectCommunicator(Group):
         raise_failure(message, error)
 
     def isend_obj(self, obj: Any, dest: int, tag: int = 0) -> pkl5.Request:
-        """Begin to send an object to rank ``dest``, which must call :meth:`recv_obj`. Returns at once.
+        """Begin to send an object to rank ``dest``, which must call :meth:`recv_obj`, and return at once.
 
         Args:
             obj: Any picklable object, of any size. Arrays in it stay unchanged until it is sent.
@@ -62,7 +62,7 @@ class ObjectCommunicator(Group):
             tag: Message tag, not negative.
 
         Returns:
-            An mpi4py request, to ``wait()`` for or to ``test()`` until its first value is true. A large
+            A request of mpi4py: call its ``wait()``, or its ``test()`` until the first value is true. A large
             object is sent only while this rank is in some call of MPI.
 
         Raises:
@@ -81,16 +81,16 @@ class ObjectCommunicator(Group):
     ) -> Any:
         """Receive an object that rank ``source`` sent with :meth:`send_obj` or :meth:`isend_obj`.
 
-        Or with ``mpi_comm.send`` or ``mpi_comm.isend``.
+        It may also come from ``mpi_comm.send`` or ``mpi_comm.isend``.
 
         Args:
             source: Sending rank, or ``MPI.ANY_SOURCE``.
-            status: Filled with source and tag where given.
-            tag: Message tag; None or ``MPI.ANY_TAG`` takes any.
+            status: Status that takes source and tag, or None.
+            tag: Message tag; None or ``MPI.ANY_TAG`` for any.
 
         Raises:
-            Exception: If the sender could not pickle its object, with its error; or if the object
-                cannot be unpickled here, of which the sender learns nothing.
+            Exception: If the sender could not pickle its object, or if the object cannot be unpickled
+                here. In the latter case the sender gets no error.
         """
         return receive(self.mpi_comm, source, tag, status)[0]
 
@@ -100,8 +100,7 @@ class ObjectCommunicator(Group):
 
         Args:
             obj: Any picklable object on root; ignored elsewhere.
-            max_buf_len: Accepted for ChainerMN scripts. No limit has to be set: objects of any
-                size travel.
+            max_buf_len: Not used; accepted for ChainerMN scripts. Objects may have any size.
             root: Sending rank, the same on every rank.
 
         Returns:
@@ -118,6 +117,10 @@ class ObjectCommunicator(Group):
     def gather_obj(self, obj: Any, root: int = 0) -> list[Any] | None:
         """Gather one object from every rank on rank ``root``. Collective.
 
+        Args:
+            obj: Any picklable object.
+            root: Receiving rank, the same on every rank.
+
         Returns:
             A list in the order of rank on root, None elsewhere.
 
@@ -129,6 +132,9 @@ class ObjectCommunicator(Group):
     @collective()
     def allgather_obj(self, obj: Any) -> list[Any]:
         """Gather one object from every rank on every rank. Collective.
+
+        Args:
+            obj: Any picklable object.
 
         Returns:
             A list in the order of rank, on every rank.
@@ -179,7 +185,7 @@ class ObjectCommunicator(Group):
         messages = self._pkl5.gather(message, root=0)
         if messages is not None:
             failed = [each for each in messages if isinstance(each, Failed)]
-            # `add`, not `+=`: the objects are the caller's
+            # Not by `+=`, which would change the caller's objects.
             message, error = (
                 (failed[0], error)
                 if failed
@@ -194,8 +200,8 @@ class ObjectCommunicator(Group):
 
         return pkl5.Intracomm(self.mpi_comm)
 
-    # The five below are for arrays as well: `make` returns the object, or raises what is wrong
-    # with it, which all ranks then raise.
+    # The five methods below are for arrays as well. `make` returns the object, or raises an error, which is
+    # then raised on all ranks.
 
     def _bcast(self, make: Callable[[], Any], root: int) -> Any:
         """Return root's object; None on root itself."""
@@ -226,7 +232,7 @@ class ObjectCommunicator(Group):
         return self._settled(self._pkl5.alltoall(messages), error)
 
     def _settled(self, messages: Sequence[Message], error: BaseException | None) -> list[Any]:
-        """Return the objects that came; raise on every rank what went wrong on one. Collective.
+        """Return the objects of messages, or raise an error of any rank on every rank. Collective.
 
         Args:
             messages: Messages that this rank has received.
@@ -236,6 +242,6 @@ class ObjectCommunicator(Group):
         with together(self):
             if error is not None:
                 raise error
-            if not any(isinstance(each, Failed) for each in messages):  # otherwise its rank raises
+            if not any(isinstance(each, Failed) for each in messages):  # the rank that failed has raised
                 opened = [unpack(each) for each in messages]
         return opened

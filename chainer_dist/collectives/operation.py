@@ -1,10 +1,9 @@
-"""What each thread of this rank is doing now: which operation, on which communicator, since when.
+"""A record of the operations that each thread of this rank is in, with communicator and time of begin.
 
 Every collective and every blocking message of a communicator is an :class:`Operation` while it runs,
-and so are the stages of an update. To know it, read :func:`stacks` from another thread (the
-watchdog), be called at the end of each (:data:`observers`), or compare them over
-the ranks (:attr:`Log.check`). Nothing of that is here: this costs about a microsecond and a half an
-operation, and text is made only when it is asked for.
+and so are the stages of an update. The watchdog reads :func:`stacks` from another thread, the timeline is
+called at the end of each operation (:data:`observers`), and checked mode compares operations over the ranks
+(:attr:`Log.check`). A record costs about a microsecond and a half per operation, and text is made on demand.
 """
 
 from __future__ import annotations
@@ -26,7 +25,7 @@ if TYPE_CHECKING:
 
     Function = TypeVar("Function", bound=Callable[..., Any])
 
-# What the time of an operation is spent on.
+# Categories of the time that operations take.
 FORWARD, BACKWARD, PACKING, EXCHANGE, WAITING, UPDATE = CATEGORIES = (
     "forward",
     "backward",
@@ -38,19 +37,19 @@ FORWARD, BACKWARD, PACKING, EXCHANGE, WAITING, UPDATE = CATEGORIES = (
 
 
 _RECENT = 16  # operations that a log remembers
-_LONGEST_TEXT = 60  # characters of an argument
+_LONGEST_TEXT = 60  # most characters of an argument
 
 
 class Kind(NamedTuple):
-    """What all operations of one name have in common.
+    """A kind of operation.
 
     Attributes:
-        name: For instance that of the method.
-        category: What its time is spent on, one of :data:`CATEGORIES`.
+        name: Name of the kind, such as the name of the method.
+        category: Category of its time, one of :data:`CATEGORIES`.
         waits: Whether it may wait for other ranks.
         is_collective: Whether all ranks of the communicator do it in the same order.
         same: Names of the arguments that are the same on every rank.
-        signature: Of the function, to name its arguments; None if there are no arguments.
+        signature: Signature of the function, to name its arguments; None if there are no arguments.
     """
 
     name: str
@@ -66,17 +65,18 @@ UNPACK = Kind("unpacking", PACKING, waits=False)
 
 
 class Log:
-    """What a communicator's collectives have come to.
+    """The log of a communicator's collectives on this rank.
+
+    :mod:`chainer_dist.watch` sets the last three attributes, so that no thread has to call MPI for them.
 
     Attributes:
-        number: How many were begun; one within another does not count. The same on every rank
-            that has come as far.
+        number: Number of collectives that were begun, without collectives within others. Ranks that have
+            come equally far have the same number.
         recent: Numbers and names of the last ones that ended.
-        check: Called within each one, before anything is exchanged; None does nothing.
-        identity: The same on every rank, other than that of other communicators. This and what
-            follows is set by :mod:`chainer_dist.watch`, so that MPI need not be asked for it.
-        rank: This rank.
-        peers: How to reach each rank, or None for one that does not listen.
+        check: Function that is called within each one, before anything is exchanged, or None.
+        identity: Text that all ranks of this communicator, and no other communicators, have.
+        rank: Number of this rank.
+        peers: Addresses of the ranks, with None for a rank that does not listen.
     """
 
     def __init__(self) -> None:
@@ -89,10 +89,10 @@ class Log:
 
 
 class Logged(Protocol):
-    """A communicator, as far as operations have to know it.
+    """The part of a communicator that operations use.
 
     Attributes:
-        operation_log: What its collectives have come to.
+        operation_log: Log of its collectives.
     """
 
     operation_log: Log
@@ -105,14 +105,14 @@ class Observer:
         """Note the end of an operation, in the thread that did it.
 
         Args:
-            operation: What was done.
-            end: When it ended, by ``time.perf_counter``.
+            operation: The operation.
+            end: Time of its end, by ``time.perf_counter``.
         """
 
 
 observers: list[Observer] = []
 
-# Called with each new communicator, by all of its ranks.
+# Functions that all ranks of each new communicator call with it.
 creation_hooks: list[Callable[[Any], None]] = []
 
 
@@ -129,19 +129,19 @@ _own = _Own()
 
 
 class Operation:
-    """Something that this thread is doing, for the time of a ``with`` block.
+    """An operation of this thread, for the time of a ``with`` block.
 
     Args:
-        kind: What it is.
-        comm: On which communicator; None for a stage of the computation.
+        kind: Kind of the operation.
+        comm: Communicator of the operation; None for a stage of the computation.
         args: Positional arguments after ``comm``.
         kwargs: Keyword arguments.
-        within: What text says besides, such as the name of a parameter.
+        within: Text that :meth:`describe` adds, such as the name of a parameter.
 
     Attributes:
-        number: Which collective of its communicator it is, from 1; 0 for anything else.
-        begun: When it began, by ``time.perf_counter``.
-        depth: In how many other operations it is.
+        number: Number of the collective on its communicator, from 1; 0 for any other operation.
+        begun: Time of its begin, by ``time.perf_counter``.
+        depth: Number of operations that it is within.
     """
 
     __slots__ = ("args", "begun", "comm", "depth", "kind", "kwargs", "number", "within")
@@ -199,7 +199,7 @@ class Operation:
                 each.left(self, end)
 
     def arguments(self) -> dict[str, Any]:
-        """Return the arguments by name, as far as they are known. Local."""
+        """Return the arguments by name; none if there is no signature, or it does not match. Local."""
         if self.kind.signature is None:
             return {}
         try:
@@ -210,9 +210,9 @@ class Operation:
         return dict(list(bound.arguments.items())[1:])
 
     def describe(self) -> str:
-        """Return what is done in words, such as ``allreduce(x=(3, 4) float32, op='max')``. Local.
+        """Return a description in words, such as ``allreduce(x=(3, 4) float32, op='max')``. Local.
 
-        Left out are arguments that have their default, and objects that are no arrays.
+        It leaves out arguments that have their default, and objects that are no arrays.
         """
         text, signature = self.kind.name, self.kind.signature
         described = {
@@ -231,7 +231,7 @@ def collective(*same: str, name: str = "") -> Callable[[Function], Function]:
 
     Args:
         same: Names of the parameters that are the same on every rank.
-        name: What the operation is called, by default as the function.
+        name: Name of the operation, by default the name of the function.
     """
     return functools.partial(_decorated, name=name, is_collective=True, same=same)
 
@@ -245,7 +245,7 @@ def stage(category: str) -> Callable[[Function], Function]:
     """Make each call of a function a stage of the computation.
 
     Args:
-        category: What its time is spent on, and its name.
+        category: Category of its time, which is also its name.
     """
     kind = Kind(category, category, waits=False)
 
@@ -287,14 +287,14 @@ def innermost() -> Operation | None:
 
 
 def stacks() -> dict[int, list[Operation]]:
-    """Return by thread the operations that it is in, outermost first, if it is in any. Local."""
+    """Return for each thread that is in operations a list of these, outermost first. Local."""
     return {thread: list(stack) for thread, stack in list(_stacks.items()) if stack}
 
 
 def brief(value: Any) -> str:
-    """Return an array's shape and dtype, how many there are of several, a number or a string.
+    """Return a short description of an argument, or an empty string for an object without one. Local.
 
-    Of anything else an empty string.
+    An array has its shape and dtype, a tuple or list its length, a number or string its value.
     """
     if isinstance(value, (np.ndarray, np.generic)):
         return f"{value.shape} {value.dtype}"

@@ -1,4 +1,4 @@
-"""Element-wise reductions over ranks: which dtype is computed, in which pieces, by which MPI op."""
+"""Element-wise reductions over ranks: the dtype of the computation, pieces that MPI can count, and MPI ops."""
 
 from __future__ import annotations
 
@@ -21,7 +21,16 @@ MAX_COUNT = 1 << 30
 
 
 def check_op(op: str, dtype: np.dtype[Any]) -> None:
-    """Raise ValueError for an unknown reduction, TypeError for one that ``dtype`` has not."""
+    """Check that there is a reduction for a dtype. Local.
+
+    Args:
+        op: Name of the reduction.
+        dtype: Dtype of the array.
+
+    Raises:
+        ValueError: If the reduction is unknown.
+        TypeError: If the dtype has no such reduction.
+    """
     if op not in OPS:
         raise ValueError(f"op is one of {', '.join(OPS)}, got {op!r}")
     if op in ("max", "min") and dtype.kind == "c":
@@ -29,14 +38,14 @@ def check_op(op: str, dtype: np.dtype[Any]) -> None:
 
 
 def wire_dtype(dtype: np.dtype[Any]) -> np.dtype[Any]:
-    """Return the dtype a reduction is computed in: float32 for float16, native byte order."""
+    """Return the dtype of a reduction's computation: float32 for float16, in native byte order. Local."""
     if dtype.char == "e":
         return np.dtype(np.float32)
     return dtype if dtype.isnative else dtype.newbyteorder("=")
 
 
 def allreduce(mpi_comm: MPI.Intracomm, x: Array, op: str) -> Array:
-    """Return the reduction of a C-contiguous native array over the ranks, as a new one. Collective.
+    """Return the reduction of a C-contiguous native array over the ranks as a new array. Collective.
 
     See :meth:`~chainer_dist.collectives.arrays.ArrayCommunicator.allreduce`.
     """
@@ -76,7 +85,7 @@ def mean_in_place(mpi_comm: MPI.Intracomm, x: Array) -> None:
 
 
 def pieces(x: Array) -> Iterator[Array]:
-    """Yield a C-contiguous array in parts, 1-dimensional views, that MPI can count."""
+    """Yield 1-dimensional views of a C-contiguous array, each small enough for MPI's counts. Local."""
     flat = x.reshape(-1)
     for start in range(0, flat.size, MAX_COUNT):
         yield flat[start : start + MAX_COUNT]
@@ -107,7 +116,7 @@ def _mpi_op(op: str, dtype: np.dtype[Any]) -> MPI.Op:
 
 @functools.cache
 def _nan_aware_op(op: str, char: str) -> MPI.Op:
-    """Return an MPI op in which NaN wins; MPI's own max and min leave that open."""
+    """Return an MPI op whose result is NaN if any value is; MPI's own max and min do not define that."""
     from mpi4py import MPI
 
     combine: Callable[..., Any] = np.maximum if op == "max" else np.minimum

@@ -30,17 +30,23 @@ __all__ = ["MultiNodeOptimizer"]
 
 
 class MultiNodeOptimizer(OptimizerProxy):
-    """Wraps an optimizer; everything but the few names below is the wrapped optimizer's own.
+    """Wraps an optimizer, to which all attributes and methods belong except the few below.
 
-    What happens in an update is in :mod:`~chainer_dist.optimizers.step`; this is what users see of it.
+    This class is the interface for users; :mod:`~chainer_dist.optimizers.step` has the course of an update.
+
+    Args:
+        actual_optimizer: The optimizer to wrap.
+        communicator: The communicator over whose ranks gradients are averaged.
+        zero_fill: Whether a gradient that is None on this rank counts as zero.
+        options: Options of the update, the same on every rank.
 
     Attributes:
-        actual_optimizer: The wrapped one.
+        actual_optimizer: The wrapped optimizer.
         communicator: The communicator over whose ranks gradients are averaged.
         zero_fill: Whether a gradient that is None on this rank counts as zero.
         accumulate_steps: Number of calls of :meth:`update` that make one update; the same on every rank.
-        join: What lets ranks that have run out of data take part, or None.
-        options: Options that it was made with, the same on every rank.
+        join: Arrangement by which ranks that have run out of data take part, or None.
+        options: Options of the update, the same on every rank.
         randomness: Random numbers of hooks and update rules, the same on every rank.
     """
 
@@ -102,23 +108,25 @@ class MultiNodeOptimizer(OptimizerProxy):
         an accumulation adds its gradients to this rank's sum, and leaves the parameters as they
         are, without a gradient. It is local once parameters are known to be equal and initialized.
 
-        The loss function is called once. The first update, and every one before which a snapshot was
-        loaded, or parameters or their arrays were added or replaced on some rank, makes the
-        parameters equal to rank 0's before that. A layer that gets its shape in this very forward
-        pass draws the same numbers from ``numpy.random`` on every rank (those of a single process
-        with rank 0's seed, if nothing else is drawn in between); what only some ranks have
-        initialized the others get from the lowest of those. Values changed in place are not
-        noticed, except in the first update.
+        The loss function is called once. The first update makes the parameters equal to rank 0's
+        before that. So does every update before which, on some rank, a snapshot was loaded, or
+        parameters or their arrays were added or replaced. Values changed in place are not noticed,
+        except in the first update.
+
+        A layer that gets its shape in this very forward pass draws the same numbers from
+        ``numpy.random`` on every rank: the numbers of a single process with rank 0's seed, if nothing
+        else is drawn in between. If only some ranks have initialized a parameter, the lowest of them
+        sends its values to the others.
 
         Args:
-            lossfun: Returns the loss; None if the gradients are there already.
-            args: Passed to ``lossfun``.
-            kwds: Passed to ``lossfun``.
+            lossfun: Function that returns the loss; None if the gradients are computed already.
+            args: Arguments of ``lossfun``.
+            kwds: Keyword arguments of ``lossfun``.
 
         Raises:
             RankMismatchError: On every rank, naming the rank and the parameter, hook, hyperparameter
-                or option, if ranks differ; also if a rank has computed gradients from parameters
-                that differ from rank 0's: where they were computed by hand after parameters had
+                or option, if ranks differ. Also if a rank has computed gradients from parameters
+                that differ from rank 0's: either the script computed them after parameters had
                 changed, or an initializer drew other values than on rank 0.
         """
         self._check_set_up()
@@ -139,8 +147,9 @@ class MultiNodeOptimizer(OptimizerProxy):
                     optimizer.update(lossfun, x, t)
             optimizer.update(lossfun, *batches[-1])
 
-        All ranks make as many calls in it. As torch's ``DistributedDataParallel.no_sync``, where
-        gradients are added up instead: as many batches make as large a step here as one does.
+        All ranks make the same number of calls in it. The method is named after
+        ``DistributedDataParallel.no_sync`` of torch. There the update takes the sum over the batches,
+        here their mean, so that the size of a step does not depend on their number.
         """
         before, self._postponed = self._postponed, True
         try:
@@ -150,20 +159,19 @@ class MultiNodeOptimizer(OptimizerProxy):
 
     @stage(UPDATE)
     def run_step(self, call: Call) -> None:
-        """Do what :meth:`update` does, with the gradients of some ranks only. Collective."""
+        """Run one step, possibly with the gradients of some ranks only. Collective."""
         self._step().run(call)
 
     def serialize(self, serializer: chainer.AbstractSerializer) -> None:
         """Save or load the optimizer as Chainer does. Local; to load, load on every rank.
 
-        Any single rank can save alone: all of the state is there on each (with
+        Any single rank can save alone, as each rank has all of the state (with
         ``sharded_update="job"`` after :meth:`consolidate`). A serializer that keeps arrays to write
-        them later gets copies of what the ranks of a node share. What is under way is in
-        :meth:`serialize_own`: gradients that are being accumulated are left out here, and loading
-        begins to accumulate anew.
+        them later gets copies of the memory that the ranks of a node share. Gradients that are being
+        accumulated are not saved here but in :meth:`serialize_own`; loading discards them.
 
         Raises:
-            RuntimeError: If the state is to be saved and each rank has a part of it only.
+            RuntimeError: On saving, if each rank has only a share of the state.
         """
         import chainer
 
@@ -181,10 +189,11 @@ class MultiNodeOptimizer(OptimizerProxy):
     def consolidate(self) -> None:
         """Let every rank have all of the update rules' state until the next update. Collective.
 
-        Needed, on every rank, before any rank saves an optimizer with ``sharded_update="job"``, or
-        copies or reads the state; :class:`~chainer_dist.Checkpoint` does it by itself. It takes memory
-        for the whole state on each node until then, and an exchange of as many bytes. Otherwise
-        nothing is done. As that of torch's ``ZeroRedundancyOptimizer``.
+        With ``sharded_update="job"`` every rank must call it before any rank saves the optimizer, or
+        copies or reads the state; :class:`~chainer_dist.Checkpoint` does so by itself. Until the next
+        update it takes memory for the whole state on each node, and it exchanges as many bytes.
+        With other options it does nothing. Its model is the method of torch's
+        ``ZeroRedundancyOptimizer``.
 
         Raises:
             RankMismatchError: On every rank, if some have loaded a snapshot since the last update
@@ -194,9 +203,9 @@ class MultiNodeOptimizer(OptimizerProxy):
         step.plan.consolidate(step.context)
 
     def serialize_own(self, serializer: chainer.AbstractSerializer) -> None:
-        """Save what only this rank has, beside what rank 0 saves for all. Local.
+        """Save the state that differs between ranks, in addition to :meth:`serialize` on one rank. Local.
 
-        That is gradients that are being accumulated, and what compression has left out.
+        It consists of the gradients that are being accumulated, and the residuals of compression.
         """
         self._state.accumulation.serialize(serializer)
         if self.options.compression is not None and self.connected().rank:
@@ -205,12 +214,12 @@ class MultiNodeOptimizer(OptimizerProxy):
     def load_own(
         self, sources: Sequence[chainer.AbstractSerializer], *, takes_over: bool = True
     ) -> None:
-        """Load what ranks have saved with :meth:`serialize_own`. Local; after :meth:`serialize`.
+        """Load state that ranks have saved with :meth:`serialize_own`. Local; after :meth:`serialize`.
 
         Args:
-            sources: This rank's file; or the files of all ranks that have saved, if it was another number.
-            takes_over: Whether this rank goes on in their place. If the number is another one, one
-                rank does for all.
+            sources: This rank's file; the files of all ranks that saved, if their number was another one.
+            takes_over: Whether this rank continues with the state of ``sources``. If the number of ranks
+                has changed, only one rank does.
         """
         self._state.accumulation.load(sources, takes_sums=takes_over)
         comm = self.connected()
@@ -218,7 +227,7 @@ class MultiNodeOptimizer(OptimizerProxy):
             self.options.compression.serialize(sources[0]["compression"], comm)
 
     def _step(self) -> Step:
-        """Return the step that comes next. Local."""
+        """Return the next step. Local."""
         context = Context(self.connected(), self.actual_optimizer, self.options, self.randomness)
         self._state.plan.connect(context)
         return Step(

@@ -1,4 +1,4 @@
-"""Ways to change parameters by gradients of all ranks, a file each."""
+"""Ways to change parameters by gradients of all ranks, one file for each."""
 
 from __future__ import annotations
 
@@ -14,7 +14,6 @@ if TYPE_CHECKING:
 
 __all__ = ["UPDATES"]
 
-# All ways, by their names.
 UPDATES: dict[str, type[Update]] = {
     kind.name: kind for kind in (Replicated, Sharded, Delayed, Local)
 }

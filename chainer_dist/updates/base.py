@@ -1,6 +1,6 @@
-"""What all ways to change parameters have in common.
+"""The base class of all ways to change parameters.
 
-A new way is a class derived from :class:`Update` in a file of its own, and a line in
+A new way is a class derived from :class:`Update` in a file of its own, and an entry of
 :data:`~chainer_dist.updates.UPDATES`.
 """
 
@@ -29,13 +29,13 @@ __all__ = ["Context", "EarlyExchanges", "GradientExchange", "Gradients", "Update
 
 
 class Context(NamedTuple):
-    """The objects with which an update works as long as it exists.
+    """The objects that an update uses as long as it exists.
 
     Attributes:
         comm: The communicator over whose ranks gradients are averaged.
         optimizer: The optimizer that the multi-node optimizer wraps.
-        options: The user's choice.
-        randomness: State of random numbers that hooks and update rules draw.
+        options: Options that the user chose.
+        randomness: State of the random numbers that hooks and update rules draw.
     """
 
     comm: CommunicatorBase
@@ -62,15 +62,15 @@ class Gradients(NamedTuple):
 
 
 class GradientExchange(NamedTuple):
-    """Gradients of one dtype, and the arguments of an :class:`shared_memory.exchange.Exchange` that averages them.
+    """Gradients of one dtype, and the arguments of a :class:`shared_memory.exchange.Exchange` that averages them.
 
     Attributes:
-        indices: Numbers of their parameters, in the order of the exchange.
-        layout: Layout of the blocks that they are exchanged in.
-        dtype: Type in which they are summed.
+        indices: Indexes of their parameters, in the order of the exchange.
+        layout: Layout of the blocks in which they are exchanged.
+        dtype: Dtype in which they are summed.
         deliver: Function that takes the sum of this rank's slice of a block.
-        targets: Arrays that take the slices of the other ranks; None for none.
-        unwanted: Numbers of parameters whose means are not used.
+        targets: Arrays that take the slices of the other ranks, or None.
+        unwanted: Indexes of parameters whose means are not used.
     """
 
     indices: list[int]
@@ -86,8 +86,8 @@ class EarlyExchanges(NamedTuple):
 
     Attributes:
         exchanges: The exchanges, one a dtype; the same on every rank.
-        is_for_all: Whether all parameters are in them. Otherwise they are for losses that come from the
-            same parameters as that of the last backward.
+        is_for_all: Whether all parameters are in them. Otherwise they are valid only for losses that
+            depend on the same parameters as the loss of the last backward.
     """
 
     exchanges: list[GradientExchange]
@@ -98,16 +98,16 @@ class Update(abc.ABC):
     """A way to change the parameters of one optimizer by gradients. Creating one is local.
 
     Args:
-        context: The objects with which it works.
+        context: The objects that it uses.
 
     Attributes:
-        context: The objects with which it works.
-        name: Its name in :data:`~chainer_dist.updates.UPDATES`.
+        context: The objects that it uses.
+        name: Name of the class in :data:`~chainer_dist.updates.UPDATES`.
         keeps_equal: Whether parameters and state are the same on all ranks after each update.
-        updates_late: Number of updates after which gradients are used.
-        news: Line that rank 0 logs when it is chosen; an empty string for none.
-        exchanges: Whether ranks communicate in the next update; the same on every rank. An update that
-            does not always do so is applied without :meth:`prepare`, where parameters are known.
+        updates_late: Number of updates by which the use of gradients is delayed.
+        news: Line that rank 0 logs when the class is chosen; an empty string for none.
+        exchanges: Whether ranks communicate in the next update; the same on every rank. If they do not,
+            the update is applied without :meth:`prepare`, as far as parameters are known.
         is_spread: Whether each rank has only a share of the state of the update rules.
     """
 
@@ -131,7 +131,7 @@ class Update(abc.ABC):
 
     @classmethod
     def obstacle(cls, context: Context, parameters: ParameterSet) -> str | None:
-        """Say why parameters cannot be updated in this way, or return None. Local."""
+        """Return the reason why parameters cannot be updated in this way, in words, or None. Local."""
         del context, parameters
         return None
 
@@ -142,7 +142,7 @@ class Update(abc.ABC):
     def prepare(
         self, parameters: ParameterSet, agree_on_order: Callable[[], list[int]] | None
     ) -> None:
-        """Get ready to update parameters. Collective; again after :meth:`release`.
+        """Prepare the update of parameters; needed again after :meth:`release`. Collective.
 
         Args:
             parameters: The parameters, of equal structure on every rank.
@@ -152,11 +152,11 @@ class Update(abc.ABC):
         del parameters, agree_on_order
 
     def early(self) -> EarlyExchanges | None:
-        """Return the gradients that may be averaged during backward, once it is prepared with an order. Local."""
+        """Return the gradients that may be averaged during backward, or None without an order. Local."""
         return None
 
     def fits(self, parameters: ParameterSet) -> bool:
-        """Return whether it is still prepared for these parameters, their rules and states. Local."""
+        """Return whether the preparation is still valid for the parameters, their rules and states. Local."""
         del parameters
         return True
 
@@ -165,14 +165,14 @@ class Update(abc.ABC):
         """Update the parameters. Collective if :attr:`exchanges`, otherwise local."""
 
     def discard(self) -> None:  # noqa: B027 - most updates have nothing to do here
-        """Forget gradients that were not used yet, as all parameters become others. Local."""
+        """Discard gradients that were not used yet, as all parameters are about to change. Local."""
 
     def consolidate(self) -> None:  # noqa: B027 - most updates have nothing to do here
-        """Let every rank have all of the state until the next update. Collective."""
+        """Give every rank all of the state until the next update. Collective."""
 
     def copied_states(self) -> contextlib.AbstractContextManager[None]:
         """Return a context in which every rule has a state that a serializer may keep. Local."""
         return contextlib.nullcontext()
 
     def release(self) -> None:  # noqa: B027 - most updates have nothing to do here
-        """Give each rank arrays of its own in the place of shared ones. Local."""
+        """Replace shared arrays by arrays of this rank's own. Local."""

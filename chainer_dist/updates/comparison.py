@@ -1,4 +1,4 @@
-"""What ranks compare before they set up an update, and before they average parameters."""
+"""Descriptions that ranks compare before they prepare an update, and before they average parameters."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Lines", "describe_states"]
 
-Lines = list[tuple[str, str]]  # what is compared: subject and description
+Lines = list[tuple[str, str]]  # subjects and descriptions
 
 
 def describe_states(parameters: ParameterSet) -> Lines:

@@ -1,4 +1,4 @@
-"""Updates from the gradients of the step before, which are exchanged while this one computes."""
+"""The update of double buffering, by the gradients of the step before, which are averaged during this step."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class Delayed(Update):
 
     A second thread, on a second communicator, averages the gradients of one step while the main thread
     computes the gradients of the next. All optimizers of a communicator share this thread and the second
-    communicator, until the first is finalized. ChainerMN's ``double_buffering=True``, there with GPUs.
+    communicator, until the first one is finalized. ChainerMN has ``double_buffering=True`` on GPUs only.
     """
 
     name = "delayed"
@@ -35,12 +35,12 @@ class Delayed(Update):
         self._pending: _Pending | None = None
 
     def wait(self) -> None:
-        """Wait until the gradients under way are averaged. Local."""
+        """Wait until the pending gradients are averaged. Local."""
         if self._pending is not None:
             self._pending.done.result()
 
     def apply(self, gradients: Gradients) -> None:
-        """Begin to average these gradients, and update by those before them. Collective."""
+        """Begin to average the gradients of this step, and update by the means of the step before. Collective."""
         comm, optimizer, _, randomness = self.context
         parameters = gradients.parameters
         if not gradients.are_matched:
@@ -55,14 +55,14 @@ class Delayed(Update):
             return
         means = dict(zip(map(id, before.params), zip(before.grads, before.scales)))
         for param in parameters.params:
-            # The rules divide a gradient by the scale that it was computed with.
+            # The rules divide a gradient by the loss scale with which it was computed.
             param.grad, param._loss_scale = means.get(id(param), (None, param._loss_scale))  # noqa: SLF001 - Chainer's
         exchange.check_means(parameters)
         with randomness.in_use(comm):
             optimizer.update(None)
 
     def discard(self) -> None:
-        """Wait for the gradients under way, and forget them. Local."""
+        """Wait for the pending gradients, and discard them. Local."""
         self.wait()
         self._pending = None
 
@@ -72,23 +72,23 @@ class _Pending(NamedTuple):
 
     params: list[chainer.Parameter]
     grads: list[Array]
-    scales: list[float | None]  # what the loss was multiplied by
+    scales: list[float | None]  # loss scales with which they were computed
     done: concurrent.futures.Future[None]
 
 
 class _Background:
-    """A thread that averages arrays over ranks of its own. Creating one is collective."""
+    """A thread that averages arrays on a communicator of its own. Creating one is collective."""
 
     def __init__(self, comm: CommunicatorBase) -> None:
         self.comm = comm.background()
         self._thread = concurrent.futures.ThreadPoolExecutor(1, "chainer_dist exchange")
 
     def start(self, arrays: list[Array]) -> concurrent.futures.Future[None]:
-        """Begin to average arrays in place. Collective: as often, and in the same order, everywhere."""
+        """Begin to average arrays in place. Collective: all ranks make the same calls in the same order."""
         return self._thread.submit(self.comm.mean_arrays, arrays)
 
     def finalize(self) -> None:
-        """Give thread and communicator back, when all is averaged. Collective."""
+        """Wait for all means, then end the thread and finalize the communicator. Collective."""
         self._thread.shutdown()
         self.comm.finalize()
 

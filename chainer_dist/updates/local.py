@@ -1,4 +1,4 @@
-"""The update of local SGD: each rank updates alone, and parameters are averaged now and then."""
+"""The update of local SGD: each rank updates alone, and parameters are averaged after some updates."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _AVERAGE = Kind("mean of parameters", EXCHANGE)
 
 
 class Local(Update):
-    """Averages gradients in the warm-up, and after it parameters at the end of each period."""
+    """The update that averages gradients during the warm-up, and then parameters at the end of each period."""
 
     name = "local"
     keeps_equal = False
@@ -43,7 +43,7 @@ class Local(Update):
 
     @property
     def exchanges(self) -> bool:
-        """Whether the next update is of the warm-up, or the last one of a period."""
+        """Whether the next update is part of the warm-up, or the last one of a period."""
         ends: bool = (
             self.context.optimizer.t + 1 - self._schedule.warmup_updates
         ) % self._schedule.period == 0
@@ -54,7 +54,7 @@ class Local(Update):
         return [(name, str(value)) for name, value in vars(self._schedule).items()]
 
     def apply(self, gradients: Gradients) -> None:
-        """Update by this rank's gradients, or in the warm-up by their mean. Collective at times."""
+        """Update by this rank's gradients, or in the warm-up by their mean. Collective if :attr:`exchanges`."""
         if self._warms_up:
             self._warm_up.apply(gradients)
             return
@@ -64,7 +64,11 @@ class Local(Update):
             self.average()
 
     def average(self) -> None:
-        """Make the parameters of all ranks, which are of equal structure, their mean. Collective."""
+        """Replace the parameters, whose structure is equal on all ranks, by their mean. Collective.
+
+        Raises:
+            RankMismatchError: On every rank, if the arrays to average differ in kind.
+        """
         comm, optimizer, *_ = self.context
         parameters = ParameterSet(optimizer.target)
         check_same(comm, self._describe(parameters))

@@ -22,7 +22,7 @@ class Schedule:
     Attributes:
         period: Number of updates from one averaging to the next.
         warmup_updates: Number of first updates that average gradients.
-        average_state: Whether the state of the update rules is averaged, too.
+        average_state: Whether the state of the update rules is averaged as well.
     """
 
     period: int = 1
@@ -31,17 +31,18 @@ class Schedule:
 
 
 class Options(NamedTuple):
-    """How the update is shared out; see :func:`chainer_dist.create_multi_node_optimizer`.
+    """Options of an update; see :func:`chainer_dist.create_multi_node_optimizer`.
 
     Attributes:
-        sharded_update: None, a bool, or :data:`JOB`.
+        sharded_update: Whether the update is sharded; None for where that is possible, :data:`JOB` for
+            an update that is sharded over the ranks of all nodes.
         mean_grad: Whether a sharded update leaves the mean in ``param.grad``.
         share_parameters: Whether a sharded update keeps parameters once per node.
-        compression: Way to send fewer bytes between nodes; None for exact means.
-        accumulate_steps: Number of calls that make one update, at first.
+        compression: Compression of gradients between nodes; None for exact means.
+        accumulate_steps: Initial number of calls that make one update.
         overlap: Whether gradients are exchanged during backward; None for where that pays.
-        kind: Name of the update in :data:`~chainer_dist.updates.UPDATES`; None for the sharded one where
-            it can be, and otherwise the replicated one, as far as ``sharded_update`` allows.
+        kind: Name of the update in :data:`~chainer_dist.updates.UPDATES`. None chooses the sharded update
+            where it is possible and ``sharded_update`` allows it, and otherwise the replicated one.
         schedule: Schedule of local SGD; None for any other kind of update.
     """
 
@@ -56,5 +57,5 @@ class Options(NamedTuple):
 
     @property
     def code(self) -> Rounded | None:
-        """The codec of gradients that are otherwise exchanged without compression, or None."""
+        """The codec, if the compression is only a codec of single numbers, and otherwise None."""
         return as_codec(self.compression)

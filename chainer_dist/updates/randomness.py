@@ -16,7 +16,7 @@ __all__ = ["Randomness"]
 
 
 class Randomness:
-    """A state of ``numpy.random`` that is in use during updates only.
+    """A state of ``numpy.random`` that is used during updates only.
 
     Attributes:
         state: State that ``numpy.random.get_state`` returned, equal on all ranks; None before the first update.
@@ -27,20 +27,20 @@ class Randomness:
 
     @contextlib.contextmanager
     def in_use(self, comm: CommunicatorBase) -> Iterator[None]:
-        """Let hooks and update rules draw the same numbers on every rank. Collective at first.
+        """Return a context in which all ranks draw the same numbers. Collective at first.
 
-        A hook such as ``GradientNoise`` would otherwise move the ranks' parameters apart. Outside
-        of updates the ranks' random states stay their own (for dropout, say).
+        Without it, a hook such as ``GradientNoise`` would make the ranks' parameters different. Outside of
+        updates each rank keeps a random state of its own, for dropout for instance.
 
         Args:
-            comm: The communicator whose ranks draw the same numbers; nothing changes on a single rank.
+            comm: The communicator whose ranks draw the same numbers. A single rank keeps its own state.
         """
         if comm.size == 1:
             yield
             return
-        own: Any = np.random.get_state()  # noqa: NPY002 - what Chainer draws from
+        own: Any = np.random.get_state()  # noqa: NPY002 - Chainer's source of random numbers
         if self.state is None:
-            # From rank 0's seed, but without drawing from it.
+            # It follows from rank 0's state, which is not advanced.
             seed = comm.bcast_obj(np.random.RandomState(own[1]).randint(2**31))
             self.state = np.random.RandomState(seed).get_state()
         np.random.set_state(self.state)  # noqa: NPY002

@@ -32,19 +32,19 @@ class Replicated(Update):
     def __init__(self, context: Context) -> None:
         super().__init__(context)
         self._early: EarlyExchanges | None = None
-        self._means: dict[str, Array] = {}  # by name, what the early exchanges come to
+        self._means: dict[str, Array] = {}  # results of the early exchanges, by name of the parameter
 
     def prepare(
         self, parameters: ParameterSet, agree_on_order: Callable[[], list[int]] | None
     ) -> None:
         """Plan an early exchange, if there is an order. Collective in that case.
 
-        Gradients that rank 0 does not have now are left out of it.
+        It leaves out gradients that rank 0 does not have now.
         """
         if agree_on_order is None:
             return
         order = agree_on_order()
-        comm = cast("SharedMemoryCommunicator", self.context.comm)  # others do not overlap
+        comm = cast("SharedMemoryCommunicator", self.context.comm)  # no other kind of communicator overlaps
         has_grad = comm.bcast_obj(parameters.has_grad)
         groups: dict[np.dtype[Any], list[int]] = {}
         for index in order:
@@ -88,6 +88,6 @@ class Replicated(Update):
             optimizer.update(None)
 
     def release(self) -> None:
-        """Forget the early exchanges. Local."""
+        """Drop the early exchanges. Local."""
         self._early = None
         self._means = {}

@@ -1,9 +1,9 @@
-"""The sharded update: each rank of a node updates its slice of the parameters, once for all of them.
+"""The sharded update: each rank of a node updates one slice of the parameters for all of them.
 
-An optimizer that every rank runs on all parameters repeats the same work, bound by memory, on every
-core of a node. Here each rank runs Chainer's own update rules on the slice whose gradients it has
-just averaged, in chunks that stay in the cache, and the others copy the new parameters. The state of
-the rules exists once per node, or on request once per job.
+If every rank updates all parameters, all cores of a node repeat the same work, whose speed is that of the
+memory. Here each rank runs Chainer's own update rules on the slice whose gradients it has just averaged, in
+chunks that stay in the cache, and the other ranks copy the new parameters. The state of the rules exists
+once per node, or on request once per job.
 
 The idea of sharding the update is from ZeRO (Rajbhandari et al., 2020). Here it is applied to ranks that share
 memory, so that nothing has to be sent within a node; across nodes it is ZeRO's stage 1.
@@ -33,9 +33,9 @@ __all__ = ["Sharded"]
 
 
 class Sharded(Update):
-    """Each rank of a node, or of the job, updates its slice of the parameters.
+    """The update in which each rank of a node, or of the job, updates its slice of the parameters.
 
-    While it is prepared the state of the update rules is in memory that the ranks of a node share, or
+    While it is prepared, the state of the update rules is in memory that the ranks of a node share, or
     spread over the ranks of the job.
     """
 
@@ -49,7 +49,7 @@ class Sharded(Update):
 
     @classmethod
     def obstacle(cls, context: Context, parameters: ParameterSet) -> str | None:
-        """Say why the update might not equal the replicated one, or return None. Local."""
+        """Return the reason why the result might differ from the replicated update's, in words, or None. Local."""
         comm = context.comm
         if not isinstance(comm, SharedMemoryCommunicator):
             return f"the communicator is {comm.name}, not shared_memory"
@@ -60,7 +60,7 @@ class Sharded(Update):
     def prepare(
         self, parameters: ParameterSet, agree_on_order: Callable[[], list[int]] | None
     ) -> None:
-        """Share state and parameters out to ranks. Collective."""
+        """Distribute state and parameters over the ranks. Collective."""
         comm, optimizer, options, _ = self.context
         check_same(comm, describe_states(parameters))
         self._is_early = agree_on_order is not None
@@ -75,13 +75,13 @@ class Sharded(Update):
 
     @property
     def prepared(self) -> Shards:
-        """The parameters as they are shared out to ranks; only while it is prepared."""
+        """The parameters as they are distributed over the ranks; only while the update is prepared."""
         if self._shards is None:
             raise RuntimeError("the sharded update is not prepared")
         return self._shards
 
     def early(self) -> EarlyExchanges | None:
-        """Return the exchanges of all gradients, if they may come before the update. Local."""
+        """Return the exchanges of all gradients, if they may take place during backward. Local."""
         if not self._is_early:
             return None
         return EarlyExchanges(self.prepared.exchanges, is_for_all=True)
@@ -97,13 +97,13 @@ class Sharded(Update):
         if gradients.are_matched:
             absent = frozenset([index for index, has in enumerate(parameters.has_grad) if not has])
         parameters.fill_zeros()
-        if self.context.comm.size == 1:  # hooks change the gradients where they are
+        if self.context.comm.size == 1:  # hooks change the gradients in place
             private_grads(parameters)
         self.prepared.update(parameters, are_averaged=gradients.are_averaged, absent=absent)
 
     @property
     def is_spread(self) -> bool:
-        """Whether each rank has a share of the state only."""
+        """Whether each rank has only a share of the state."""
         return self._shards is not None and self._shards.states.is_spread
 
     def consolidate(self) -> None:
@@ -114,7 +114,7 @@ class Sharded(Update):
         """Return a context in which every rule has a copy of its state. Local.
 
         Raises:
-            RuntimeError: On entering, if each rank has a share of it only.
+            RuntimeError: On entering, if each rank has only a share of the state.
         """
         return self.prepared.states.copied()
 

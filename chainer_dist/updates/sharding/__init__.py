@@ -1,1 +1,1 @@
-"""How parameters are shared out to ranks, and which can be."""
+"""The distribution of parameters and optimizer state over ranks, and the conditions for it."""

@@ -18,18 +18,18 @@ __all__ = ["Chunk", "state_keys"]
 
 
 class Chunk:
-    """Some elements of a parameter: itself a parameter, with an update rule like the whole one's.
+    """Some elements of a parameter, as a parameter with an update rule like the whole one's. Local.
 
     Args:
-        whole: The parameter.
-        elements: The elements, in C order.
+        whole: The whole parameter.
+        elements: Slice of its elements, in C order.
         state: 1-dimensional arrays that take these elements of the rule's state, by name.
 
     Attributes:
-        whole: The parameter.
+        whole: The whole parameter.
         param: The elements, as a parameter.
-        state: The state of the elements, by the names of the rule's arrays, in the shape of ``array``.
-        array: The elements' values, 1-dimensional, or 0-dimensional if the parameter is.
+        state: State of the elements, by the names of the rule's arrays, in the shape of ``array``.
+        array: Values of the elements, 1-dimensional, or 0-dimensional if the parameter is.
     """
 
     def __init__(self, whole: chainer.Parameter, elements: slice, state: dict[str, Array]) -> None:
@@ -41,19 +41,19 @@ class Chunk:
         self._shape = () if whole.array.ndim == 0 else (-1,)
         self.state = {key: value.reshape(self._shape) for key, value in state.items()}
         self._rule = copy.copy(whole.update_rule)
-        self.param = chainer.Parameter(name=whole.name)  # hooks leave out biases by it
+        self.param = chainer.Parameter(name=whole.name)  # hooks may exclude biases by name
 
     def bind(self, array: Array) -> None:
-        """Make these elements of ``array`` the chunk's, which is in C order."""
+        """Use these elements of ``array``, which is C-contiguous and has all of the parameter's, from now on."""
         self.array = self._local_slice(array)
         self.param.array = self.array
 
     def take_grad(self, grad: Array) -> None:
-        """Make ``grad``, 1-dimensional, the gradient of the chunk."""
+        """Set the gradient of the chunk, a 1-dimensional array."""
         self.param.grad = grad.reshape(self._shape)
 
     def take_state(self) -> None:
-        """Copy these elements of the rule's state, or initialize them, to where they are from now on."""
+        """Fill the arrays of the chunk's state from the rule's state, or initialize them."""
         rule = self._rule
         if rule is None or not rule.enabled:
             return
@@ -68,7 +68,7 @@ class Chunk:
                 array[...] = self._local_slice(state[key])
 
     def read_state(self, key: str, out: Array) -> None:
-        """Copy these elements of an array of the state; nothing if the rule has none of that name."""
+        """Copy the elements of an array of the state into ``out``, if the rule has an array of that name."""
         if key in self.state:
             out[...] = self.state[key].reshape(-1)
 
@@ -87,7 +87,7 @@ class Chunk:
         rule = self._rule
         if rule is None:
             return
-        vars(rule).update(vars(self.whole.update_rule))  # hyperparameters, t, hooks as they are now
+        vars(rule).update(vars(self.whole.update_rule))  # current hyperparameters, t and hooks
         rule._state = state = dict(self.state)  # noqa: SLF001 - Chainer's
         rule.update(self.param)
         for key, array in self.state.items():
@@ -106,7 +106,7 @@ def state_keys(rule: chainer.UpdateRule | None) -> list[str]:
         return []
     if rule.state is not None:
         return list(rule.state)
-    probe = copy.copy(rule)  # as UpdateRule.serialize finds them out
+    probe = copy.copy(rule)  # UpdateRule.serialize finds the names in the same way
     probe._state = {}  # noqa: SLF001 - Chainer's
     array = np.empty(1, dtype=np.float32)
     probe.init_state(chainer.Variable(array, grad=array))

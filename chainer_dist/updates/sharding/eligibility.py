@@ -1,4 +1,4 @@
-"""Which optimizers can be sharded: the sharded update must provably give the same result."""
+"""The conditions under which the sharded update provably has the same result as the optimizer's own."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ if TYPE_CHECKING:
 
 __all__ = ["Signature", "is_elementwise", "is_uniform", "obstacle", "obstacle_in_arrays"]
 
-# Chainer's rules that compute each element from the gradient and state of that element alone, and keep
-# only `t` outside of their state.
+# Chainer's rules that compute each element from the gradient and state of that element alone, and have no
+# state but the named arrays and `t`.
 _RULES = frozenset(
     {
         "AdaDeltaRule",
@@ -95,7 +95,7 @@ def _obstacle_in_target(target: chainer.Link) -> str | None:
 
 
 def obstacle_in_arrays(parameters: ParameterSet) -> str | None:
-    """Return which array cannot be updated in slices, and the reason, in words, or None. Local."""
+    """Return the reason why an array cannot be updated in slices, in words, or None. Local."""
     if parameters.unsupported:
         return parameters.unsupported
     end = 0
@@ -152,10 +152,10 @@ def _obstacle_in_state(name: str, param: chainer.Parameter) -> str | None:
 
 
 def is_elementwise(hook: Any) -> bool:
-    """Return whether a hook changes each element of a gradient by that and its parameter's element alone. Local.
+    """Return whether a hook changes each gradient's element by that and its parameter's element alone. Local.
 
-    Chainer's hooks that do so are known, and so are classes derived from them that do not override what they
-    do. Any other hook can declare it by a true attribute ``is_elementwise``.
+    Some of Chainer's hooks are known to do so, and so are classes derived from them without overriding their
+    methods. Any other hook can declare it by a true attribute ``is_elementwise``.
     """
     return bool(getattr(hook, "is_elementwise", False)) or is_uniform(hook)
 
@@ -173,7 +173,7 @@ def is_uniform(hook: Any) -> bool:
 
 
 def _behaves_as(hook: Any, kind: type) -> bool:
-    """Return whether a hook is of a class of Chainer's, or of one that does not override its methods. Local."""
+    """Return whether a hook's class is ``kind``, or derived from it without overriding its methods. Local."""
     return isinstance(hook, kind) and all(
         getattr(type(hook), name, None) is getattr(kind, name, None)
         for name in ("__call__", "__getattribute__", "call_for_each_param")
@@ -181,7 +181,12 @@ def _behaves_as(hook: Any, kind: type) -> bool:
 
 
 class Signature:
-    """The facts by which a sharded or a replicated update is chosen, in a form that is fast to compare. Local."""
+    """All facts that decide between a sharded and a replicated update, in a form that is fast to compare. Local.
+
+    Args:
+        optimizer: A Chainer optimizer that is set up.
+        parameters: The parameters of its target.
+    """
 
     def __init__(self, optimizer: chainer.Optimizer, parameters: ParameterSet) -> None:
         import chainer

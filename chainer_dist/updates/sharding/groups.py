@@ -1,4 +1,4 @@
-"""The parameters of one dtype, in blocks of which this rank has a slice each."""
+"""The parameters of one dtype, their blocks, and this rank's slice of each block."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ class LocalSlice(NamedTuple):
     """This rank's slice of a block.
 
     Attributes:
-        slice: Its place in the block.
-        mean: Array that takes its averaged gradients; not used on a single rank.
-        chunks: Its chunks, one a parameter.
-        updates: The same elements, as they are updated: small chunks together.
+        slice: Place of the slice in the block.
+        mean: Array that takes the averaged gradients of the slice; not used on a single rank.
+        chunks: Chunks of the slice, one per parameter.
+        updates: The same chunks, but with small ones fused, to be updated together.
     """
 
     slice: Slice
@@ -36,8 +36,8 @@ class Group(NamedTuple):
     """The parameters of one dtype.
 
     Attributes:
-        indices: Their numbers, in the order of the exchange.
-        dtype: Type in which their gradients are summed.
+        indices: Indexes of the parameters, in the order of the exchange.
+        dtype: Dtype in which their gradients are summed.
         layout: Layout of the blocks in which they are exchanged.
         slices: This rank's slice of each block.
     """

@@ -1,4 +1,4 @@
-"""Which elements of the parameters each rank updates: blocks, this rank's slice of each, and chunks of it."""
+"""The elements of the parameters that each rank updates: blocks, a rank's slice of each, and chunks of a slice."""
 
 from __future__ import annotations
 
@@ -29,16 +29,16 @@ if TYPE_CHECKING:
 __all__ = ["Layout", "LayoutPlan", "elements_of", "positions"]
 
 
-_CHUNK_BYTES = 1 << 19  # of a parameter, where one rank updates all of it
+_CHUNK_BYTES = 1 << 19  # size of the chunks of a single rank
 
 
 class Layout(NamedTuple):
-    """Which elements of the parameters this rank updates.
+    """The elements of the parameters that this rank updates.
 
     Attributes:
-        groups: All parameters that have elements, by dtype.
+        groups: Groups of all parameters that have elements, one for each dtype.
         chunks: This rank's chunks of each parameter.
-        means: For each parameter the mean of its gradients, read-only; None where it is not kept.
+        means: Read-only mean of each parameter's gradients; None where it is not kept.
     """
 
     groups: list[Group]
@@ -53,10 +53,10 @@ class LayoutPlan:
         comm: The communicator whose ranks share the update.
         params: The parameters.
         memory: Memory in which means of gradients are planned.
-        order: Numbers of the parameters in the order of the exchange; None for that of ``params``.
-        is_early: Whether gradients are exchanged during backward.
-        stores_means: Whether all means of this rank's slices have to be there at a time.
-        keeps_means: Whether the means of all elements have to be there after the update.
+        order: Indexes of the parameters in the order of an exchange during backward. None stands for the
+            order of ``params``, without an exchange during backward.
+        stores_means: Whether all means of this rank's slices are needed at the same time.
+        keeps_means: Whether the means of all elements are needed after the update.
         across_nodes: Whether each rank of the communicator has a slice of its own.
     """
 
@@ -89,11 +89,11 @@ class LayoutPlan:
         }
 
     def build(self, arrays: Sequence[Array], states: RuleStates) -> Layout:
-        """Return the layout, when the memory is allocated. Local.
+        """Return the layout, once the memory is allocated. Local.
 
         Args:
-            arrays: The arrays of the parameters, from now on.
-            states: The state of the update rules.
+            arrays: Arrays that the parameters use from now on.
+            states: State of the update rules.
         """
         layout = Layout([], [[] for _ in arrays], [None] * len(arrays))
         for dtype, indices in self._members.items():
@@ -143,7 +143,7 @@ class LayoutPlan:
         return group
 
     def _cut(self, sizes: list[int], wire: np.dtype[Any]) -> BlockLayout:
-        """Return the blocks, and which rank reduces which slice; a single rank has all of each."""
+        """Return a layout of blocks and slices. On a single rank the only slice of a block is all of it."""
         if self._comm.size == 1:
             blocks = partition(tuple(sizes), _CHUNK_BYTES // wire.itemsize, 1)
             return BlockLayout(blocks, across=False, place=Place(0, 1, 0, 1, 1))
@@ -152,21 +152,21 @@ class LayoutPlan:
         )
 
     def _scratch(self, slices: list[Slice], dtype: np.dtype[Any], wire: np.dtype[Any]) -> Array:
-        """Return what takes the means of one slice after the other: if possible, where sums are already."""
+        """Return memory for the means of one slice at a time: where possible, the memory that has the sums."""
         if self._comm.size == 1 or dtype != wire:
             return np.empty(max(each.stop - each.start for each in slices), dtype)
         return self._comm.transport.scratch.view(dtype)
 
 
 def elements_of(indices: Sequence[int], piece: Slice) -> Iterator[tuple[int, slice, slice]]:
-    """Yield what a slice has of each parameter. Local.
+    """Yield the elements of each parameter that are in a slice. Local.
 
     Args:
-        indices: Numbers of the parameters that were cut.
+        indices: Indexes of the parameters, in the order of the exchange.
         piece: The slice.
 
     Yields:
-        The number of a parameter, which of its elements, and where they are in the slice.
+        The index of a parameter, the slice of its elements, and their place in ``piece``.
     """
     begin = piece.begin
     for index, inside in zip(indices[piece.arrays], piece.inside):
@@ -175,5 +175,5 @@ def elements_of(indices: Sequence[int], piece: Slice) -> Iterator[tuple[int, sli
 
 
 def positions(indices: Sequence[int], chosen: Container[int]) -> frozenset[int]:
-    """Return the positions in ``indices`` at which there is one of ``chosen``. Local."""
+    """Return the positions in ``indices`` of those that are in ``chosen``. Local."""
     return frozenset([position for position, index in enumerate(indices) if index in chosen])

@@ -32,12 +32,16 @@ class Memory:
         self._bytes: Array
 
     def plan(self, size: int, dtype: np.dtype[Any]) -> Callable[[], Array]:
-        """Plan an array; the result returns it once the memory is allocated. Local."""
+        """Plan a 1-dimensional array, and return a function that returns it once the memory is allocated. Local."""
         start = self._nbytes
         stop = start + size * dtype.itemsize
         self._nbytes = stop + -stop % _ALIGNMENT
         return lambda: self._bytes[start:stop].view(dtype)
 
     def allocate(self) -> None:
-        """Get the memory. Collective."""
+        """Allocate the memory, with zeros. Collective.
+
+        Raises:
+            OSError: On every rank, if a node has no room.
+        """
         self._bytes = share_memory(self._comm, self._nbytes)

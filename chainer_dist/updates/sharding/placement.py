@@ -1,4 +1,4 @@
-"""Where the parameters of a sharded update are: in each rank's own arrays, or once per node."""
+"""The arrays of the parameters in a sharded update: each rank's own, or one per node."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ __all__ = ["NodeParameters", "OwnParameters", "Placement"]
 
 
 class Placement(abc.ABC):
-    """Arrays of parameters.
+    """The arrays of the parameters.
 
     Attributes:
-        arrays: The arrays, one a parameter.
+        arrays: Arrays, one per parameter.
         are_copied: Whether each rank copies the slices that other ranks of the node have updated.
     """
 
@@ -33,19 +33,19 @@ class Placement(abc.ABC):
 
     @abc.abstractmethod
     def follow(self, index: int, array: Array, layout: Layout) -> None:
-        """Use an array by which a user has replaced the array of a parameter. Local.
+        """Take over an array by which a user has replaced the array of a parameter. Local.
 
         Args:
-            index: Number of the parameter.
+            index: Index of the parameter.
             array: The new array.
             layout: Elements that this rank updates.
         """
 
     def take_memory(self) -> None:  # noqa: B027 - own arrays need none
-        """Make the planned arrays of the memory, when that is allocated. Local."""
+        """Make the planned arrays, once the memory is allocated. Local."""
 
     def fill(self, layout: Layout) -> None:  # noqa: B027 - own arrays are filled
-        """Copy this rank's elements to the arrays; all ranks of a node have to. Local."""
+        """Copy this rank's elements to the arrays, as each rank of the node must. Local."""
 
     def attach(self) -> None:  # noqa: B027 - own arrays are attached
         """Set the arrays as arrays of the parameters. Local."""
@@ -92,7 +92,7 @@ class NodeParameters(Placement):
         self._comm = comm
         self._params = params
         self._planned = [memory.plan(param.size, param.dtype) for param in params]
-        self._elements: list[list[slice]] = []  # for each parameter, what this rank copies
+        self._elements: list[list[slice]] = []  # that this rank copies, by parameter
 
     def take_memory(self) -> None:
         """See the base class."""
@@ -103,8 +103,8 @@ class NodeParameters(Placement):
     def fill(self, layout: Layout) -> None:
         """See the base class.
 
-        All elements are shared out to the ranks of the node: each copies its chunks, and with slices over
-        nodes the chunks of the ranks of equal number on other nodes as well.
+        The ranks of a node divide all elements among themselves. Each copies its chunks, and if slices are
+        across nodes, also the chunks of the ranks of equal number on other nodes.
         """
         self._elements = [[] for _ in self._params]
         for group in layout.groups:
@@ -121,7 +121,7 @@ class NodeParameters(Placement):
             shared[elements] = flat[elements]
 
     def follow(self, index: int, array: Array, layout: Layout) -> None:
-        """Copy the values of the new array, which is given up after the update. Local."""
+        """Copy the values of the new array, which the next update replaces by the shared one. Local."""
         del layout
         self._copy(index, array)
 

@@ -1,4 +1,4 @@
-"""The state of the update rules: once per node, or once per job."""
+"""The state of the update rules, which exists once per node, or once per job."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 __all__ = ["SPREAD", "JobStates", "NodeStates", "RuleStates"]
 
 SPREAD = (
-    "each rank has a part of the optimizer's state only (sharded_update='job'): call "
+    "each rank has only a share of the optimizer's state (sharded_update='job'): call "
     "optimizer.consolidate() on every rank, before any of them saves, copies or reads it"
 )
 
@@ -40,8 +40,8 @@ class RuleStates(abc.ABC):
         params: The parameters.
 
     Attributes:
-        is_spread: Whether each rank has a share of the state only.
-        ranks: The ranks that have all slices together.
+        is_spread: Whether each rank has only a share of the state.
+        ranks: Communicator of the ranks whose slices together are all elements.
     """
 
     def __init__(self, comm: SharedMemoryCommunicator, params: Sequence[chainer.Parameter]) -> None:
@@ -65,26 +65,26 @@ class RuleStates(abc.ABC):
 
     @abc.abstractmethod
     def of_chunk(self, index: int, elements: slice) -> dict[str, Array]:
-        """Return arrays for the state of a chunk, 1-dimensional. Local.
+        """Return 1-dimensional arrays for the state of a chunk, by name. Local.
 
         Args:
-            index: Number of the parameter.
-            elements: Elements of the parameter that are in the chunk.
+            index: Index of the parameter.
+            elements: Slice of the parameter's elements that are in the chunk.
         """
 
     @abc.abstractmethod
     def _first(self, index: int) -> dict[str, Any]:
-        """Return what a rule gets in the place of its state. Local."""
+        """Return the first state that a rule gets when the update is prepared. Local."""
 
     def attach(self) -> None:
-        """Give the rules their new states, when all chunks have taken over the old ones. Local."""
+        """Give the rules their new states, once all chunks have copied the old ones. Local."""
         for index, (rule, shape) in enumerate(zip(self._rules, self._shapes)):
             if rule is not None and rule.enabled and 0 not in shape:
                 self._held[index] = rule._state = self._first(index)
         self._known = self._now()
 
     def _now(self) -> list[Any]:
-        """Return the states and their arrays, as the rules have them now."""
+        """Return the states that the rules have now, and the arrays of these. Local."""
         found: list[Any] = []
         for rule, state in zip(self._rules, self._held):
             if state is not None:
@@ -98,17 +98,17 @@ class RuleStates(abc.ABC):
         return are_identical(self._now(), self._known)
 
     def count(self) -> None:
-        """Let all rules that have a state here count an update. Local."""
+        """Count an update in all rules that have a state here. Local."""
         for rule, state in zip(self._rules, self._held):
             if state is not None:
                 rule.t += 1
 
     @contextlib.contextmanager
     def copied(self) -> Iterator[None]:
-        """Let every rule have a copy of its state for a while. Local.
+        """Return a context in which every rule has a copy of its state. Local.
 
         Raises:
-            RuntimeError: If each rank has a share of it only.
+            RuntimeError: On entering, if each rank has only a share of the state.
         """
         if self.is_spread:
             raise RuntimeError(SPREAD)
@@ -139,14 +139,14 @@ class RuleStates(abc.ABC):
         """
 
     def spread(self) -> None:  # noqa: B027 - most have all of it
-        """Let go of what was gathered. Local."""
+        """Drop the gathered state. Local."""
 
 
 class NodeStates(RuleStates):
     """States that exist once per node, in memory that its ranks share.
 
-    Every rank sees all of them, and can save them; only the update can change them. Copies of them are
-    ordinary arrays of their own.
+    Every rank can read and save all of them, but only the update can change them. Copies of them are
+    ordinary arrays.
 
     Args:
         comm: See :class:`RuleStates`.
@@ -172,7 +172,7 @@ class NodeStates(RuleStates):
         return self._comm.node_comm
 
     def of_chunk(self, index: int, elements: slice) -> dict[str, Array]:
-        """Return views of what the ranks of the node share. Local."""
+        """Return views of the memory that the ranks of the node share. Local."""
         return {key: array()[elements] for key, array in self._planned[index].items()}
 
     def _first(self, index: int) -> dict[str, Any]:
@@ -181,12 +181,12 @@ class NodeStates(RuleStates):
         }
         if self._comm.intra_size == 1:
             return whole
-        # A rank that changed it would change it for the others.
+        # They are read-only, as a rank that changed them would change them for the others.
         return {key: read_only(value) for key, value in whole.items()}
 
 
 class JobStates(RuleStates):
-    """States that exist once per job: each rank has the states of its slices in memory of its own."""
+    """States that exist once per job: each rank has the state of its slices in its own memory."""
 
     @property
     def ranks(self) -> MPI.Intracomm:
@@ -195,11 +195,11 @@ class JobStates(RuleStates):
 
     @property
     def is_spread(self) -> bool:
-        """Whether the states were not gathered since the last update."""
+        """Whether the states have not been gathered since the last update."""
         return any(isinstance(state, _SpreadState) for state in self._held)
 
     def of_chunk(self, index: int, elements: slice) -> dict[str, Array]:
-        """Return new arrays of this rank's own. Local."""
+        """Return new arrays in this rank's own memory. Local."""
         size = elements.stop - elements.start
         return {key: np.empty(size, self._dtypes[index]) for key in self._keys[index]}
 
@@ -208,7 +208,7 @@ class JobStates(RuleStates):
         return _SpreadState()
 
     def consolidate(self, groups: Sequence[Group]) -> None:
-        """See the base class. Nothing is done if all of it is there."""
+        """See the base class. It does nothing if the state is gathered already."""
         if not self.is_spread:
             return
         memory = Memory(self._comm)
@@ -221,7 +221,7 @@ class JobStates(RuleStates):
         for group in groups:
             for key in dict.fromkeys(key for index in group.indices for key in self._keys[index]):
                 self._gather(group, key, whole)
-        self._comm.node_comm.Barrier()  # what others have written is there
+        self._comm.node_comm.Barrier()  # all ranks of the node have written their slices
         for index, (rule, state) in enumerate(zip(self._rules, self._held)):
             if state is not None:
                 self._held[index] = rule._state = {
@@ -234,7 +234,7 @@ class JobStates(RuleStates):
         """Write an array of the state of all parameters of a group to shared memory."""
         arrays = [
             whole[index][key]
-            if key in whole[index]  # not every rule may have one of that name
+            if key in whole[index]  # rules of a group may have different arrays
             else np.empty(int(np.prod(self._shapes[index])), self._dtypes[index])
             for index in group.indices
         ]
@@ -260,7 +260,7 @@ class JobStates(RuleStates):
         self._known = self._now()
 
     def release(self) -> None:
-        """See the base class. A state that is spread is given up."""
+        """See the base class. A state that is spread is lost."""
         if not self.is_spread:
             super().release()
             return
@@ -270,9 +270,9 @@ class JobStates(RuleStates):
 
 
 class _SpreadState(dict[str, Any]):
-    """What a rule has in the place of its state while each rank has a share of that only.
+    """The placeholder that a rule has for its state while each rank has only a share of that.
 
-    Whatever saves, copies or reads it raises RuntimeError, so that a share is not taken for the whole.
+    To save, copy or read it raises RuntimeError, so that a share is not mistaken for the whole state.
     """
 
     def _refuse(self, *_: Any, **__: Any) -> NoReturn:
