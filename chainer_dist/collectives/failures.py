@@ -179,6 +179,6 @@ def _unpickled(data: bytes) -> Any:
 def in_words(value: object, way: Callable[[object], str]) -> str:
     """Return an object as text, by ``str`` or ``repr``, or a note that this raises an error. Local."""
     try:
-        return str.__str__(way(value))  # an object of a class derived from str might not be picklable
+        return str.__str__(way(value))  # a derived class of str might not be picklable
     except Exception as error:  # noqa: BLE001 - methods of users may raise anything
         return f"(no text: its __{way.__name__}__ raises {type(error).__name__})"

@@ -242,6 +242,6 @@ class ObjectCommunicator(Group):
         with together(self):
             if error is not None:
                 raise error
-            if not any(isinstance(each, Failed) for each in messages):  # the rank that failed has raised
+            if not any(isinstance(each, Failed) for each in messages):  # else another rank raises
                 opened = [unpack(each) for each in messages]
         return opened

@@ -32,7 +32,7 @@ class Replicated(Update):
     def __init__(self, context: Context) -> None:
         super().__init__(context)
         self._early: EarlyExchanges | None = None
-        self._means: dict[str, Array] = {}  # results of the early exchanges, by name of the parameter
+        self._means: dict[str, Array] = {}  # of early exchanges, by name of the parameter
 
     def prepare(
         self, parameters: ParameterSet, agree_on_order: Callable[[], list[int]] | None
@@ -44,7 +44,7 @@ class Replicated(Update):
         if agree_on_order is None:
             return
         order = agree_on_order()
-        comm = cast("SharedMemoryCommunicator", self.context.comm)  # no other kind of communicator overlaps
+        comm = cast("SharedMemoryCommunicator", self.context.comm)  # no other kind overlaps
         has_grad = comm.bcast_obj(parameters.has_grad)
         groups: dict[np.dtype[Any], list[int]] = {}
         for index in order:

@@ -1,7 +1,7 @@
-"""Sums over nodes by messages between their ranks: fewer steps than MPI's, fewer bytes, or a slice for each node.
+"""Sums over nodes, by messages between two ranks: with fewer steps than MPI's, fewer bytes, or a slice per node.
 
-A nonblocking collective would have to be begun in the same order on all ranks, but here one step follows
-when another is over. So these are messages between two ranks. Each way is a generator: it yields the
+Nonblocking collectives must begin in the same order on all ranks, while a step here begins whenever the step
+before it is done, so that messages between two ranks are needed. Each kind of sum is a generator. It yields the
 requests that its next step waits for, and no other code changes its arrays until it has ended.
 """
 
@@ -24,12 +24,12 @@ if TYPE_CHECKING:
 
     Requests = Iterator[list[MPI.Request]]
 
-MOST_NODES = 8  # of a direct sum; on more the messages become many and small
-_TWO = 2  # nodes, each of which sends everything to the other
+MOST_NODES = 8  # most nodes of a direct sum; with more nodes, messages become many and small
+_TWO = 2  # number of nodes with which each sends everything to the other
 
 
 class Codec(Protocol):
-    """How numbers are sent: each of them by itself, in so many bytes.
+    """A code for single numbers, each of which has the same number of bytes.
 
     Attributes:
         sent: Number of bytes that were given to MPI to send to other nodes; the sender adds to it.
@@ -45,7 +45,7 @@ class Codec(Protocol):
 
 
 class Steps:
-    """A generator of requests, gone on with whenever those that it has yielded are done. Local.
+    """A generator of requests, which continues whenever the requests that it has yielded are done. Local.
 
     Args:
         requests: The generator; its first step is made at once.
@@ -59,20 +59,23 @@ class Steps:
         self._requests = next(requests, None)
 
     def test(self) -> bool:
-        """Do all that can be done without waiting; return whether that was the end."""
+        """Make all steps that need no waiting, and return whether the generator has ended."""
         while self._requests is not None and self._are_done(self._requests):
             self._requests = next(self._steps, None)
         return self._requests is None
 
 
 class Peers:
-    """The ranks of equal number on all nodes, one for each node.
+    """The ranks of equal number on all nodes, one per node.
 
     Args:
         mpi_comm: Communicator of these ranks only, in the order of the nodes.
 
     Attributes:
-        by_mpi: Whether plain sums are MPI's, because there are many nodes.
+        mpi_comm: Communicator of these ranks.
+        rank: Number of this node.
+        size: Number of nodes.
+        by_mpi: Whether sums without a codec are MPI's, as there are many nodes.
     """
 
     def __init__(self, mpi_comm: MPI.Intracomm) -> None:
@@ -87,10 +90,10 @@ class Peers:
         """Begin to send to, and to receive from, each of the others. Local.
 
         Args:
-            sent: One array for each rank.
-            received: One array for each rank.
-            tag: Tag of the messages, which no others have meanwhile.
-            codec: Counts the bytes that are sent; None if they are not counted.
+            sent: Arrays to send, one per rank.
+            received: Arrays that take the messages, one per rank.
+            tag: Tag of the messages, which no other messages have at the same time.
+            codec: Codec that counts the sent bytes, or None.
         """
         comm, others = self.mpi_comm, self._others
         requests = [comm.Irecv(received[rank], rank, tag) for rank in others]
@@ -100,10 +103,10 @@ class Peers:
         return requests
 
     def ask_all(self, flag: Array) -> Requests:
-        """Find out whether a flag is true on any of the ranks. Collective, begun in the same order as others.
+        """Find out whether a flag is true on any of the ranks. Collective, in the same order on all ranks.
 
         Args:
-            flag: One bool; it becomes the answer.
+            flag: Array of one bool, which takes the answer.
         """
         from mpi4py import MPI
 
@@ -111,17 +114,17 @@ class Peers:
 
 
 def mpi_sum(peers: Peers, total: Array) -> Requests:
-    """Sum an array over nodes by MPI's allreduce. Collective, begun in the same order as others.
+    """Sum an array over nodes by MPI's allreduce. Collective, in the same order on all ranks.
 
     Args:
         peers: The ranks that have the array.
-        total: 1-dimensional, C-contiguous, not empty; it becomes the sum.
+        total: Array that becomes the sum: 1-dimensional, C-contiguous and not empty.
     """
     yield [reduction.begin_sum(peers.mpi_comm, total)]
 
 
 def _equal_slices(size: int, nodes: int) -> list[slice]:
-    """Return which of so many elements each node sums up."""
+    """Return slices of ``size`` elements, one per node, of about the same size. Local."""
     edges = [size * node // nodes for node in range(nodes + 1)]
     return [slice(*edge) for edge in zip(edges, edges[1:])]
 
@@ -129,17 +132,17 @@ def _equal_slices(size: int, nodes: int) -> list[slice]:
 def direct_sum(peers: Peers, own: Array, total: Array, *, tag: int) -> Requests:
     """Sum an array over a few nodes. Collective.
 
-    Two nodes send each other everything. Of more, each sums up a slice and sends that to the others. So
-    there are two steps at most, where an allreduce of MPI has two for each doubling of the nodes; and
-    each step waits until MPI is called, which during backward is seldom. Sums are in the order of the
-    nodes.
+    Two nodes send each other everything. With more nodes, each sums one slice, and sends the result to the
+    others. So there are two steps at most, where an allreduce of MPI has two for each doubling of the nodes.
+    Few steps matter because each one waits for a call of MPI, and during backward calls are rare. Nodes are
+    added in their order.
 
     Args:
         peers: The ranks that have the array.
-        own: The summand of this rank: 1-dimensional, C-contiguous, not empty. It is only read.
-        total: Array of the same size and dtype that takes the sum; it may be ``own``, but not overlap it
+        own: Summand of this rank: 1-dimensional, C-contiguous, not empty. It is only read.
+        total: Array of the same size and dtype that takes the sum. It may be ``own``, but not overlap it
             otherwise.
-        tag: Tag of the messages, and the next number; used by no others meanwhile.
+        tag: Tag of the messages. It and the next number are used by no other messages at the same time.
     """
     nodes = peers.size
     if nodes == _TWO:
@@ -158,14 +161,14 @@ def direct_sum(peers: Peers, own: Array, total: Array, *, tag: int) -> Requests:
 
 
 class _Wire:
-    """How the numbers of an array are sent: by a codec, or as they are.
+    """The bytes by which an array is sent, encoded by a codec or unchanged. Local.
 
     Args:
-        codec: The codec, or None.
-        total: The array, not empty.
+        codec: Codec of the numbers; None for none.
+        total: Array to send, not empty.
 
     Attributes:
-        code: The array as bytes, one row for each number.
+        code: The array as bytes, one row per number.
     """
 
     def __init__(self, codec: Codec | None, total: Array) -> None:
@@ -175,7 +178,7 @@ class _Wire:
         self.code = code.reshape(-1, self._width)
 
     def encode(self, values: Array) -> Array:
-        """Return values as bytes, one row for each number."""
+        """Return values as bytes, one row per number."""
         return self._encode(values).reshape(-1, self._width)
 
     def _encode(self, values: Array) -> Array:
@@ -184,7 +187,7 @@ class _Wire:
         return self._codec.encode(values.astype(np.float32, copy=False)[np.newaxis])
 
     def decode(self, code: Array) -> Array:
-        """Return a new array of the values of some rows."""
+        """Return the values of some rows as a new array."""
         values: Array
         if self._codec is None:
             values = code.reshape(-1).view(self._dtype).copy()
@@ -193,7 +196,7 @@ class _Wire:
         return values
 
     def add_up(self, received: Array) -> Array:
-        """Return the sum of what was received of each rank, in the order of the nodes."""
+        """Return the sum of the arrays that were received from each rank, in the order of the nodes."""
         first, *others = received
         total = self.decode(first)
         for each in others:
@@ -204,26 +207,30 @@ class _Wire:
 def _scatter(
     peers: Peers, code: Array, slices: Sequence[slice], tag: int, codec: Codec | None
 ) -> tuple[Array, list[MPI.Request]]:
-    """Begin to send each slice of an encoded array to its rank; return where its own come to, one row a node."""
+    """Begin to send each slice of an encoded array to its rank. Local.
+
+    Returns:
+        The array that takes this rank's slice from each node, one row per node, and the requests.
+    """
     own = code[slices[peers.rank]]
     received = np.empty((peers.size, *own.shape), np.uint8)
-    received[peers.rank] = own  # it is decoded here, too, as everywhere
+    received[peers.rank] = own  # decoded on this rank too, so that all get the same bits
     return received, peers.post([code[each] for each in slices], list(received), tag, codec)
 
 
 def coded_mean(peers: Peers, total: Array, *, scale: float, codec: Codec, tag: int) -> Requests:
-    """Average an array over nodes by the numbers of a codec. Collective.
+    """Average an array over nodes, sent by a codec. Collective.
 
-    Every rank decodes what it has sent itself as well, so that all of them come to the same bits. Two
-    nodes send each other everything, and each number is rounded once; on the way between more of
-    them, where each sums up a slice for the others, a second time. Sums are in the order of the nodes.
+    Every rank also decodes the numbers that it has sent itself, so that all ranks get the same bits. Two
+    nodes send each other everything, and each number is rounded once. With more nodes, each sums one slice
+    for the others, and numbers are rounded a second time. Nodes are added in their order.
 
     Args:
         peers: The ranks that have the array.
-        total: 1-dimensional, not empty, float32 or float64. It becomes the mean.
+        total: Array that becomes the mean: 1-dimensional, not empty, float32 or float64.
         scale: Factor that makes the sum over ``peers`` a mean.
-        codec: How numbers are sent.
-        tag: Tag of the messages, and the next number; used by no others meanwhile.
+        codec: Codec of the numbers.
+        tag: Tag of the messages. It and the next number are used by no other messages at the same time.
     """
     nodes = peers.size
     is_whole = nodes == _TWO
@@ -254,19 +261,19 @@ def slice_of_each(
     codec: Codec | None,
     tag: int,
 ) -> Requests:
-    """Sum an array over nodes, a slice for each node, which gives what it makes of that to the others. Collective.
+    """Sum one slice of an array on each node, work on it there, and send the result to the others. Collective.
 
     Args:
         peers: The ranks that have the array.
-        total: 1-dimensional, not empty. Its own slice becomes the sum, in the order of the nodes; with
-            a codec the mean. Then ``work`` makes of it what the others get.
-        slices: Slices of ``total``, one for each node.
-        work: Called when the sum is there.
+        total: 1-dimensional array, not empty. This node's slice becomes the sum, in the order of the nodes,
+            or with a codec the mean. ``work`` then replaces it by the result.
+        slices: Slices of ``total``, one per node.
+        work: Function that is called once the slice is summed.
         sums: Whether there is anything to sum.
-        returns: Whether the others get what was made.
+        returns: Whether the other nodes get the result.
         scale: Factor that makes the sum over ``peers`` a mean.
-        codec: How numbers are sent to the rank that sums them up; None as they are.
-        tag: Tag of the messages, and the next number; used by no others meanwhile.
+        codec: Codec of the numbers that are sent to be summed; None for none.
+        tag: Tag of the messages. It and the next number are used by no other messages at the same time.
     """
     own = slices[peers.rank]
     if sums:

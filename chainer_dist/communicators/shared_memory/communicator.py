@@ -27,10 +27,10 @@ if TYPE_CHECKING:
 class SharedMemoryCommunicator(CommunicatorBase):
     """Averages through shared memory on each node, and slice by slice between nodes.
 
-    Takes 12 MiB of memory a rank (less on nodes of more than 21 ranks), whatever the size of the
-    model. On a node the order of summation is that of the ranks, between up to eight nodes theirs,
-    between more that of MPI's allreduce; so the same input gives the same bits each time. Between
-    nodes every rank exchanges its own slice with the ranks of the same number on the other nodes,
+    It takes 12 MiB of memory per rank (less on nodes of more than 21 ranks), for models of any size.
+    On a node, ranks are added in the order of rank. Up to eight nodes are added in their order, and
+    more nodes in the order of MPI's allreduce, so the same input always gives the same bits. Between
+    nodes, every rank exchanges its own slice with the ranks of the same number on the other nodes,
     several blocks at a time.
     """
 
@@ -39,7 +39,7 @@ class SharedMemoryCommunicator(CommunicatorBase):
 
     @property
     def transport(self) -> Transport:
-        """The way on which the ranks exchange blocks. Collective at first."""
+        """The transport by which the ranks exchange blocks. Collective at first."""
         transport: Transport | None = self.__dict__.get("_transport")
         if transport is None:
             transport = self._transport = Transport(self, patient=self._patient)
@@ -55,18 +55,18 @@ class SharedMemoryCommunicator(CommunicatorBase):
     def tune(self, nbytes: int = 16 << 20) -> Tuning:
         """Measure which block size is fastest, and use that from now on. Collective.
 
-        Takes a hundred exchanges or so; rank 0 writes to standard error what was chosen. Call it before the
-        first update: an update that is sharded keeps the blocks that it began with.
+        It takes about a hundred exchanges, and rank 0 writes the choice to standard error. Call it before the
+        first update, as a sharded update keeps the blocks with which it began.
 
         Args:
-            nbytes: Bytes of the model's parameters, the same on every rank.
+            nbytes: Number of bytes of the model's parameters, the same on every rank.
 
         Returns:
-            What was chosen, the same on every rank. One rank alone has nothing to choose.
+            The choice, the same on every rank. A single rank has nothing to choose.
 
         Raises:
             ValueError: If ``nbytes`` is not 1 or more.
-            RankMismatchError: On every rank, if it differs.
+            RankMismatchError: On every rank, if ``nbytes`` differs between ranks.
         """
         nbytes = operator.index(nbytes)
         check_same(self, [("nbytes", str(nbytes))])
@@ -78,12 +78,12 @@ class SharedMemoryCommunicator(CommunicatorBase):
         """See :meth:`CommunicatorBase.mean_arrays`.
 
         Args:
-            arrays: See there.
-            code: How numbers are sent between nodes, the same on every rank; None as they are.
+            arrays: Arrays to average; see there.
+            code: Codec of the numbers between nodes, the same on every rank; None for none.
         """
         if self.size == 1:
             return
-        # Loops over many small arrays cost as much as their exchange: no work in them that can wait.
+        # Loops over many small arrays cost as much as their exchange, so they do as little as possible.
         distinct = list(dict(zip(map(id, arrays), arrays)).values())
         dtypes = dict.fromkeys([array.dtype for array in distinct])
         for dtype in dtypes:
@@ -91,9 +91,9 @@ class SharedMemoryCommunicator(CommunicatorBase):
             self._mean(reduction.wire_dtype(dtype), group, code)
 
     def _mean(self, dtype: np.dtype[Any], arrays: list[Array], code: Codec | None) -> None:
-        """Average arrays of one dtype, none of them twice there."""
+        """Average distinct arrays of one dtype. Collective."""
         transport = self.transport
-        # In C order, and a copy where that is not the layout.
+        # Arrays that are not C-contiguous are copied, and the copies are copied back at the end.
         flat = [array if array.ndim == 1 else array.reshape(-1) for array in arrays]
         layout = transport.layout([array.size for array in flat], dtype)
         transport.run(Exchange(layout, dtype, flat, mean_to(layout, flat), flat, codec=code))
@@ -102,7 +102,7 @@ class SharedMemoryCommunicator(CommunicatorBase):
                 array[...] = copy.reshape(array.shape)
 
     def finalize(self) -> None:
-        """Give shared memory and MPI communicators back. Collective; a second call does nothing."""
+        """Free shared memory and MPI communicators. Collective; a second call does nothing."""
         transport: Transport | None = self.__dict__.pop("_transport", None)
         if transport is not None:
             transport.free()

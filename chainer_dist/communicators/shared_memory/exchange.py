@@ -1,4 +1,4 @@
-"""What is exchanged: the arrays, how they are cut, and what becomes of their sums."""
+"""The description of an exchange: arrays, their blocks, and the use of their sums."""
 
 from __future__ import annotations
 
@@ -25,20 +25,21 @@ class Exchange(NamedTuple):
         dtype: The dtype in which ``sources`` are summed.
         sources: 1-dimensional arrays, unchanged except where ``deliver`` or ``targets`` change them. None if
             there is nothing to sum. With ``is_ready`` an entry may be None until its blocks are ready.
-        deliver: Called for each block of which this rank has a slice, with the block's index, the slice's sum
-            over all ranks, the factor that makes it a mean, and an array that takes what the other ranks
-            get; both arrays are of ``dtype``, and may be one. ``deliver`` may change the sum. On a node it is
-            added in the order of rank; between up to eight nodes in theirs, between more as MPI does.
-        targets: Arrays that take the slices of the other ranks; None if they are not wanted.
-        codec: How numbers are sent between nodes, the same on every rank; None as they are. The sum that is
-            delivered is the mean already if there is one. Only for float32 and float64.
-        absent: The numbers of arrays, the same on every rank, that are zero on all of them, or whose sum is not
-            wanted. A block that has no other arrays is not exchanged: it counts as zero.
-        from_nodes: Arrays that take the slices of the ranks of equal number on other nodes, if blocks are cut
-            across nodes, also when ``targets`` is None. None, on every rank, if that is not wanted.
-            ``deliver`` is then called in any order.
-        is_ready: Function that returns whether the sources of a block are there; once True, always True. None
-            if all of them are.
+        deliver: Function that is called for each block of which this rank has a slice. Its arguments are the
+            block's index, the slice's sum over all ranks, the factor that makes the sum a mean, and an array
+            that takes the result for the other ranks. Both arrays are of ``dtype``, and may be the same one.
+            ``deliver`` may change the sum. Ranks of a node are added in the order of rank, up to eight nodes
+            in their order, and more nodes in MPI's.
+        targets: Arrays that take the slices of the other ranks, or None.
+        codec: Codec of the numbers between nodes, the same on every rank; None for none. With a codec, which
+            float32 and float64 can have, the sum that is delivered is the mean already.
+        absent: Indexes of arrays that are zero on all ranks, or whose sum is not used; the same on every rank.
+            A block that has no other arrays is not exchanged, and counts as zero.
+        from_nodes: Arrays that take the slices of the ranks of equal number on other nodes, if slices are
+            across nodes; independent of ``targets``. None on every rank for none. With them, ``deliver`` is
+            called in any order.
+        is_ready: Function that returns whether the sources of a block are computed; once True, always True.
+            None if all of them are.
     """
 
     layout: Layout
@@ -52,7 +53,7 @@ class Exchange(NamedTuple):
     is_ready: Callable[[Block], bool] | None = None
 
     def blank(self) -> set[int]:
-        """Return the indices of blocks that have nothing to sum, in an exchange that sums. Local."""
+        """Return the indexes of blocks that are not exchanged; see ``absent``. Local."""
         if not self.absent or self.sources is None:
             return set()
         blocks = enumerate(self.layout.blocks)
@@ -60,16 +61,16 @@ class Exchange(NamedTuple):
 
 
 def mean_to(layout: Layout, arrays: Sequence[Array]) -> Deliver:
-    """Return a function that delivers the mean of the local slices to arrays, and to the other ranks. Local.
+    """Return a function that delivers the means of the local slices to arrays, and to the other ranks. Local.
 
     Args:
-        layout: The layout of the exchange.
-        arrays: 1-dimensional arrays, of the sizes that were laid out.
+        layout: Layout of the exchange.
+        arrays: 1-dimensional arrays, of the sizes for which the layout was made.
     """
 
     def deliver(index: int, total: Array, scale: float, out: Array) -> None:
         own = layout.local_slice(layout.blocks[index])
-        if layout.place.ranks == 1:  # no other rank takes it from where it is
+        if layout.place.ranks == 1:  # no other rank of the node needs it in ``out``
             for view, inside in zip(own.views(arrays), own.inside):
                 np.multiply(total[inside], scale, out=view, casting="same_kind")
             return

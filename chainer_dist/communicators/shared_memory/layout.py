@@ -1,4 +1,4 @@
-"""Arrays, one behind the other, cut into blocks, and blocks into a slice for each rank of a node."""
+"""Concatenated arrays cut into blocks, and each block cut into one slice per rank of a node."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ if TYPE_CHECKING:
 
 
 class Tuning(NamedTuple):
-    """How a communicator passes blocks.
+    """Parameters of a communicator's exchanges.
 
     Attributes:
-        block_bytes: Bytes of a block.
-        in_flight: How many sums between nodes are under way at a time; 0 on one node.
+        block_bytes: Number of bytes of a block.
+        in_flight: Number of sums between nodes that are under way at a time; 0 on one node.
     """
 
     block_bytes: int
@@ -28,14 +28,14 @@ class Tuning(NamedTuple):
 
 
 class Place(NamedTuple):
-    """Where a rank is.
+    """The place of a rank among ranks and nodes.
 
     Attributes:
         rank: Number of this rank on its node.
-        ranks: How many ranks the node has.
-        node: The number of the node.
-        nodes: How many nodes there are.
-        reducers: How many ranks of each node reduce: as many as the node of fewest ranks has.
+        ranks: Number of ranks of the node.
+        node: Number of this node among the nodes.
+        nodes: Number of nodes.
+        reducers: Number of ranks of each node that reduce, which is the number of ranks of the smallest node.
     """
 
     rank: int
@@ -46,17 +46,26 @@ class Place(NamedTuple):
 
 
 class Slice(NamedTuple):
-    """Consecutive elements of a block: whole arrays, of the first and the last of which some may be missing."""
+    """Consecutive elements of a block: whole arrays, except that the first and the last may be cut.
 
-    start: int  # in the block
+    Attributes:
+        start: Number of the first element, counted from the beginning of the block.
+        stop: Number after the last element, counted likewise.
+        arrays: Slice of the arrays; empty if there are no elements.
+        begin: Number of the first element within the first array.
+        end: Number after the last element within the last array.
+        inside: Place of each array's elements, counted from ``start``.
+    """
+
+    start: int
     stop: int
-    arrays: slice  # which arrays, none of them if there are no elements
-    begin: int  # the first element of the first of them
-    end: int  # the end in the last of them
-    inside: list[slice]  # where each of them is, counted from ``start``
+    arrays: slice
+    begin: int
+    end: int
+    inside: list[slice]
 
     def views(self, arrays: Sequence[Array]) -> list[Array]:
-        """Return the elements of 1-dimensional arrays that are in the slice."""
+        """Return views of the elements of 1-dimensional arrays that are in the slice. Local."""
         views = list(arrays[self.arrays])
         if views:
             views[-1] = views[-1][: self.end]
@@ -64,7 +73,12 @@ class Slice(NamedTuple):
         return views
 
     def gather(self, arrays: Sequence[Array], out: Array | None) -> Array:
-        """Return the slice, in ``out`` or, if it is of one array and there is no ``out``, a view."""
+        """Return the elements as one array. Local.
+
+        Args:
+            arrays: 1-dimensional arrays.
+            out: Array that takes the elements. None returns a view of a single array, or a new array.
+        """
         views = self.views(arrays)
         if out is None:
             return views[0] if len(views) == 1 else np.concatenate(views)
@@ -73,32 +87,38 @@ class Slice(NamedTuple):
         return out
 
     def scatter(self, values: Array, arrays: Sequence[Array]) -> None:
-        """Copy the slice's values to the arrays."""
+        """Copy the slice's values to the arrays. Local."""
         for view, inside in zip(self.views(arrays), self.inside):
             view[...] = values[inside]
 
 
 class Block(NamedTuple):
-    """Consecutive elements of all arrays: the unit of the exchange."""
+    """Consecutive elements of all arrays: the unit of the exchange.
 
-    start: int  # number of its first element, counted through all arrays
+    Attributes:
+        start: Number of the first element, counted through all arrays.
+        stop: Number after the last element, counted likewise.
+        slices: Slices, one per rank that reduces.
+    """
+
+    start: int
     stop: int
-    slices: list[Slice]  # one for each rank that reduces
+    slices: list[Slice]
 
     @property
     def arrays(self) -> range:
-        """The numbers of the arrays of which it has elements."""
+        """Indexes of the arrays that have elements in the block."""
         some = [each.arrays for each in self.slices if each.stop > each.start]
         return range(some[0].start, some[-1].stop)
 
 
 class Layout(NamedTuple):
-    """Blocks of arrays, and which slice of each block which rank reduces. Its methods are local.
+    """Blocks of arrays, and the ranks that reduce their slices. Its methods are local.
 
     Attributes:
-        blocks: The blocks, in the order of the exchange; the same on every rank.
+        blocks: Blocks in the order of the exchange, the same on every rank.
         across: Whether each rank of the communicator has a slice of its own, rather than each rank of a
-            node. The ranks of equal number on the nodes have consecutive ones.
+            node. The ranks of equal number on the nodes have consecutive slices.
         place: Place of this rank.
     """
 
@@ -112,9 +132,9 @@ class Layout(NamedTuple):
         return slices[self.place.node if len(slices) > 1 else 0]
 
     def slices_of(self, rank: int, block: Block) -> list[Slice]:
-        """Return the slices that a rank of this node sums up over the node.
+        """Return the slices that a rank of this node sums over the node.
 
-        That is one for each node if slices are across nodes, and otherwise one, which is for all of them.
+        If slices are across nodes, there is one for each node, and otherwise a single one.
         """
         reducers = self.place.reducers
         if rank < reducers:
@@ -124,7 +144,7 @@ class Layout(NamedTuple):
         return [Slice(size, size, slice(0, 0), 0, 0, [])]
 
     def slices_of_others(self, block: Block) -> list[tuple[int, Slice]]:
-        """Return the slices that other ranks of the node reduce, each with the number of that rank."""
+        """Return the slices that other ranks of the node reduce, each after the number of its rank."""
         count = len(block.slices) // self.place.reducers
         ranks = [number // count for number in range(len(block.slices))]
         return [each for each in zip(ranks, block.slices) if each[0] != self.place.rank]
@@ -134,13 +154,14 @@ class Layout(NamedTuple):
 def partition(
     sizes: tuple[int, ...], capacity: int, reducers: int, *, whole: bool = False
 ) -> list[Block]:
-    """Cut arrays, one behind the other, into blocks of ``capacity`` elements. Local.
+    """Cut concatenated arrays into blocks of ``capacity`` elements. Local.
 
     Args:
         sizes: Number of elements of each array.
         capacity: Number of elements of a block; the last block may have fewer.
-        reducers: How many slices each block has.
-        whole: Whether each block has elements of one array, or several whole arrays; then many have fewer elements.
+        reducers: Number of slices of each block.
+        whole: Whether a block has either elements of a single array or several whole arrays, so that blocks may
+            have fewer elements.
     """
     edges = list(itertools.accumulate(sizes, initial=0))
     ends = _ends(edges, capacity) if whole else [*range(capacity, edges[-1], capacity), edges[-1]]
@@ -152,10 +173,10 @@ def partition(
 
 
 def _ends(edges: list[int], capacity: int) -> list[int]:
-    """Return where blocks end that have elements of one array, or whole arrays."""
+    """Return the ends of blocks that have either elements of a single array or several whole arrays."""
     ends = [0]
     for start, stop in zip(edges, edges[1:]):
-        if stop - ends[-1] > capacity:  # no room beside those that wait for others
+        if stop - ends[-1] > capacity:  # no room in the block with the arrays before
             if start > ends[-1]:
                 ends.append(start)
             count = -(-(stop - start) // capacity)
@@ -165,7 +186,7 @@ def _ends(edges: list[int], capacity: int) -> list[int]:
 
 
 def _share_out(edges: list[int], start: int, stop: int, reducers: int) -> list[Slice]:
-    """Share elements ``[start, stop)`` of arrays, which begin at ``edges``, out to ranks."""
+    """Return one slice per reducer of the elements ``[start, stop)`` of arrays that begin at ``edges``."""
     slices = []
     for rank in range(reducers):
         low, high = (start + (stop - start) * i // reducers for i in (rank, rank + 1))
@@ -173,7 +194,7 @@ def _share_out(edges: list[int], start: int, stop: int, reducers: int) -> list[S
             slices.append(Slice(low - start, low - start, slice(0, 0), 0, 0, []))
             continue
         first = bisect.bisect_right(edges, low) - 1
-        last = bisect.bisect_left(edges, high)  # behind the last array
+        last = bisect.bisect_left(edges, high)  # index after the last array
         ends = [low, *edges[first + 1 : last], high]
         inside = [slice(begin - low, end - low) for begin, end in zip(ends, ends[1:])]
         begin, end = low - edges[first], high - edges[last - 1]

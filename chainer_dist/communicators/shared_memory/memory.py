@@ -1,8 +1,8 @@
 """Memory that the ranks of a node share for as long as any rank has an array in it.
 
-MPI's own shared windows vanish under the arrays that view them when they are freed, and freeing them
-is collective. This memory has no name while it is used, so nothing of it outlives the ranks, however
-they end; and it is not taken from ``/dev/shm``, which is small in containers.
+A shared window of MPI has to be freed by all ranks together, and then arrays that view it are invalid. This
+memory has no name while it is used, so nothing of it outlives the ranks, however they end. It is not taken from
+``/dev/shm``, which is small in containers.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 _SHARED_MEMORY = Path("/dev/shm")  # noqa: S108 - mkstemp makes the files private
 
-_TOKEN_BYTES = 16  # written at the beginning for a moment, to know the memory by
+_TOKEN_BYTES = 16  # written at the beginning for a moment, so that ranks recognize the memory
 
 
 @collective()
@@ -39,12 +39,11 @@ def share_memory(comm: ArrayCommunicator, nbytes: int) -> Array:
     """Return zeroed memory that the ranks of this node share. Collective.
 
     Args:
-        comm: Each node of it gets memory of its own.
+        comm: Communicator, each node of which gets memory of its own.
         nbytes: Number of bytes, the same on every rank of a node.
 
     Returns:
-        Writable uint8 array of ``nbytes`` elements. The memory is freed when no rank has a view of
-        it any more.
+        Writable uint8 array of ``nbytes`` elements. The memory is freed when no rank has a view of it.
 
     Raises:
         OSError: On every rank, naming the size, if a node has no room.
@@ -63,10 +62,10 @@ def share_memory(comm: ArrayCommunicator, nbytes: int) -> Array:
 
 
 class _ReadOnlyView(np.ndarray[Any, np.dtype[Any]]):
-    """A view that cannot be written; see :func:`read_only`. What is computed from it is an ordinary array."""
+    """A view that cannot be written; see :func:`read_only`. Results of computations with it are ordinary arrays."""
 
     def copy(self, order: Literal["K", "A", "C", "F"] | None = "C") -> Array:
-        """Return an ordinary array of its own."""
+        """Return an ordinary, writable array with the same values."""
         return np.array(self, order=order)
 
     def __copy__(self) -> Array:
@@ -76,7 +75,7 @@ class _ReadOnlyView(np.ndarray[Any, np.dtype[Any]]):
         return np.array(self)
 
     def __reduce_ex__(self, protocol: SupportsIndex) -> str | tuple[Any, ...]:
-        # A pickle of protocol 5 would be read-only as well, and might be of this very memory.
+        # A pickle of protocol 5 would be read-only as well, and might refer to this very memory.
         return np.array(self).__reduce_ex__(protocol)
 
     def __array_wrap__(self, array: Any, context: Any = None, return_scalar: bool = False) -> Any:
@@ -87,7 +86,7 @@ class _ReadOnlyView(np.ndarray[Any, np.dtype[Any]]):
 def read_only(array: Array) -> Array:
     """Return a view that cannot be written, of memory that ranks share. Local.
 
-    Copies and pickles of it are ordinary arrays of their own, which can.
+    Copies and pickles of it are ordinary, writable arrays.
     """
     view = array.view(_ReadOnlyView)
     view.flags.writeable = False
@@ -96,16 +95,16 @@ def read_only(array: Array) -> Array:
 
 @functools.cache
 def memory_fence() -> Callable[[], None]:
-    """Return a function after which other ranks see what this one wrote before it. Local.
+    """Return a function that is a full memory fence between ranks of a node. Local.
 
-    And after which this rank sees what they wrote: a full fence. It has to be called between stores to data and the
-    store to the counter that publishes them, and between the load of a counter and loads of the data.
+    Other ranks see the stores of this rank before the fence once they see one after it, and this rank sees theirs. The
+    fence is needed between stores to data and the store to the counter that publishes them, and between the load of a
+    counter and loads of the data.
     """
     from mpi4py import MPI
 
-    # MPI knows what makes stores visible in order on any processor. The window is this rank's alone,
-    # so that it can be freed without the others: MPICH over libfabric aborts in MPI_Finalize if a
-    # window is left.
+    # MPI has the right fence for any processor. The window belongs to this rank alone, so that it can be freed
+    # without the others: MPICH over libfabric aborts in MPI_Finalize if a window is left.
     window = MPI.Win.Allocate_shared(1, comm=MPI.COMM_SELF)
     window.Lock_all(MPI.MODE_NOCHECK)
 
@@ -119,9 +118,9 @@ def memory_fence() -> Callable[[], None]:
 
 
 def default_directories() -> list[Path]:
-    """Return where node files are put, best first: shared memory, then temporary files. Local."""
+    """Return the directories for node files, the best one first: shared memory, then temporary files. Local."""
     found = [_SHARED_MEMORY]
-    with contextlib.suppress(FileNotFoundError):  # no directory at all can be written to
+    with contextlib.suppress(FileNotFoundError):  # raised if no directory can be written to
         found.append(Path(tempfile.gettempdir()))
     return [each for each in dict.fromkeys(found) if each.is_dir()]
 
@@ -129,7 +128,7 @@ def default_directories() -> list[Path]:
 def _share(
     node: MPI.Intracomm, size: int, create: Callable[[int], tuple[int, Path]]
 ) -> tuple[mmap.mmap | None, OSError | None]:
-    """Return a file that rank 0 creates and all ranks map, or this rank's error. Collective."""
+    """Return the mapping of a file that rank 0 of the node creates, or this rank's error. Collective."""
     created, shared, error = None, None, None
     token = os.urandom(_TOKEN_BYTES)
     try:
@@ -154,23 +153,23 @@ def _share(
 
 
 def _create_anonymous(size: int) -> tuple[int, Path]:
-    """Return descriptor and path of a file without a name, which only Linux has."""
+    """Return descriptor and path of a file without a name, which exists on Linux only. Local."""
     if not hasattr(os, "memfd_create"):
         raise OSError("no anonymous files on this system")
     descriptor = os.memfd_create("chainer_dist")
-    os.fchmod(descriptor, 0o600)  # as files have it: only this user's processes are its ranks
+    os.fchmod(descriptor, 0o600)  # only processes of this user may open it
     os.truncate(descriptor, size)
-    # Other ranks find it through this one.
+    # Other ranks open it by the descriptor of this process.
     return descriptor, Path(f"/proc/{os.getpid()}/fd/{descriptor}")
 
 
 def _create_file(size: int) -> tuple[int, Path]:
-    """Return descriptor and path of a file in shared memory, or where temporary files are."""
+    """Return descriptor and path of a file in shared memory, or in the directory of temporary files. Local."""
     directory = next(iter(default_directories()), None)
     descriptor, name = tempfile.mkstemp(prefix="chainer_dist-", dir=directory)
     path = Path(name)
     try:
-        # Room that is promised now cannot be missing when it is touched, which would be fatal.
+        # Space is reserved now: if it were missing at the first access, that would end the process.
         if hasattr(os, "posix_fallocate"):
             os.posix_fallocate(descriptor, 0, size)
         else:
@@ -185,13 +184,13 @@ def _create_file(size: int) -> tuple[int, Path]:
 def _map(path: Path, size: int, token: bytes) -> mmap.mmap:
     descriptor = os.open(path, os.O_RDWR)
     try:
-        # In containers of their own, ranks may know other processes by that path.
+        # If ranks are in different containers, the path may belong to another process here.
         if os.pread(descriptor, len(token), 0) != token:
             raise OSError(f"{path} is another file on this rank")
         shared = mmap.mmap(descriptor, size)
     finally:
         os.close(descriptor)
     if hasattr(mmap, "MADV_HUGEPAGE"):
-        with contextlib.suppress(OSError):  # a kernel may not have them
+        with contextlib.suppress(OSError):  # the kernel may not support huge pages
             shared.madvise(mmap.MADV_HUGEPAGE)
     return shared

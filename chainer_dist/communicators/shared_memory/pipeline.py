@@ -1,9 +1,9 @@
-"""Blocks of arrays on their way through the slots of a node.
+"""The pipeline by which blocks of arrays pass through the slots of a node.
 
-Each rank copies a block of its arrays into memory that all of them see, sums its own slice of the
-block over all ranks, and copies the other slices of the result back. Blocks are so small that they
-stay in the cache on the way, so that an array is read from memory once and written once. Blocks
-follow one another without a barrier; counters in the shared memory show how far each rank has come.
+Each rank copies a block of its arrays into memory that all ranks of the node share, sums its own slice of
+the block over all ranks, and copies the other slices of the result back. Blocks are so small that they stay
+in the cache meanwhile, so an array is read from memory once and written once. Blocks follow one another
+without a barrier: counters in the shared memory show the progress of each rank.
 """
 
 from __future__ import annotations
@@ -44,18 +44,18 @@ _WAIT = Kind("waiting for blocks", WAITING)
 
 
 class Pipeline:
-    """An exchange that goes on, block by block. All ranks of the communicator begin it and finish it.
+    """An exchange in progress, block by block. All ranks of the communicator begin it and finish it.
 
-    Four stages follow one another, each a block or more behind the one before, so that ranks seldom
-    wait: blocks are packed, reduced, delivered and unpacked. The sums between nodes are nonblocking:
-    several are under way at a time.
+    Blocks are packed, reduced, delivered and unpacked. Each of these four stages is a block or more behind
+    the one before, so that ranks seldom wait. Sums between nodes are nonblocking, and several are under way
+    at a time.
 
     Args:
         comm: The communicator.
         slots: The slots of the node.
         peers: The ranks of equal number on all nodes; None on one node, and on ranks that do not reduce.
-        exchange: The exchange: its layout, sources and targets.
-        in_flight: How many sums between nodes are under way at a time.
+        exchange: Description of the exchange.
+        in_flight: Number of sums between nodes that are under way at a time.
         patient: Whether to sleep rather than spin while waiting.
 
     Raises:
@@ -76,7 +76,8 @@ class Pipeline:
         self._comm, self._slots, self._peers, self._exchange = comm, slots, peers, exchange
         self._layout, self._blocks = exchange.layout, exchange.layout.blocks
         self._reducers = exchange.layout.place.reducers
-        self._sources = cast("Sequence[Array] | None", exchange.sources)  # when they are looked at
+        # An entry is None only until its block is ready, before which it is not read.
+        self._sources = cast("Sequence[Array] | None", exchange.sources)
         self._in_flight, self._patient = in_flight, patient
         self._spins = _SPINS if slots.have_cores else 0
         self._is_checked = comm.operation_log.check is not None
@@ -85,13 +86,13 @@ class Pipeline:
         self._sums = Sums(slots, self._data, peers, exchange, comm.size)
         self._verdict = Verdict(comm, slots, peers, exchange.layout)
         self._first = slots.count  # the number of the first block
-        self._packed = self._summed = self._delivered = self._unpacked = 0  # blocks
+        self._packed = self._summed = self._delivered = self._unpacked = 0  # numbers of blocks
         self._on_the_way: collections.deque[Steps] = collections.deque()  # sums between nodes
         outer = innermost()
         self._caller = _RUN if outer is None else outer.kind
 
     def advance(self) -> bool:
-        """Do all that can be done without waiting; return whether that was anything. Local."""
+        """Do all work that needs no waiting, and return whether there was any. Local."""
         moved = False
         while True:
             while self._pack():
@@ -102,19 +103,19 @@ class Pipeline:
 
     @property
     def is_done(self) -> bool:
-        """Whether there is nothing left but :meth:`end`; never if :meth:`finish` has an error to raise."""
+        """Whether only :meth:`end` is left to do; False if :meth:`finish` has an error to raise."""
         return self._has_passed and self._verdict.is_good
 
     @property
     def _has_passed(self) -> bool:
-        """Whether all blocks are through, on all nodes."""
+        """Whether this rank has unpacked all blocks, and knows whether other nodes had an error."""
         return self._unpacked == len(self._blocks) and self._verdict.is_known
 
     def finish(self) -> None:
-        """Do the rest. Collective.
+        """Do the rest of the exchange. Collective.
 
         Raises:
-            BaseException: On every rank, what went wrong on one.
+            BaseException: On every rank, an error of one rank.
         """
         with Operation(_RUN, self._comm):
             tries = 0
@@ -130,22 +131,22 @@ class Pipeline:
             self.end()
 
     def end(self) -> None:
-        """Let others use the slots, when all is done. Collective in checked mode, and if something went wrong.
+        """Free the slots for the next exchange. Collective in checked mode, and if there was an error.
 
         Raises:
-            BaseException: On every rank, what went wrong on one.
+            BaseException: On every rank, an error of one rank.
         """
         self._slots.release(len(self._blocks))
         self._verdict.close()
 
     def _wait_long(self) -> None:
-        """Wait for ranks that are far behind, and may want this core."""
+        """Wait, without using the core, for ranks that are far behind."""
         with Operation(_WAIT, self._comm, within=f"of {self._awaited()}"):
             while not (self.advance() or self._has_passed):
                 time.sleep(5e-5)
 
     def _awaited(self) -> str:
-        """Say which ranks this rank waits for."""
+        """Return the names of the ranks for which this rank waits. Local."""
         slots, first = self._slots, self._first
         if self._packed > self._summed:
             late = slots.behind(PACKED, first + self._summed + 1, slots.ranks)
@@ -160,7 +161,7 @@ class Pipeline:
         return self._verdict.late()
 
     def _pack(self) -> bool:
-        """Copy the next block to where the other ranks of the node see it, if it is time."""
+        """Copy the next block into this rank's slots, if it is ready and there is room; return whether it was."""
         slots, packed = self._slots, self._packed
         number = self._first + packed
         is_ready = self._exchange.is_ready
@@ -169,14 +170,14 @@ class Pipeline:
             or packed - self._summed > 1
             or packed - self._unpacked > 2 + self._in_flight
             or (is_ready is not None and not is_ready(self._blocks[packed]))
-            # The slot's last block is through.
+            # All ranks have unpacked the block that used the slot before.
             or not slots.has_reached(UNPACKED, number + 1 - slots.depth, slots.ranks)
         ):
             return False
         if self._sources is not None and packed not in self._blank:
             mine = self._data[slots.rank][number % slots.depth]
             with self._verdict.guard(number), Operation(PACK):
-                # The own slice is read where it is, when its turn comes.
+                # This rank's own slice is read directly from the sources, when it is summed.
                 for _, each in self._layout.slices_of_others(self._blocks[packed]):
                     each.gather(self._sources, mine[each.start : each.stop])
             if self._is_checked:
@@ -186,7 +187,7 @@ class Pipeline:
         return True
 
     def _sum(self) -> bool:
-        """Sum the local slice of the next block over the node, and begin to do so over the nodes."""
+        """Sum the local slice of the next block over the node, and begin its sum over nodes; return whether it did."""
         slots, index, number = self._slots, self._summed, self._first + self._summed
         if index == self._packed or len(self._on_the_way) >= max(1, self._in_flight):
             return False
@@ -196,11 +197,11 @@ class Pipeline:
         if is_summed and not slots.has_reached(PACKED, number + 1, slots.ranks):
             return False
         is_across = self._layout.across and out.size > 0
-        if self._on_the_way and not (is_summed or is_across):  # blocks are delivered in their order
+        if self._on_the_way and not (is_summed or is_across):  # blocks are delivered in order
             return False
         self._summed += 1
         is_between = self._peers is not None and (is_summed or is_across)
-        # The sum of a node only stays in the nearest cache.
+        # A sum that is not sent to other nodes goes to memory of this rank, which stays in the nearest cache.
         total = out if is_between else slots.scratch.view(out.dtype)[: out.size]
         own = total
         if is_summed:
@@ -219,7 +220,7 @@ class Pipeline:
         return True
 
     def _sum_over_node(self, index: int, total: Array, *, in_place: bool) -> Array:
-        """Return the sum of the local slice, which is in ``total`` or, if that will do, where it is."""
+        """Return the sum of the local slice: ``total``, or with ``in_place`` possibly the sources themselves."""
         number, ranks = self._first + index, self._slots.ranks
         with self._verdict.guard(number):
             own = self._sums.in_place(index, total.dtype) if in_place else None
@@ -231,9 +232,10 @@ class Pipeline:
         return total
 
     def _deliver(self) -> bool:
-        """Deliver the next sum over the nodes, if it is there."""
+        """Deliver the next sum over nodes, if it is complete; return whether it was."""
         if not self._on_the_way:
             return False
+        # A test of one request advances all sums of MPI; the other sums have several steps each.
         asked = 1 if self._sums.are_by_mpi else len(self._on_the_way)
         is_there, *_ = [each.test() for each in itertools.islice(self._on_the_way, asked)]
         if not is_there:
@@ -250,10 +252,10 @@ class Pipeline:
         return True
 
     def _work(self, index: int, total: Array, out: Array) -> None:
-        """Have the sum of a slice delivered, if there is one."""
+        """Call the exchange's ``deliver`` with the sum of a slice, unless that is empty."""
         if out.size:
             guard = self._verdict.guard(self._first + index, BaseException)
-            with guard, Operation(self._caller):  # whose work it is
+            with guard, Operation(self._caller):  # the time counts as the caller's
                 self._exchange.deliver(index, total, self._sums.scale, out)
 
     def _publish_delivery(self) -> None:
@@ -264,11 +266,11 @@ class Pipeline:
         self._slots.publish(REDUCED, number + 1)
 
     def _settle(self) -> bool:
-        """Find out, after the last block, whether one failed on other nodes, and publish that on this node."""
+        """After the last block, find out whether any failed on other nodes; return whether anything has changed."""
         return self._delivered == len(self._blocks) and self._verdict.settle()
 
     def _unpack(self) -> bool:
-        """Copy the others' slices of the next block, if they are there."""
+        """Copy the other ranks' slices of the next block, if they are published; return whether they were."""
         slots, number = self._slots, self._first + self._unpacked
         reducers = self._reducers
         if self._unpacked == self._delivered or not slots.has_reached(
@@ -288,7 +290,7 @@ class Pipeline:
         return True
 
     def _check_stamps(self, stage: int, number: int, ranks: int) -> None:
-        """In checked mode, raise if a slot that is read is not that of this block."""
+        """In checked mode, raise if the slot of a rank does not have the block that is read."""
         if self._is_checked:
             for rank in range(ranks):
                 self._slots.check_stamp(stage, number, rank)

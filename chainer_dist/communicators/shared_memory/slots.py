@@ -1,13 +1,13 @@
-"""Memory that the ranks of a node share: slots for blocks, and counters that show how far each rank has come.
+"""Memory that the ranks of a node share: slots for blocks, and counters that show the progress of each rank.
 
-All order between what different ranks write and read is made here, by two pairs. :meth:`Slots.publish` has a
-fence between what a rank has written before, to slots too, and its counter; :meth:`Slots.has_reached` has one between
-the counters of others and what is read after. So a rank that has seen a counter sees all that was written before it
-was published. Counters are aligned numbers of eight bytes, which processors store and load whole; the fence is MPI's
-own (see :func:`~chainer_dist.communicators.shared_memory.memory.memory_fence`). Nothing else is relied on.
+Two methods establish all order between writes and reads of different ranks. :meth:`Slots.publish` has a fence between
+earlier writes of a rank, also to slots, and its counter. :meth:`Slots.has_reached` has a fence between the counters of
+other ranks and later reads. So a rank that has seen a counter sees all writes from before that counter was published.
+Counters are aligned numbers of eight bytes, which processors store and load at once. The fence is MPI's own (see
+:func:`~chainer_dist.communicators.shared_memory.memory.memory_fence`). The code relies on nothing else.
 
-Checked mode looks whether that holds: the last that a rank writes to a slot before it publishes is the block's number,
-a stamp, and readers compare it with the number that they want, before they read the slot and afterwards.
+Checked mode tests this: the last write of a rank to a slot, before it publishes, is a stamp with the number of the
+block. Readers compare the stamp with the number that they expect, before they read the slot and afterwards.
 """
 
 from __future__ import annotations
@@ -24,32 +24,32 @@ if TYPE_CHECKING:
     from chainer_dist.collectives.arrays import ArrayCommunicator
 
 BLOCK_BYTES = 1 << 20
-# Three blocks are under way at a time: one being packed, one reduced, one unpacked. Many more slots
-# than that are worth their memory where cores have no cache in common: a line that another core has
-# read lately is written ten times more slowly there (2.9 against 38 GB/s on one virtual machine,
-# whose two cores have or have not, from one minute to the next).
+# Three blocks are under way at a time: one is packed, one reduced and one unpacked. Many more slots are worth
+# their memory where cores share no cache: there, writes to a cache line that another core has just read are ten
+# times slower (2.9 against 38 GB/s on one virtual machine, whose two cores share a cache or not, from one minute
+# to the next).
 SLOTS = 12
 _FEWEST_SLOTS = 4
-_NODE_BYTES = 256 << 20  # that many slots may take on a node of many ranks
+_NODE_BYTES = 256 << 20  # most bytes of all slots on a node of many ranks
 _MOST_IN_FLIGHT = 8
 
-_LINE_BYTES = 64  # counters of different ranks, and kinds, are on cache lines of their own
-# What a rank has done with so many blocks, counted over all exchanges. An exchange is settled when a rank knows
-# whether it went wrong on other nodes.
+_LINE_BYTES = 64  # counters of different ranks and stages are on separate cache lines
+# Stages, by the position of their counters. A counter has the number of blocks that have passed the stage on a rank,
+# over all exchanges. A block is settled once a rank knows whether its exchange failed on other nodes.
 PACKED, REDUCED, UNPACKED, SETTLED, _FAILED = (i * _LINE_BYTES // 8 for i in range(5))
 _COUNTER_BYTES = 5 * _LINE_BYTES
-_STAMP_BYTES = _LINE_BYTES  # of a slot: one for what was packed, one for what was reduced
+_STAMP_BYTES = _LINE_BYTES  # of a slot: one stamp for its packed block, one for its reduced block
 
 
 def n_slots(ranks: int) -> int:
-    """Return how many blocks of its own a rank can have under way, on a node of so many. Local."""
+    """Return how many slots each rank has on a node of ``ranks`` ranks. Local."""
     return max(_FEWEST_SLOTS, min(SLOTS, _NODE_BYTES // (ranks * BLOCK_BYTES)))
 
 
 def sums_in_flight(ranks: int) -> int:
     """Return how many sums between nodes are under way at a time, unless tuned. Local.
 
-    So many keep the links busy while ranks pack and unpack other blocks.
+    This number keeps the network busy while ranks pack and unpack other blocks.
 
     Args:
         ranks: Number of ranks of a node.
@@ -58,19 +58,22 @@ def sums_in_flight(ranks: int) -> int:
 
 
 class Slots:
-    """The slots and counters of all ranks of a node. Creating them is collective, all else is local.
+    """The slots and counters of all ranks of a node. Creating them is collective; all methods are local.
 
     Args:
         comm: The communicator, each node of which gets memory of its own.
 
     Attributes:
-        rank: This rank's number on the node.
-        ranks: How many ranks the node has.
-        depth: How many slots each rank has.
-        block_bytes: Bytes of a slot.
+        rank: Number of this rank on the node.
+        ranks: Number of ranks of the node.
+        depth: Number of slots of each rank.
+        block_bytes: Number of bytes of a slot.
         have_cores: Whether the node has a core for each rank, so that ranks may spin.
-        scratch: This rank's own memory of the size of a slot, as bytes.
-        count: Number of the blocks of all exchanges that have ended; the same on every rank.
+        scratch: Memory of this rank alone, of the size of a slot, as bytes.
+        count: Number of blocks of all exchanges that have ended; the same on every rank.
+
+    Raises:
+        OSError: On every rank, if a node has no room for the memory.
     """
 
     def __init__(self, comm: ArrayCommunicator) -> None:
@@ -93,10 +96,10 @@ class Slots:
         self._names = node.allgather(comm.rank)
 
     def occupy(self) -> None:
-        """Begin an exchange, of which there is one at a time.
+        """Begin an exchange; there can be only one at a time.
 
         Raises:
-            RuntimeError: If an earlier one has not come to its end.
+            RuntimeError: If an earlier exchange has not ended.
         """
         if self._is_occupied:
             raise RuntimeError(
@@ -110,32 +113,34 @@ class Slots:
         """End an exchange.
 
         Args:
-            blocks: How many blocks it had.
+            blocks: Number of its blocks.
         """
         self._is_occupied = False
         self.count += blocks
 
     def views(self, dtype: np.dtype[Any]) -> list[Array]:
-        """Return for each rank of the node its slots, an array of shape ``(depth, n)``."""
+        """Return the slots of each rank of the node as an array of shape ``(depth, n)``."""
         return [each.view(dtype).reshape(self.depth, -1) for each in self._data]
 
     def publish(self, stage: int, count: int) -> None:
-        """Publish that this rank has come to ``count`` blocks, and has written what belongs to them.
+        """Publish that ``count`` blocks have passed a stage on this rank, with all writes that belong to them.
 
         Args:
-            stage: ``PACKED``, ``REDUCED``, ``UNPACKED`` or ``SETTLED``.
+            stage: Stage: ``PACKED``, ``REDUCED``, ``UNPACKED`` or ``SETTLED``.
             count: Number of blocks, counted over all exchanges.
         """
         self._fence()
         self._counters[self.rank][stage] = count
 
     def has_reached(self, stage: int, count: int, ranks: int) -> bool:
-        """Return whether the first ranks of the node have come to ``count`` blocks; if so, read what they wrote.
+        """Return whether ``count`` blocks have passed a stage on the first ranks of the node.
+
+        If so, later reads of this rank see the writes that belong to these blocks.
 
         Args:
-            stage: See :meth:`publish`.
-            count: See :meth:`publish`.
-            ranks: How many of the ranks.
+            stage: Stage; see :meth:`publish`.
+            count: Number of blocks; see :meth:`publish`.
+            ranks: Number of ranks that count.
         """
         for counters in self._counters[:ranks]:
             if counters[stage] < count:
@@ -144,38 +149,46 @@ class Slots:
         return True
 
     def behind(self, stage: int, count: int, ranks: int) -> str:
-        """Name the ranks that :meth:`has_reached` waits for; an empty string if there are none."""
+        """Return the names of the ranks for which :meth:`has_reached` is False, or an empty string."""
         late = [self._names[i] for i in range(ranks) if self._counters[i][stage] < count]
         return f"rank {', '.join(map(str, late))}" if late else ""
 
     def fail(self, number: int) -> None:
-        """Note that a block went wrong here. Other ranks see that with what is published next.
+        """Record that a block failed on this rank. Other ranks see that together with the next published counter.
 
         Args:
-            number: The block's number, counted over all exchanges from 0.
+            number: Number of the block, counted over all exchanges from 0.
         """
         self._counters[self.rank][_FAILED] = number + 1
 
     def has_failed(self, first: int, stop: int) -> bool:
-        """Return whether a block of ``range(first, stop)`` went wrong on a rank of the node.
+        """Return whether a block of ``range(first, stop)`` failed on a rank of the node.
 
-        What went wrong in a later exchange, which a faster rank may have begun, does not count.
+        Failures in a later exchange, which a faster rank may have begun, do not count.
         """
         return any(first < counters[_FAILED] <= stop for counters in self._counters)
 
     def stamp(self, stage: int, number: int) -> None:
-        """Write the number of a block to this rank's slot, behind its data: ``PACKED`` or ``REDUCED``."""
+        """Stamp this rank's slot with the number of a block, after its data.
+
+        Args:
+            stage: Stage of the data: ``PACKED`` or ``REDUCED``.
+            number: Number of the block.
+        """
         self._counters[self.rank][self._stamp(stage, number)] = number + 1
 
     def check_stamp(self, stage: int, number: int, rank: int) -> None:
-        """Raise RuntimeError if a slot, whose counter was seen, is not that of this block.
+        """Check that a slot has the block that its rank has published.
 
         Args:
-            stage: See :meth:`stamp`.
+            stage: Stage; see :meth:`stamp`.
             number: Number of the block.
             rank: Rank of the node whose slot is read.
+
+        Raises:
+            RuntimeError: If the slot has another block.
         """
-        self._fence()  # what was read before was read before the stamp
+        self._fence()  # earlier reads come before the read of the stamp
         found = self._counters[rank][self._stamp(stage, number)] - 1
         if found != number:
             raise RuntimeError(
@@ -188,5 +201,5 @@ class Slots:
         return (_COUNTER_BYTES + number % self.depth * _STAMP_BYTES) // 8 + (stage == REDUCED)
 
     def free(self) -> None:
-        """Let go of the memory."""
+        """Drop this rank's references to the memory."""
         self._counters, self._data = [], []

@@ -24,17 +24,18 @@ if TYPE_CHECKING:
 
 
 class Sums:
-    """How this rank reduces the blocks of an exchange. Local, but for what it sends to its peers.
+    """The sums of an exchange's blocks on this rank. Methods are local, except that they may message peers.
 
     Args:
         slots: The slots of the node.
         data: Views of the slots in the dtype of the exchange.
         peers: The ranks of equal number on all nodes; None on one node, and on ranks that do not reduce.
-        exchange: The exchange: its layout, sources and targets.
-        ranks: How many ranks the communicator has.
+        exchange: Description of the exchange.
+        ranks: Number of ranks of the communicator.
 
     Attributes:
-        scale: Factor that makes a sum over the nodes a mean.
+        scale: Factor that makes a sum over all ranks a mean; 1 with a codec, whose sums are means already.
+        are_by_mpi: Whether sums over nodes are MPI's.
     """
 
     def __init__(
@@ -47,13 +48,13 @@ class Sums:
     ) -> None:
         self._slots, self._peers, self._exchange = slots, peers, exchange
         self._layout, self._blocks = exchange.layout, exchange.layout.blocks
-        self._sources = cast("Sequence[Array]", exchange.sources)  # when they are looked at
+        # They are not None, nor is an entry, when they are read.
+        self._sources = cast("Sequence[Array]", exchange.sources)
         self._codec = exchange.codec if exchange.layout.place.nodes > 1 else None
         self._mean_scale = 1.0 / ranks
         self.scale = self._mean_scale if self._codec is None else 1.0
         self._data = data
         self._first = slots.count
-        # MPI goes on with all of its own when it is asked for one; the others have several steps.
         self.are_by_mpi = (
             peers is not None
             and peers.by_mpi
@@ -62,7 +63,7 @@ class Sums:
         )
 
     def slot(self, index: int) -> Array:
-        """Return where the local slice of a block goes, in this rank's slot."""
+        """Return the place of a block's local slice in this rank's slot."""
         slots = self._slots
         own = self._layout.slices_of(slots.rank, self._blocks[index])
         slot: Array = self._data[slots.rank][(self._first + index) % slots.depth]
@@ -90,10 +91,11 @@ class Sums:
                     out += share
 
     def in_place(self, index: int, dtype: np.dtype[Any]) -> Array | None:
-        """Return the local slice of a block if it is of one array, and no other rank of the node adds to it.
+        """Return the local slice of a block as a view of the sources, if a sum can read it there, or None.
 
-        Only a direct sum can take it from there. Not during backward: a function that changes a gradient
-        in place might do so between sending and adding, and ranks would come to different sums.
+        That needs a slice of a single array, a single rank on the node, and a direct sum. It is not possible
+        during backward: a function might change the gradient in place between sending and adding, and ranks
+        would get different sums.
         """
         is_direct = self._codec is None and not self.are_by_mpi
         if not is_direct or self._slots.ranks > 1 or self._exchange.is_ready is not None:
@@ -106,9 +108,9 @@ class Sums:
         """Begin to sum the local slice of a block over the nodes.
 
         Args:
-            peers: The peers.
+            peers: The ranks of equal number on all nodes.
             index: Index of the block.
-            own: The sum over this node; it may be ``total``.
+            own: Sum over this node; it may be ``total``.
             total: Array that takes the sum over all nodes.
         """
         if self._codec is not None:
@@ -127,13 +129,14 @@ class Sums:
         *,
         is_summed: bool,
     ) -> Steps:
-        """Begin to sum the slices that a rank of each node has in a block, each of them for one node.
+        """Begin to sum the slices of the ranks of equal number, of which each node gets one.
 
         Args:
-            peers: The peers.
+            peers: The ranks of equal number on all nodes.
             index: Index of the block.
-            total: The sum over this node.
-            work: Called with the index, the own slice of the sum over all nodes, and where the result goes.
+            total: Sum over this node.
+            work: Function of the index, this rank's slice of the sum over all nodes, and the array that takes
+                the result.
             is_summed: Whether there is anything to sum.
         """
         of_nodes = self._layout.slices_of(self._slots.rank, self._blocks[index])
@@ -155,7 +158,7 @@ class Sums:
         )
 
     def take_from_nodes(self, index: int, total: Array) -> None:
-        """Copy what the other nodes have made of their slices of a block, to the arrays that take it."""
+        """Copy the results of other nodes for their slices of a block to the exchange's ``from_nodes``."""
         arrays = self._exchange.from_nodes
         if arrays is None or self._peers is None:
             return

@@ -1,4 +1,4 @@
-"""How the ranks of a communicator exchange blocks: by slots on a node, by messages between nodes."""
+"""The transport of blocks between the ranks of a communicator: slots on a node, messages between nodes."""
 
 from __future__ import annotations
 
@@ -25,18 +25,19 @@ _SMALL_BLOCK_BYTES = 256 << 10
 
 
 class Transport:
-    """Slots of a node, and peers on the other nodes. Creating one is collective.
+    """The slots of a node, and the peers on the other nodes. Creating one is collective.
 
     Args:
         comm: The communicator.
-        patient: Whether to sleep rather than spin while waiting, so that a thread that computes
-            has the core and Python's lock.
+        patient: Whether to sleep rather than spin while waiting, so that a computing thread can have
+            the core and Python's lock.
 
     Attributes:
-        tuning: How large blocks are, and how many are under way at a time; the same on every rank. In
-            exchanges that are advanced seldom, as many are as there is room for.
-        untuned: The value of ``tuning`` unless it is changed; small models are then cut into smaller blocks.
-        most: The largest ``tuning`` that there is room for.
+        place: Place of this rank.
+        tuning: Size of blocks, and number of sums under way at a time; the same on every rank. Exchanges
+            during backward, which are advanced seldom, have as many sums under way as there is room for.
+        untuned: Initial value of ``tuning``, with which small models are cut into smaller blocks.
+        most: Largest ``tuning`` for which there is room.
     """
 
     def __init__(self, comm: ArrayCommunicator, *, patient: bool = False) -> None:
@@ -44,11 +45,11 @@ class Transport:
 
         node = comm.node_comm
         nodes = comm.inter_size
-        # Nodes may have different numbers of ranks; so many slices as the smallest has.
+        # Nodes may have different numbers of ranks. Blocks have as many slices as the smallest node has ranks.
         reducers = cast("int", comm.mpi_comm.allreduce(node.size, MPI.MIN))
         self.place = Place(node.rank, node.size, comm.inter_rank, nodes, reducers)
         self._comm, self._patient = comm, patient
-        # Each rank on a node of its own: what is of one array is exchanged from where it is.
+        # If each rank has a node of its own, blocks of a single array can be sent without a copy.
         self._is_alone = comm.size == nodes
         self._peers: between_nodes.Peers | None = None
         if nodes > 1:
@@ -59,13 +60,13 @@ class Transport:
         self._slots = Slots(comm)
         in_flight = sums_in_flight(node.size) if nodes > 1 else 0
         self.most = Tuning(self._slots.block_bytes, in_flight)
-        # More messages only wait for one another, where the messages of a block are all under way at once.
+        # In a direct sum all messages of a block are under way at once, so more blocks would only wait.
         few = in_flight if nodes > between_nodes.MOST_NODES else min(in_flight, _DIRECT_IN_FLIGHT)
         self.tuning = self.untuned = Tuning(self._slots.block_bytes, few)
 
     @property
     def scratch(self) -> Array:
-        """Where the sum of a slice is while it is delivered, as bytes."""
+        """Memory that has the sum of a slice while it is delivered, as bytes."""
         return self._slots.scratch
 
     def layout(
@@ -76,18 +77,18 @@ class Transport:
         seldom: bool = False,
         across: bool = False,
     ) -> Layout:
-        """Cut arrays of so many elements, one behind the other, into blocks. Local.
+        """Return the layout of concatenated arrays, cut into blocks. Local.
 
         Args:
             sizes: Number of elements of each array.
-            dtype: The dtype in which they are reduced.
-            seldom: Whether exchanges are advanced seldom: then as much as possible is to be under way.
+            dtype: Dtype in which they are reduced.
+            seldom: Whether exchanges are advanced seldom, so that larger blocks are better.
             across: Whether each rank of the communicator has a slice of its own, rather than each
                 rank of a node.
         """
         nbytes = self.tuning.block_bytes
         if self.tuning == self.untuned and self.untuned.in_flight:
-            # Of a small model, too, several blocks are on their way at a time.
+            # Blocks of a small model are smaller, so that several can be under way at a time.
             fewest = _SMALL_BLOCK_BYTES * (2 if seldom else 1)
             nbytes = min(nbytes, max(fewest, sum(sizes) * dtype.itemsize // _FEWEST_BLOCKS))
         slices = self.place.reducers * (self.place.nodes if across else 1)
@@ -98,27 +99,27 @@ class Transport:
         """Reduce arrays, work on the local slice of each block, and share the result. Collective.
 
         Args:
-            exchange: The exchange: its layout, sources and targets.
+            exchange: Description of the exchange.
 
         Raises:
-            BaseException: On every rank, what went wrong on one, after the last block.
-            RuntimeError: If an earlier exchange has not come to its end.
+            BaseException: On every rank, an error of one rank, after the last block.
+            RuntimeError: If an earlier exchange has not ended.
         """
         self.begin(exchange).finish()
 
     def begin(self, exchange: Exchange) -> Pipeline:
-        """Begin what :meth:`run` does. Local.
+        """Begin an exchange, for which :meth:`run` would wait. Local.
 
         All ranks of the communicator must begin it, and finish it before the next one.
 
         Args:
-            exchange: The exchange: its layout, sources and targets.
+            exchange: Description of the exchange.
 
         Returns:
-            Its blocks on their way, to be advanced at times, and finished.
+            The pipeline of the exchange, to be advanced now and then, and finished.
 
         Raises:
-            RuntimeError: If an earlier exchange has not come to its end.
+            RuntimeError: If an earlier exchange has not ended.
         """
         tuning = self.tuning if exchange.is_ready is None else self.most
         return Pipeline(
@@ -131,7 +132,7 @@ class Transport:
         )
 
     def free(self) -> None:
-        """Give the memory back. Collective."""
+        """Free memory and communicator. Collective."""
         self._slots.free()
         if self._peers is not None:
             self._peers.mpi_comm.Free()

@@ -1,4 +1,4 @@
-"""Trying out how large the blocks of an exchange are best, and how many are best under way at a time."""
+"""Measurements of the best size of blocks, and of the best number of sums under way at a time."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ _ROUNDS = 5
 
 
 def tune(comm: ArrayCommunicator, transport: Transport, nbytes: int) -> Tuning:
-    """Measure, and let a communicator use what is fastest. Collective.
+    """Measure the tunings of a communicator, and use the fastest one from now on. Collective.
 
     Args:
-        comm: The communicator that is tuned.
-        transport: The way on which it does.
-        nbytes: Bytes of the model's parameters.
+        comm: The communicator.
+        transport: The transport of the communicator.
+        nbytes: Number of bytes of the model's parameters, the same on every rank.
 
     Returns:
-        The fastest.
+        The fastest tuning, the same on every rank.
     """
     from mpi4py import MPI
 
@@ -38,7 +38,7 @@ def tune(comm: ArrayCommunicator, transport: Transport, nbytes: int) -> Tuning:
     while sizes[-1] // 2 >= _FEWEST_BYTES:
         sizes.append(sizes[-1] // 2)
     flights = [1 << power for power in range(most.in_flight.bit_length())] or [0]
-    # What is first wins if another is as fast.
+    # The first of several equally fast ones wins.
     others = [Tuning(*each) for each in itertools.product(sizes, flights[::-1])]
     candidates = [*dict.fromkeys([transport.untuned, *others])]
     data = np.zeros(max(nbytes // 4, 1), dtype=np.float32)
@@ -49,7 +49,7 @@ def tune(comm: ArrayCommunicator, transport: Transport, nbytes: int) -> Tuning:
             comm.mpi_comm.Barrier()
             began = time.perf_counter()
             comm.mean_arrays([data])
-            # The slowest rank's: so all ranks choose the same.
+            # The time of the slowest rank counts, so that all ranks choose the same.
             lasted = cast("float", comm.mpi_comm.allreduce(time.perf_counter() - began, MPI.MAX))
             if turn:  # the first is a warm-up
                 seconds[each].append(lasted)

@@ -1,4 +1,4 @@
-"""Whether an exchange went wrong on any rank, found out by all ranks together."""
+"""The agreement of all ranks on whether an exchange failed on any of them."""
 
 from __future__ import annotations
 
@@ -22,15 +22,15 @@ if TYPE_CHECKING:
 class Verdict:
     """Errors of an exchange, raised at its end on every rank.
 
-    An error is noted with the number of its block, while all blocks go on, as other ranks wait for them. At the
-    end every rank of the node has seen the number, as it has waited for that block. Ranks of equal number on the
-    nodes compare as soon as they have delivered the last block, and publish the result on their node.
+    An error is recorded with the number of its block, and the exchange continues, as other ranks wait for its
+    blocks. At the end every rank of the node has seen the number, since it has waited for that block. Ranks of equal
+    number on the nodes compare as soon as they have delivered the last block, and publish the result on their node.
 
     Args:
         comm: The communicator.
         slots: The slots of the node.
         peers: The ranks of equal number on all nodes; None on one node, and on ranks that do not reduce.
-        layout: The blocks of the exchange.
+        layout: Layout of the exchange.
     """
 
     def __init__(
@@ -47,29 +47,30 @@ class Verdict:
         self._has_told = False
 
     def guard(self, number: int | None, kinds: type[BaseException] = Exception) -> _Guard:
-        """Return a context that notes an error instead of raising it. Local.
+        """Return a context that records an error instead of raising it. Local.
 
         Args:
-            number: Number of the block, if the other ranks cannot have completed it; None if they may have, so
-                that the error can no longer reach them.
-            kinds: Which errors are noted; others, such as an interrupt, end the exchange on this rank at once.
+            number: Number of the block. None if the other ranks may have completed the block already, so that
+                the error cannot reach them.
+            kinds: Class of the errors that are recorded. Others, such as an interrupt, end the exchange on this
+                rank at once.
         """
         return _Guard(self, number, kinds)
 
     def note(self, error: BaseException, number: int | None) -> None:
-        """Note an error; see :meth:`guard`. Local."""
+        """Record an error; see :meth:`guard`. Local."""
         self._error = self._error or error
         if number is not None:
             self._slots.fail(number)
 
     @property
     def is_known(self) -> bool:
-        """Whether the other nodes' part in it is known on this node."""
+        """Whether this node knows whether the exchange failed on other nodes."""
         return not self._is_needed or self._slots.has_reached(SETTLED, self._stop, self._reducers)
 
     @property
     def is_good(self) -> bool:
-        """Whether there is nothing to raise, and nothing to find out together; the same on every rank at the end."""
+        """Whether :meth:`close` has no error to raise or find out; the same on every rank at the end."""
         return not (self._is_checked or self._slots.has_failed(self._first, self._stop))
 
     @property
@@ -78,13 +79,16 @@ class Verdict:
         return self._asking is not None and not self._has_told
 
     def late(self) -> str:
-        """Name the ranks of the node that have not published whether blocks failed on other nodes."""
+        """Return the names of the node's ranks that have not published whether other nodes failed."""
         return self._slots.behind(SETTLED, self._stop, self._reducers)
 
     def settle(self) -> bool:
-        """Go on to compare with other nodes, and to publish on this one; return whether anything has changed. Local.
+        """Advance the comparison with other nodes, and publish its result on this node. Local.
 
-        It is for when this rank has delivered the last block.
+        It is called after this rank has delivered the last block.
+
+        Returns:
+            Whether the result was published now.
         """
         if self._has_told or self._peers is None or not self._is_needed:
             return False
@@ -100,11 +104,11 @@ class Verdict:
         return True
 
     def close(self) -> None:
-        """Raise what went wrong. Collective in checked mode, and if something went wrong.
+        """Raise the error of the exchange, if there is one. Collective in checked mode, and if there is one.
 
         Raises:
-            BaseException: On every rank, the error of one. On this rank alone, an error that came after all was
-                published as well: outside of checked mode, while a block was unpacked.
+            BaseException: On every rank, an error of one rank. An error while a block is unpacked, which comes
+                too late for the others, is raised on this rank alone outside of checked mode.
         """
         is_good, error = self.is_good, self._error
         self._error = None
