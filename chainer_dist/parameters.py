@@ -109,8 +109,6 @@ class ParameterSet:
         names: Names of ``params``.
         arrays: Arrays of ``params``.
         unsupported: Reason why they cannot be exchanged, or an empty string.
-        grads: Gradients of ``params``, each an array or None.
-        has_grad: One bool for each of ``params``: whether it has a gradient.
     """
 
     def __init__(self, model: chainer.Link) -> None:
@@ -118,7 +116,8 @@ class ParameterSet:
         self.structure, self.digest, self.all = layout.structure, layout.digest, layout.all
         self.names, self.params, self.arrays = layout.names, layout.params, layout.arrays
         self.unsupported = layout.unsupported
-        self.look_at_grads()
+        self._grads: list[Array | None] | None = None
+        self._has_grad: tuple[bool, ...] | None = None
 
     @property
     def digests(self) -> tuple[int, int]:
@@ -135,10 +134,23 @@ class ParameterSet:
             param.grad = np.zeros_like(param.array)
         self.look_at_grads()
 
+    @property
+    def grads(self) -> list[Array | None]:
+        """Gradients of ``params``, each an array or None, as they were when this was first asked."""
+        if self._grads is None:
+            self._grads = [param.grad for param in self.params]
+        return self._grads
+
+    @property
+    def has_grad(self) -> tuple[bool, ...]:
+        """One bool for each of ``params``: whether it has a gradient."""
+        if self._has_grad is None:
+            self._has_grad = tuple([grad is not None for grad in self.grads])
+        return self._has_grad
+
     def look_at_grads(self) -> None:
         """Read the gradients of the parameters again, after they were set."""
-        self.grads = [param.grad for param in self.params]
-        self.has_grad = tuple([grad is not None for grad in self.grads])
+        self._grads = self._has_grad = None
 
     def count_as_having(self, has_grad: Sequence[bool]) -> None:
         """Set which parameters count as having a gradient, for example one that is kept elsewhere.
@@ -146,7 +158,7 @@ class ParameterSet:
         Args:
             has_grad: One bool for each of :attr:`params`.
         """
-        self.has_grad = tuple(has_grad)
+        self._has_grad = tuple(has_grad)
 
     def describe(self) -> list[tuple[str, str]]:
         """Return names and descriptions in words, for errors."""

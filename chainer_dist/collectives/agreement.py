@@ -9,10 +9,7 @@ import hashlib
 import operator
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar, cast
 
-import numpy as np
-
 from chainer_dist.collectives.failures import AGREE, describe_error, in_words, raise_first
-from chainer_dist.collectives.operation import Operation
 from chainer_dist.errors import RankMismatchError
 
 if TYPE_CHECKING:
@@ -45,15 +42,7 @@ def agree(comm: ObjectCommunicator, *digests: int) -> tuple[bool, ...]:
     Returns:
         One bool a digest, the same on every rank.
     """
-    from mpi4py import MPI
-
-    count = len(digests)
-    extremes = np.empty(2 * count, dtype=np.int64)
-    extremes[:count] = digests
-    np.negative(extremes[:count], out=extremes[count:])
-    with Operation(AGREE, comm):
-        comm.mpi_comm.Allreduce(MPI.IN_PLACE, extremes, MPI.MAX)
-    return tuple((extremes[:count] == -extremes[count:]).tolist())
+    return comm.compare_numbers(AGREE, digests)
 
 
 def agreed_rank(comm: ObjectCommunicator, rank: object, name: str) -> int:

@@ -13,8 +13,6 @@ from __future__ import annotations
 import pickle
 from typing import TYPE_CHECKING, Any, NamedTuple, Optional
 
-import numpy as np
-
 from chainer_dist.collectives.operation import WAITING, Kind, Operation
 
 if TYPE_CHECKING:
@@ -43,6 +41,7 @@ Failure = Optional[tuple[ErrorClass, str]]
 
 # Often the first operation of a step, so the ranks wait for the slowest one in it.
 AGREE = Kind("agreement", WAITING)
+_ERRORS = Kind("comparison of errors", WAITING)
 
 # Classes that do not say what went wrong.
 _GENERAL = (Exception, BaseException, object)
@@ -58,17 +57,14 @@ def raise_together(comm: Group, error: BaseException | None) -> None:
     Raises:
         BaseException: The error that :func:`raise_first` raises, given the errors of all ranks.
     """
-    from mpi4py import MPI
-
     if comm.size == 1:
         if error is not None:
             raise error
         return
-    has_failed = np.array([error is not None])
-    with Operation(AGREE, comm):
-        comm.mpi_comm.Allreduce(MPI.IN_PLACE, has_failed, MPI.LOR)
-        if not has_failed[0]:
-            return
+    (is_same,) = comm.compare_numbers(_ERRORS, [error is not None])
+    if is_same and error is None:
+        return
+    with Operation(_ERRORS, comm):
         failures = comm.mpi_comm.allgather(describe_error(error))
     raise_first(dict(enumerate(failures)), error)
 

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import array
 import contextlib
+import functools
+import zlib
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar, cast
 
 from chainer_dist.collectives import operation
-from chainer_dist.errors import FinalizedCommunicatorError
+from chainer_dist.errors import FinalizedCommunicatorError, RankMismatchError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterator, Sequence
     from types import TracebackType
 
     from mpi4py import MPI
@@ -18,6 +21,10 @@ if TYPE_CHECKING:
 Made = TypeVar("Made")
 
 _FINALIZE = operation.Kind("finalize", operation.EXCHANGE)
+
+# How many numbers a comparison has room for, those of its kind and of its length among them. All comparisons
+# are of one size, so that ranks that have come to different ones still understand one another.
+ROOM = 16
 
 
 class Group:
@@ -110,6 +117,52 @@ class Group:
     def inter_size(self) -> int:
         """Number of nodes that the group spans."""
         return self._inter_size
+
+    def compare_numbers(self, kind: operation.Kind, numbers: Sequence[int]) -> tuple[bool, ...]:
+        """Return for each number whether it is the same on all ranks. Collective: one small allreduce or less.
+
+        Args:
+            kind: What is compared. Its name is the same on every rank, or all raise.
+            numbers: At most ``ROOM - 2`` integers above ``-2**63``, as many on every rank.
+
+        Raises:
+            RankMismatchError: On every rank, if ranks have come to different comparisons.
+        """
+        if len(numbers) > ROOM - 2:
+            raise ValueError(f"{len(numbers)} numbers were given, expected {ROOM - 2} or fewer")
+        with operation.Operation(kind, self):
+            if self.size == 1:
+                return (True,) * len(numbers)
+            same_kind, same_length, *same = self._compare(
+                [_checksum(kind.name), len(numbers), *numbers]
+            )
+            if not (same_kind and same_length):
+                self._raise_other_comparison(kind)
+        return tuple(same)
+
+    def _compare(self, numbers: list[int]) -> list[bool]:
+        """Return for each number whether it is the same on all ranks; for some, if they pass other counts. Collective."""
+        from mpi4py import MPI
+
+        padding = [0] * (ROOM - len(numbers))
+        extremes = array.array("q", [*numbers, *padding, *(-each for each in numbers), *padding])
+        self.mpi_comm.Allreduce(MPI.IN_PLACE, [extremes, MPI.INT64_T], MPI.MAX)
+        return [most == -least for most, least in zip(extremes[: len(numbers)], extremes[ROOM:])]
+
+    def _raise_other_comparison(self, kind: operation.Kind) -> None:
+        """Raise the same RankMismatchError on every rank, if names of kinds differ. Collective."""
+        names = self.mpi_comm.allgather(kind.name)
+        for rank, name in enumerate(names):
+            if name != names[0]:
+                raise RankMismatchError(
+                    f"rank {rank}: it has come to the {name}, expected the {names[0]} as on rank 0: all "
+                    "ranks must come to the same operations in the same order (were parameters changed, "
+                    "or a snapshot loaded, on some ranks only?)"
+                )
+        raise RankMismatchError(
+            f"ranks have come to different operations, each of which begins with the {names[0]}: all "
+            "ranks must come to the same operations in the same order"
+        )
 
     @operation.collective()
     def split(self, color: int, key: int) -> Self | None:
@@ -248,3 +301,8 @@ class Group:
             f"<{self.name} communicator, rank {self.rank} of {self.size}, "
             f"node {self.inter_rank} of {self.inter_size}>"
         )
+
+
+@functools.lru_cache(maxsize=256)
+def _checksum(text: str) -> int:
+    return zlib.crc32(text.encode())

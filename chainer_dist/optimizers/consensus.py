@@ -8,13 +8,12 @@ equal numbers, although each rank has its own.
 
 from __future__ import annotations
 
-import enum
 import functools
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from chainer_dist import _chainer
-from chainer_dist.collectives.agreement import agree, digest, raise_mismatch
-from chainer_dist.collectives.operation import WAITING, Kind, Operation
+from chainer_dist.collectives.agreement import digest, raise_mismatch
+from chainer_dist.collectives.operation import WAITING, Kind
 from chainer_dist.optimizers.descriptions import describe, is_of_chainer, is_plain, name_of
 from chainer_dist.parameters import are_identical
 
@@ -25,27 +24,18 @@ if TYPE_CHECKING:
 
     from chainer_dist.communicators import CommunicatorBase
     from chainer_dist.compression import Compression
-    from chainer_dist.optimizers.replicas import Replicas
     from chainer_dist.parameters import ParameterSet
     from chainer_dist.updates.comparison import Lines
     from chainer_dist.updates.options import Options
 
-__all__ = ["Report", "Settings", "Stage", "Verdict", "compare", "describe_options"]
+__all__ = ["GRADIENTS", "PARAMETERS", "Report", "Settings", "compare", "describe_options"]
 
 _Value = tuple[Any, ...]  # its owner, its name, the value, and values within it that may change
 
 
-class Stage(enum.IntEnum):
-    """The comparisons of an update, in which all ranks wait for the slowest."""
-
-    BEFORE = 0  # forward: the first operation of all ranks
-    AFTER = 1  # backward
-
-
-_COMPARISONS = {
-    Stage.BEFORE: Kind("comparison of parameters", WAITING),
-    Stage.AFTER: Kind("comparison of gradients", WAITING),
-}
+# The comparisons of an update, in which all ranks wait for the slowest: before forward and after backward.
+PARAMETERS = Kind("comparison of parameters", WAITING)
+GRADIENTS = Kind("comparison of gradients", WAITING)
 
 _MOST_KNOWN = 1000  # objects whose descriptions are kept
 
@@ -62,7 +52,6 @@ class Report(NamedTuple):
     """What ranks compare in an update: numbers and digests, or for each whether it is the same.
 
     Attributes:
-        stage: At which of an update's comparisons this rank is.
         structure: Digest of the names, shapes and dtypes of the parameters.
         change: Change of the parameters since the last comparison, a :class:`Change`.
         values: Digest of the new values of changed parameters.
@@ -74,7 +63,6 @@ class Report(NamedTuple):
         clean: Whether gradients are still those that were exchanged during backward, if any were.
     """
 
-    stage: int
     structure: int = 0
     change: int = 0
     values: int = 0
@@ -84,20 +72,6 @@ class Report(NamedTuple):
     settings: int = 0
     planned: int = 0
     clean: int = 0
-
-
-class Verdict(NamedTuple):
-    """What ranks have found out together; the same on every rank.
-
-    Attributes:
-        same: For each entry of their reports, whether it is the same on every rank.
-        changed: Whether any rank's parameters were changed.
-        differ: Whether the ranks' parameters may differ because of that.
-    """
-
-    same: Report
-    changed: bool
-    differ: bool
 
 
 class Settings:
@@ -110,16 +84,23 @@ class Settings:
     Args:
         are_alike: Whether the ranks do the same updates. Otherwise (local SGD) each has a loss scale
             and numbers of updates of its own.
+
+    Attributes:
+        version: Number that grows with each call of :meth:`digest` that has found something changed, other
+            than numbers of updates.
     """
 
     def __init__(self, *, are_alike: bool = True) -> None:
         self._are_alike = are_alike
+        self.version = 0
         self._known: dict[int, tuple[Any, str]] = {}  # descriptions of users' objects, by id
         self._rules: list[Any] = []  # the rules that the digest of classes is of
         self._classes = 0
         self._values: list[_Value] = []  # the values that the digest of descriptions is of
         self._described = 0
-        self._lasting: Any = None  # whose digest this is:
+        self._lasting: Any = (
+            None  # what, next to these, the following digest is of; None if they have changed
+        )
         self._base = 0
 
     def digest(self, options: Lines, optimizer: chainer.Optimizer, parameters: ParameterSet) -> int:
@@ -132,30 +113,28 @@ class Settings:
         """
         rules = [param.update_rule for param in parameters.all.values()]
         if not are_identical(rules, self._rules):
-            self._rules = rules
+            self._rules, self._lasting = rules, None
             self._classes = digest([name_of(type(rule)) for rule in rules])
-        values = self._look(optimizer, parameters)
+        values, states = self._look(optimizer, parameters)
         if not _are_equal(values, self._values):
-            self._values = values
+            self._values, self._lasting = values, None
             self._described = digest(self._describe(values))
-        found = [rule for rule in rules if rule is not None]
-        lasting = (
-            options,
-            self._classes,
-            self._described,
-            [rule.enabled for rule in found],
-            [rule._use_fp32_update for rule in found],  # noqa: SLF001 - Chainer's
-        )
+        lasting = (options, states)
         if lasting != self._lasting:
-            self._lasting, self._base = lasting, digest(lasting)
-        counts = [rule.t for rule in found] if self._are_alike else []
+            self.version += 1
+            self._lasting = lasting
+            self._base = digest((self._classes, self._described, *lasting))
+        if not self._are_alike:
+            return self._base
+        counts = [rule.t for rule in rules if rule is not None]
         return digest((self._base, counts[:1] if len({*counts}) == 1 else counts))
 
     def lines(
         self, options: Lines, optimizer: chainer.Optimizer, parameters: ParameterSet
     ) -> Lines:
         """Return what :meth:`digest` is of, in words. Local."""
-        found = [*options, *self._describe(self._look(optimizer, parameters))]
+        values, _ = self._look(optimizer, parameters)
+        found = [*options, *self._describe(values)]
         for name, param in parameters.all.items():
             rule = param.update_rule
             if rule is None:
@@ -173,9 +152,12 @@ class Settings:
                 found.append((f"the number of updates of {name}", str(rule.t)))
         return found
 
-    def _look(self, optimizer: chainer.Optimizer, parameters: ParameterSet) -> list[_Value]:
-        """Return hyperparameters, loss scaling and hooks as they are now."""
+    def _look(
+        self, optimizer: chainer.Optimizer, parameters: ParameterSet
+    ) -> tuple[list[_Value], list[bool]]:
+        """Return hyperparameters, loss scaling and hooks as they are now, and which rules do what. Local."""
         found: list[_Value] = []
+        states: list[bool] = []
         hyperparam = getattr(optimizer, "hyperparam", None)
         if hyperparam is not None:
             found += [("optimizer", *item) for item in hyperparam.get_dict().items()]
@@ -186,6 +168,7 @@ class Settings:
             rule = param.update_rule
             if rule is None:
                 continue
+            states += (rule.enabled, rule._use_fp32_update)  # noqa: SLF001 - Chainer's
             own = vars(rule.hyperparam)
             if len(own) > 1:  # more than its parent
                 owner = f"the update rule of {name}"
@@ -193,7 +176,7 @@ class Settings:
             hookable = rule._hookable  # noqa: SLF001 - Chainer's, read in every update
             if hookable._pre_update_hooks or hookable._post_update_hooks:  # noqa: SLF001 - Chainer's, read in every update
                 found += _look_at_hooks(f"the update rule of {name}", rule)
-        return found
+        return found, states
 
     def _describe(self, values: list[_Value]) -> Lines:
         return [(f"{owner}.{key}", self._describe_one(value)) for owner, key, value, *_ in values]
@@ -234,36 +217,25 @@ def _are_equal(ones: list[_Value], others: list[_Value]) -> bool:
 
 def compare(
     comm: CommunicatorBase,
-    model: chainer.Link,
-    parameters: ParameterSet,
+    kind: Kind,
     report: Report,
-    *,
-    replicas: Replicas,
     describe_settings: Callable[[], Lines],
-) -> Verdict:
-    """Compare the ranks' reports, and whether their parameters are still equal. Collective.
+) -> Report:
+    """Compare the ranks' reports. Collective.
 
     Args:
         comm: The communicator whose ranks compare.
-        model: The model whose parameters are compared.
-        parameters: The parameters of the model.
-        report: This rank's report, but for what concerns the parameters.
-        replicas: This rank's knowledge of them, which grows where all ranks have changed theirs alike.
+        kind: Which comparison of an update it is, :data:`PARAMETERS` or :data:`GRADIENTS`.
+        report: This rank's report.
         describe_settings: Function that returns what ``report.settings`` is a digest of, in words.
+
+    Returns:
+        For each entry, whether it is the same on every rank.
 
     Raises:
         RankMismatchError: On every rank, if ranks differ in what they cannot make equal.
     """
-    change, values = replicas.compare(parameters)
-    report = report._replace(structure=parameters.digest, change=change, values=values)
-    with Operation(_COMPARISONS[Stage(report.stage)], comm):
-        same = Report(*agree(comm, *report))
-    if not same.stage:
-        subject = (
-            "the update (were parameters changed, or a snapshot loaded, on some ranks only, amid "
-            "batches that are accumulated?)"
-        )
-        raise_mismatch(comm, [(subject, f"at the {_COMPARISONS[Stage(report.stage)].name}")])
+    same = Report(*comm.compare_numbers(kind, report))
     if not same.t:
         subject = "optimizer.t (was a snapshot loaded on some ranks only?)"
         raise_mismatch(comm, [(subject, str(report.t))])
@@ -275,15 +247,7 @@ def compare(
             "in no_sync, add links or load a snapshot?)"
         )
         raise_mismatch(comm, [(subject, str(report.calls))])
-    changed, differ = replicas.judge(
-        comm,
-        model,
-        change,
-        same_change=bool(same.change),
-        same_structure=bool(same.structure),
-        same_values=bool(same.values),
-    )
-    return Verdict(same, changed=changed, differ=differ)
+    return same
 
 
 def describe_options(kind: type, options: Options, *, zero_fill: bool) -> Lines:

@@ -12,9 +12,11 @@ from chainer_dist.communicators.shared_memory.communicator import SharedMemoryCo
 from chainer_dist.optimizers.overlap import Overlap
 from chainer_dist.updates import UPDATES
 from chainer_dist.updates.options import JOB, Options
-from chainer_dist.updates.sharding.eligibility import Signature
+from chainer_dist.updates.sharding.eligibility import Signature, modes
 
 if TYPE_CHECKING:
+    import chainer
+
     from chainer_dist.parameters import ParameterSet
     from chainer_dist.updates.base import Context, Update
 
@@ -54,6 +56,8 @@ class Plan:
         self.chosen: Update | None = None
         self.overlap: Overlap | None = None
         self._signature: Signature | None = None  # of the optimizer for which the update was chosen
+        self._seen: Any = None  # what, with these parameters, had that signature
+        self._params: list[chainer.Parameter] | None = None
         self._context: Context | None = None
         self._updates: dict[type[Update], Update] = {}
         self._logged = ""  # the last line on the choice
@@ -80,14 +84,27 @@ class Plan:
         """Whether the gradients of the last update were exchanged during backward."""
         return self.overlap is not None and self.overlap.was_used
 
-    def fits(self, context: Context, parameters: ParameterSet) -> bool:
-        """Return whether parameters can be updated in the way that was last chosen. Local."""
-        return (
-            self.chosen is not None
-            and Signature(context.optimizer, parameters) == self._signature
-            and self.chosen.fits(parameters)
-            and not (self.overlap is not None and self.overlap.is_stale)
-        )
+    def fits(self, context: Context, parameters: ParameterSet, version: int | None = None) -> bool:
+        """Return whether parameters can be updated in the way that was last chosen. Local.
+
+        Args:
+            context: Communicator and optimizer.
+            parameters: The parameters of its target.
+            version: That of the optimizer's :class:`Settings`, which have just been looked at, so that what they are
+                about need not be looked at again; None if they have not.
+        """
+        if (
+            self.chosen is None
+            or not self.chosen.fits(parameters)
+            or (self.overlap is not None and self.overlap.is_stale)
+        ):
+            return False
+        seen = (version, modes(context.optimizer))
+        if version is None or seen != self._seen or parameters.params is not self._params:
+            if Signature(context.optimizer, parameters) != self._signature:
+                return False
+            self._seen, self._params = seen, parameters.params
+        return True
 
     def usable_overlap(self, context: Context, *, is_joined: bool) -> Overlap | None:
         """Return what can exchange gradients during backward, or None. Local, the same everywhere.
@@ -179,6 +196,6 @@ class Plan:
         """Go back to state and gradients of one's own; the next update chooses anew. Local."""
         if self.chosen is not None:
             self.chosen.release()
-        self.chosen = self._signature = None
+        self.chosen = self._signature = self._seen = None
         if self.overlap is not None:
             self.overlap.drop()

@@ -98,7 +98,7 @@ class Replicas:
         That includes arrays by which the update of these parameters has replaced others.
         """
         self.structure = parameters.structure
-        self._arrays = [param.array for param in parameters.params]
+        self._arrays = [param._data[0] for param in parameters.params]  # noqa: SLF001 - the property array, faster
         self._is_loaded = False
 
     def judge(

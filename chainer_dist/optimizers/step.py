@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import enum
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
@@ -13,7 +13,7 @@ from chainer_dist import exchange
 from chainer_dist.collectives.agreement import check_same
 from chainer_dist.collectives.operation import BACKWARD, FORWARD, Kind, Operation
 from chainer_dist.optimizers.accumulation import Accumulation
-from chainer_dist.optimizers.consensus import Report, Stage, compare
+from chainer_dist.optimizers.consensus import GRADIENTS, PARAMETERS, Report, compare
 from chainer_dist.optimizers.replicas import Change
 from chainer_dist.parameters import ParameterSet
 from chainer_dist.updates.base import Gradients
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
     from chainer_dist.communicators import CommunicatorBase
     from chainer_dist.optimizers.call import Call
-    from chainer_dist.optimizers.consensus import Settings, Verdict
+    from chainer_dist.optimizers.consensus import Settings
     from chainer_dist.optimizers.overlap import Overlap
     from chainer_dist.optimizers.plan import Plan
     from chainer_dist.optimizers.replicas import Replicas
@@ -46,6 +46,20 @@ class Phase(enum.Enum):
 
     NEW = "no update has begun: parameters are made equal first"
     BEGUN = "parameters were equal once: ranks compare whether they still are"
+
+
+class Verdict(NamedTuple):
+    """What ranks have found out together; the same on every rank.
+
+    Attributes:
+        same: For each entry of their reports, whether it is the same on every rank.
+        changed: Whether any rank's parameters were changed.
+        differ: Whether the ranks' parameters may differ because of that.
+    """
+
+    same: Report
+    changed: bool
+    differ: bool
 
 
 @dataclasses.dataclass
@@ -130,8 +144,8 @@ class Step:
             self.synchronize(has_gradients=call.has_gradients)
             self.state.phase = Phase.BEGUN
         elif exchanges or not self.is_current():
-            report = Report(Stage.BEFORE)
-            if self.compare(ParameterSet(self.optimizer.target), report).differ:
+            verdict = self.compare(PARAMETERS, ParameterSet(self.optimizer.target))
+            if verdict.differ:
                 self.synchronize(has_gradients=call.has_gradients)
         overlap = None
         if exchanges:
@@ -192,17 +206,18 @@ class Step:
         accumulation = self.state.accumulation
         if accumulation.own or stands_by:
             parameters.count_as_having(accumulation.has_grad(parameters, stands_by=stands_by))
-        overlap, fits = self.plan.overlap, self.plan.fits(self.context, parameters)
-        is_clean = overlap is None or overlap.is_clean()
         settings = self.state.settings.digest(self.settings, self.optimizer, parameters)
-        report = Report(
-            Stage.AFTER,
+        fits = self.plan.fits(self.context, parameters, self.state.settings.version)
+        overlap = self.plan.overlap
+        is_clean = overlap is None or overlap.is_clean()
+        verdict = self.compare(
+            GRADIENTS,
+            parameters,
             grads=parameters.digests[1],
             settings=settings,
             planned=int(fits),
             clean=int(is_clean),
         )
-        verdict = self.compare(parameters, report)
         if overlap is not None:
             overlap.accept(
                 is_clean=is_clean and bool(verdict.same.clean), is_changed=verdict.changed
@@ -275,23 +290,42 @@ class Step:
         """Names and values of options that must be the same on every rank in each update."""
         return [("accumulate_steps", str(self._accumulate_steps)), *self.plan.update.settings()]
 
-    def compare(self, parameters: ParameterSet, report: Report) -> Verdict:
-        """Compare the ranks' reports, and whether their parameters are still equal. Collective.
+    def compare(self, kind: Kind, parameters: ParameterSet, **own: int) -> Verdict:
+        """Compare whether the ranks' parameters are still equal, and what else they report. Collective.
+
+        Args:
+            kind: Which comparison of the step it is.
+            parameters: The parameters.
+            own: Other entries of this rank's :class:`Report`.
 
         Raises:
             RankMismatchError: On every rank, if ranks differ in what they cannot make equal.
         """
-        report = report._replace(t=self.optimizer.t, calls=self.state.accumulation.calls)
-        return compare(
+        replicas = self.state.replicas
+        change, values = replicas.compare(parameters)
+        report = Report(
+            parameters.digest,
+            change,
+            values,
+            t=self.optimizer.t,
+            calls=self.state.accumulation.calls,
+            **own,
+        )
+        same = compare(
+            self.comm,
+            kind,
+            report,
+            lambda: self.state.settings.lines(self.settings, self.optimizer, parameters),
+        )
+        changed, differ = replicas.judge(
             self.comm,
             self.optimizer.target,
-            parameters,
-            report,
-            replicas=self.state.replicas,
-            describe_settings=lambda: self.state.settings.lines(
-                self.settings, self.optimizer, parameters
-            ),
+            change,
+            same_change=bool(same.change),
+            same_structure=bool(same.structure),
+            same_values=bool(same.values),
         )
+        return Verdict(same, changed=changed, differ=differ)
 
     def synchronize(self, *, has_gradients: bool) -> None:
         """Make parameters equal to rank 0's. Collective.

@@ -251,7 +251,7 @@ optimizer.update(loss)
 """
     job = run(code, 2, kind="shared_memory")
     assert job.status == 0, job.output
-    said = r"ranks? 0.*: has come, at <string>:\d+ in <module> \(waiting for blocks of rank 1\)"
+    said = r"ranks? 0.*: has come, at <string>:\d+ in <module> \(waiting for rank 1\)"
     assert re.search(said, job.output), job.output
     said = r"rank 1 \(pid \d+ on \S+\): has come, at <string>:\d+ in <lambda> \(update\)"
     assert re.search(said, job.output), job.output

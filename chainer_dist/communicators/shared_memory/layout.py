@@ -145,9 +145,12 @@ class Layout(NamedTuple):
 
     def slices_of_others(self, block: Block) -> list[tuple[int, Slice]]:
         """Return the slices that other ranks of the node reduce, each after the number of its rank."""
-        count = len(block.slices) // self.place.reducers
-        ranks = [number // count for number in range(len(block.slices))]
-        return [each for each in zip(ranks, block.slices) if each[0] != self.place.rank]
+        count, rank = len(block.slices) // self.place.reducers, self.place.rank
+        return [
+            (number // count, each)
+            for number, each in enumerate(block.slices)
+            if number // count != rank
+        ]
 
 
 @functools.lru_cache(maxsize=64)

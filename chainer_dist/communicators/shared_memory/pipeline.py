@@ -10,15 +10,12 @@ from __future__ import annotations
 
 import collections
 import itertools
-import os
-import time
 from typing import TYPE_CHECKING, cast
 
 from chainer_dist.collectives.operation import (
     EXCHANGE,
     PACK,
     UNPACK,
-    WAITING,
     Kind,
     Operation,
     innermost,
@@ -26,6 +23,7 @@ from chainer_dist.collectives.operation import (
 from chainer_dist.communicators.shared_memory.slots import PACKED, REDUCED, UNPACKED
 from chainer_dist.communicators.shared_memory.sums import Sums
 from chainer_dist.communicators.shared_memory.verdict import Verdict
+from chainer_dist.communicators.shared_memory.waiting import wait_until
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -36,11 +34,7 @@ if TYPE_CHECKING:
     from chainer_dist.communicators.shared_memory.exchange import Exchange
     from chainer_dist.communicators.shared_memory.slots import Slots
 
-_SPINS = 10
-_YIELDS = 1_000
-
 _RUN = Kind("exchange in shared memory", EXCHANGE)
-_WAIT = Kind("waiting for blocks", WAITING)
 
 
 class Pipeline:
@@ -79,7 +73,6 @@ class Pipeline:
         # An entry is None only until its block is ready, before which it is not read.
         self._sources = cast("Sequence[Array] | None", exchange.sources)
         self._in_flight, self._patient = in_flight, patient
-        self._spins = _SPINS if slots.have_cores else 0
         self._is_checked = comm.operation_log.check is not None
         self._blank = exchange.blank()
         self._data = slots.views(exchange.dtype)
@@ -118,16 +111,14 @@ class Pipeline:
             BaseException: On every rank, an error of one rank.
         """
         with Operation(_RUN, self._comm):
-            tries = 0
             while not self._has_passed:
-                if self.advance():
-                    tries = 0
-                    continue
-                tries += 1
-                if self._patient or tries > _YIELDS:
-                    self._wait_long()
-                elif tries > self._spins:
-                    os.sched_yield()
+                wait_until(
+                    lambda: self.advance() or self._has_passed,
+                    self._comm,
+                    self._awaited,
+                    spins=self._slots.have_cores,
+                    patient=self._patient,
+                )
             self.end()
 
     def end(self) -> None:
@@ -138,12 +129,6 @@ class Pipeline:
         """
         self._slots.release(len(self._blocks))
         self._verdict.close()
-
-    def _wait_long(self) -> None:
-        """Wait, without using the core, for ranks that are far behind."""
-        with Operation(_WAIT, self._comm, within=f"of {self._awaited()}"):
-            while not (self.advance() or self._has_passed):
-                time.sleep(5e-5)
 
     def _awaited(self) -> str:
         """Return the names of the ranks for which this rank waits. Local."""

@@ -12,12 +12,12 @@ block. Readers compare the stamp with the number that they expect, before they r
 
 from __future__ import annotations
 
-import os
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from chainer_dist.communicators.shared_memory.memory import memory_fence, share_memory
+from chainer_dist.communicators.shared_memory.waiting import have_cores
 
 if TYPE_CHECKING:
     from chainer_dist._typing import Array
@@ -80,8 +80,7 @@ class Slots:
         node = comm.node_comm
         self.rank, self.ranks = node.rank, node.size
         self.depth, self.block_bytes = n_slots(node.size), BLOCK_BYTES
-        cores = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else range(1)
-        self.have_cores = node.size <= len(cores)
+        self.have_cores = have_cores(node.size)
         self.count = 0
         self._is_occupied = False
         data_bytes = self.depth * self.block_bytes

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, cast
 
 from chainer_dist.communicators.shared_memory import between_nodes
+from chainer_dist.communicators.shared_memory.comparison import Comparison
 from chainer_dist.communicators.shared_memory.layout import Layout, Place, Tuning, partition
 from chainer_dist.communicators.shared_memory.pipeline import Pipeline
 from chainer_dist.communicators.shared_memory.slots import Slots, sums_in_flight
@@ -37,6 +38,7 @@ class Transport:
         tuning: Size of blocks, and number of sums under way at a time; the same on every rank. Exchanges
             during backward, which are advanced seldom, have as many sums under way as there is room for.
         untuned: Initial value of ``tuning``, with which small models are cut into smaller blocks.
+        comparison: Way to compare numbers without messages; None across nodes, and on a single rank.
         most: Largest ``tuning`` for which there is room.
     """
 
@@ -58,6 +60,7 @@ class Transport:
             if peers != MPI.COMM_NULL:
                 self._peers = between_nodes.Peers(peers)
         self._slots = Slots(comm)
+        self.comparison = Comparison(comm, patient=patient) if nodes == 1 < comm.size else None
         in_flight = sums_in_flight(node.size) if nodes > 1 else 0
         self.most = Tuning(self._slots.block_bytes, in_flight)
         # In a direct sum all messages of a block are under way at once, so more blocks would only wait.
@@ -134,5 +137,7 @@ class Transport:
     def free(self) -> None:
         """Free memory and communicator. Collective."""
         self._slots.free()
+        if self.comparison is not None:
+            self.comparison.free()
         if self._peers is not None:
             self._peers.mpi_comm.Free()

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
     from chainer_dist.parameters import ParameterSet
 
-__all__ = ["Signature", "is_elementwise", "is_uniform", "obstacle", "obstacle_in_arrays"]
+__all__ = ["Signature", "is_elementwise", "is_uniform", "modes", "obstacle", "obstacle_in_arrays"]
 
 # Chainer's rules that compute each element from the gradient and state of that element alone, and have no
 # state but the named arrays and `t`.
@@ -33,14 +33,16 @@ _RULES = frozenset(
     }
 )
 # Methods that GradientMethod.update calls. The sharded update replaces them, unless they are overridden.
-_METHODS = (
-    "update",
-    "call_hook",
-    "call_hooks",
-    "reallocate_cleared_grads",
-    "check_nan_in_grads",
-    "is_safe_to_update",
-    "update_loss_scale",
+_METHODS = frozenset(
+    {
+        "update",
+        "call_hook",
+        "call_hooks",
+        "reallocate_cleared_grads",
+        "check_nan_in_grads",
+        "is_safe_to_update",
+        "update_loss_scale",
+    }
 )
 
 
@@ -180,6 +182,13 @@ def _behaves_as(hook: Any, kind: type) -> bool:
     )
 
 
+def modes(optimizer: chainer.Optimizer) -> tuple[bool, frozenset[str]]:
+    """Return whether Chainer is in debug mode, and which methods the optimizer itself has been given. Local."""
+    import chainer
+
+    return chainer.is_debug(), _METHODS.intersection(vars(optimizer))
+
+
 class Signature:
     """All facts that decide between a sharded and a replicated update, in a form that is fast to compare. Local.
 
@@ -189,21 +198,16 @@ class Signature:
     """
 
     def __init__(self, optimizer: chainer.Optimizer, parameters: ParameterSet) -> None:
-        import chainer
-
         rules = [param.update_rule for param in parameters.params]
         actual = [rule for rule in rules if rule is not None]
         self._objects: list[Any] = [*parameters.params, *rules]
-        for hooked in (optimizer, *actual):
-            before, after = _chainer.hooks_of(hooked)
+        for before, after in map(_chainer.hooks_of, (optimizer, *actual)):
             if before or after:
                 self._objects += [*before.values(), None, *after.values(), None]
         self._values = (
-            [rule.enabled for rule in actual],
-            [rule._use_fp32_update for rule in actual],  # noqa: SLF001 - Chainer's
+            [(rule.enabled, rule._use_fp32_update) for rule in actual],  # noqa: SLF001 - Chainer's
             optimizer._loss_scaling_is_dynamic,  # noqa: SLF001 - Chainer's
-            chainer.is_debug(),
-            [name for name in _METHODS if name in vars(optimizer)],
+            modes(optimizer),
         )
 
     def __eq__(self, other: object) -> bool:

@@ -28,8 +28,6 @@ __all__ = ["FusedChunks", "fuse"]
 # Copying larger chunks to and fro takes as long as calling their rule.
 _SMALL_BYTES = 1 << 15
 _FUSED_BYTES = 1 << 17
-# What rules that do the same may have of their own, next to the hyperparameters, which are compared by value.
-_OWN = frozenset({"_state", "_hookable", "hyperparam"})
 
 
 class FusedChunks:
@@ -72,20 +70,23 @@ class FusedChunks:
                 chunk.param.grad[...] = self._grad[inside]
 
     def _do_the_same(self) -> bool:
-        """Return whether the rules of all chunks would do the same to an element."""
-        first, *others = (_describe(chunk.whole) for chunk in self._chunks)
-        return first is not None and all(other == first for other in others)
+        """Return whether the rules of all chunks would do the same to an element. Local.
 
-
-def _describe(param: chainer.Parameter) -> list[Any] | None:
-    """Return what decides what the update of an element is, or None if a hook of the rule may."""
-    rule = param.update_rule
-    before, _ = _chainer.hooks_of(rule)
-    if before:
-        return None
-    settings = [each for each in vars(rule).items() if each[0] not in _OWN]
-    scale = param._loss_scale  # noqa: SLF001 - Chainer's
-    return [type(rule), scale, settings, vars(rule.hyperparam)]
+        As long as the chunks are valid, their rules are of one class, enabled and without hooks.
+        """
+        first, *others = [chunk.whole for chunk in self._chunks]
+        rule, scale = first.update_rule, first._loss_scale  # noqa: SLF001 - Chainer's
+        t, own, count = rule.t, vars(rule.hyperparam), len(vars(rule))
+        for other in others:
+            peer = other.update_rule
+            if (
+                peer.t != t
+                or other._loss_scale != scale  # noqa: SLF001 - Chainer's
+                or vars(peer.hyperparam) != own
+                or len(vars(peer)) != count  # such as a method that replaces that of its class
+            ):
+                return False
+        return True
 
 
 def fuse(chunks: Sequence[Chunk], mean: Array | None) -> list[Chunk | FusedChunks]:
@@ -113,4 +114,7 @@ def _kind(place: tuple[Chunk, int]) -> Any:
     rule, array = chunk.whole.update_rule, chunk.array
     if rule is None or not rule.enabled or array.nbytes > _SMALL_BYTES or not array.ndim:
         return end
-    return list(chunk.state), end * array.itemsize // _FUSED_BYTES
+    before, _ = _chainer.hooks_of(rule)
+    if before:
+        return end
+    return type(rule), list(chunk.state), end * array.itemsize // _FUSED_BYTES

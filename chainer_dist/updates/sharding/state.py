@@ -88,9 +88,10 @@ class RuleStates(abc.ABC):
         found: list[Any] = []
         for rule, state in zip(self._rules, self._held):
             if state is not None:
-                found.append(rule._state)
-                if not isinstance(rule._state, _SpreadState):
-                    found += (rule._state or {}).values()
+                own = rule._state
+                found.append(own)
+                if own and type(own) is not _SpreadState:
+                    found += own.values()
         return found
 
     def are_unchanged(self) -> bool:
