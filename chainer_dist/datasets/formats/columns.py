@@ -18,11 +18,12 @@ if TYPE_CHECKING:
 
 __all__ = [
     "BlockCache",
+    "ColumnArrays",
     "ColumnDataset",
     "Columns",
+    "arrays_of",
     "assemble",
     "check_columns",
-    "check_lengths",
     "choose",
 ]
 
@@ -67,15 +68,22 @@ def choose(columns: str | tuple[str, ...] | None, there: Sequence[str]) -> list[
     return wanted
 
 
-def check_lengths(lengths: Mapping[str, int]) -> int:
-    """Return the number of rows that all columns have. Local.
+def arrays_of(
+    columns: str | tuple[str, ...] | None, top: Sequence[str], find: Callable[[str], Any]
+) -> dict[str, Any]:
+    """Return the arrays that are the columns to be read of a file, by name. Local.
+
+    Args:
+        columns: Names as :func:`check_columns` returns them; an array may be within groups.
+        top: Names of the arrays that are not within groups.
+        find: Function that returns the array of a name, or None if the file has no such array.
 
     Raises:
-        ValueError: If they have different numbers.
+        ValueError: If the file lacks a column, or has none at all.
     """
-    if len(set(lengths.values())) > 1:
-        raise ValueError(f"its columns have different numbers of rows: {dict(lengths)}")
-    return next(iter(lengths.values()))
+    names = (columns,) if isinstance(columns, str) else columns or ()
+    there = [*top, *(name for name in names if find(name) is not None)]
+    return {name: find(name) for name in choose(columns, there)}
 
 
 def assemble(columns: str | tuple[str, ...] | None, values: Mapping[str, Any]) -> list[Any]:
@@ -108,6 +116,39 @@ class ColumnDataset(StoredDataset):
         self._columns = check_columns(columns)
         self._cache_bytes = cache_bytes
         super().__init__(paths, max_open)
+
+
+class ColumnArrays:
+    """The columns of an open file that are arrays of equal length. Local.
+
+    Args:
+        columns: Names as :func:`check_columns` returns them.
+        arrays: The arrays by name, with the attributes ``shape`` and ``dtype``.
+
+    Attributes:
+        length: Number of rows.
+        schema: Dtype and shape of the rows of each column, in words.
+
+    Raises:
+        ValueError: If an array has no dimension, or arrays have different lengths.
+    """
+
+    index = None
+
+    def __init__(self, columns: str | tuple[str, ...] | None, arrays: Mapping[str, Any]) -> None:
+        self._columns = columns
+        self._arrays = arrays
+        for name, array in arrays.items():
+            if not array.shape:
+                raise ValueError(f"its column {name!r} has no dimension, and no rows")
+        lengths = {name: array.shape[0] for name, array in arrays.items()}
+        if len({*lengths.values()}) > 1:
+            raise ValueError(f"its columns have different numbers of rows: {lengths}")
+        self.length: int = next(iter(lengths.values()))
+        self.schema = {
+            name: f"{array.dtype} of shape {tuple(array.shape[1:])}"
+            for name, array in arrays.items()
+        }
 
 
 class BlockCache:

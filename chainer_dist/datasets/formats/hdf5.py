@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from chainer_dist.datasets.formats.columns import (
+    ColumnArrays,
     ColumnDataset,
+    arrays_of,
     assemble,
-    check_lengths,
-    choose,
 )
 from chainer_dist.datasets.formats.open_file import require
 
@@ -68,33 +68,24 @@ class HDF5Dataset(ColumnDataset):
             raise
 
 
-class _HDF5File:
+class _HDF5File(ColumnArrays):
     """An open file."""
 
-    index = None
-
     def __init__(self, file: Any, columns: str | tuple[str, ...] | None, h5py: Any) -> None:
+        def find(name: str) -> Any:
+            found = file.get(name)
+            return found if isinstance(found, h5py.Dataset) else None
+
         self._file = file
-        self._columns = columns
-        there = [name for name in file if isinstance(file.get(name), h5py.Dataset)]
-        if columns is not None:  # they may be in groups
-            wanted = [columns] if isinstance(columns, str) else columns
-            there += [name for name in wanted if isinstance(file.get(name), h5py.Dataset)]
-        self._datasets = {name: file[name] for name in choose(columns, there)}
-        for name, dataset in self._datasets.items():
-            if not dataset.shape:
-                raise ValueError(f"its column {name!r} has no dimension, and no rows")
-        self.length = check_lengths({name: len(each) for name, each in self._datasets.items()})
-        self.schema = {
-            name: f"{each.dtype} of shape {each.shape[1:]}" for name, each in self._datasets.items()
-        }
+        top = [name for name in file if find(name) is not None]
+        super().__init__(columns, arrays_of(columns, top, find))
 
     def read(self, positions: Positions) -> Sequence[Any]:
         """Return rows."""
         begin, end = int(positions[0]), int(positions[-1]) + 1
         where: Any = slice(begin, end) if end - begin == len(positions) else positions
         return assemble(
-            self._columns, {name: np.asarray(each[where]) for name, each in self._datasets.items()}
+            self._columns, {name: np.asarray(each[where]) for name, each in self._arrays.items()}
         )
 
     def close(self) -> None:

@@ -9,10 +9,10 @@ import numpy as np
 
 from chainer_dist.datasets.formats.columns import (
     BlockCache,
+    ColumnArrays,
     ColumnDataset,
+    arrays_of,
     assemble,
-    check_lengths,
-    choose,
 )
 from chainer_dist.datasets.formats.open_file import require
 
@@ -83,39 +83,24 @@ class ZarrDataset(ColumnDataset):
             raise
 
 
-class _ZarrFile:
+class _ZarrFile(ColumnArrays):
     """An open group or array."""
-
-    index = None
 
     def __init__(
         self, opened: Any, columns: str | tuple[str, ...] | None, cache_bytes: int
     ) -> None:
+        def find(name: str) -> Any:
+            found = opened.get(name)
+            return found if hasattr(found, "shape") else None
+
         self._opened = opened
-        if hasattr(opened, "shape"):
-            if columns is not None:
-                raise ValueError(
-                    f"it is one array without a group: columns {columns!r} must be None"
-                )
-            self._columns: str | tuple[str, ...] | None = ""
-            self._arrays = {"": opened}
+        if not hasattr(opened, "shape"):
+            top = [name for name, _ in opened.arrays()]
+            super().__init__(columns, arrays_of(columns, top, find))
+        elif columns is None:
+            super().__init__("", {"": opened})
         else:
-            self._columns = columns
-            there = [name for name, _ in opened.arrays()]
-            if columns is not None:  # they may be in groups
-                wanted = [columns] if isinstance(columns, str) else columns
-                there += [
-                    name for name in wanted if name in opened and hasattr(opened[name], "shape")
-                ]
-            self._arrays = {name: opened[name] for name in choose(columns, there)}
-        for name, array in self._arrays.items():
-            if not array.shape:
-                raise ValueError(f"its column {name!r} has no dimension, and no rows")
-        self.length = check_lengths({name: each.shape[0] for name, each in self._arrays.items()})
-        self.schema = {
-            name: f"{each.dtype} of shape {tuple(each.shape[1:])}"
-            for name, each in self._arrays.items()
-        }
+            raise ValueError(f"it is one array without a group: columns {columns!r} must be None")
         self._cache = BlockCache(cache_bytes)
 
     def read(self, positions: Positions) -> Sequence[Any]:
