@@ -52,7 +52,9 @@ class DistributedIterator(Iterator):  # type: ignore[misc]  # Chainer has no typ
 
     Args:
         dataset: Dataset with ``__len__`` and ``__getitem__(int)``, which has the same samples in the same
-            order on every rank.
+            order on every rank. Where it has a true attribute ``reads_batches``, a SerialIterator's whole batch is
+            ``dataset[indices]``, of a list of ints, and must be a list of samples. The classes of
+            :mod:`chainer_dist.datasets` for files of other formats have it.
         batch_size: Number of samples in a batch of one rank, the same on every rank.
         comm: Communicator.
         shuffle: Whether to shuffle; otherwise every epoch has the order of the dataset. The same
@@ -150,9 +152,14 @@ class DistributedIterator(Iterator):  # type: ignore[misc]  # Chainer has no typ
                 seed=self._seed if self._shuffle else None,
                 position=self._position,
             )
-            self._loader = self.make_iterator(self.dataset, self.batch_size, order_sampler=order)
+            is_serial = self.make_iterator is iterators.SerialIterator
+            self._reads_batches = is_serial and getattr(self.dataset, "reads_batches", False)
+            samples = range(self._n_samples) if self._reads_batches else self.dataset
+            self._loader = self.make_iterator(samples, self.batch_size, order_sampler=order)
             check_workers(self._loader)
         batch: list[Any] = next(self._loader)
+        if self._reads_batches:  # the loader has yielded indices
+            batch = self.dataset[batch]
         epoch, self._previous_epoch_detail = self.epoch, self.epoch_detail
         self._position += self._size * self.batch_size
         self._is_new_epoch = self.epoch > epoch

@@ -140,7 +140,7 @@ def distribute_iterator(
             comm,
             shuffle=shuffles,
             seed=seed,
-            make_iterator=functools.partial(plan.kind, **options),
+            make_iterator=functools.partial(plan.kind, **options) if options else plan.kind,
         )
     iterator.finalize()
     iterator.batch_size = plan.batch_size

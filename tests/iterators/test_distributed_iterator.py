@@ -222,6 +222,46 @@ def test_threads_prefetch_the_same(comm):
     prefetching.finalize()
 
 
+class Batched:
+    """A dataset that reads a list of indices at once, and counts what it reads."""
+
+    reads_batches = True
+
+    def __init__(self, n):
+        self.reads = []
+        self.n = n
+
+    def __len__(self):
+        return self.n
+
+    def __getitem__(self, index):
+        self.reads.append(index)
+        return [10 * i for i in index] if isinstance(index, list) else 10 * index
+
+
+def test_a_batch_is_read_at_once_where_the_dataset_can(comm):
+    """In the same order and with the same resume; by threads it is read sample by sample."""
+    dataset, one_by_one = Batched(7), [10 * i for i in range(7)]
+    batched = DistributedIterator(dataset, 3, comm, seed=2)
+    plain = DistributedIterator(one_by_one, 3, comm, seed=2)
+    assert take(batched, 2) == take(plain, 2)
+    saved = save(batched)
+    assert saved == save(plain)
+    expected = take(plain, 9)
+    assert take(batched, 9) == expected
+    assert [len(read) for read in dataset.reads] == [3] * 11
+    assert {type(i) for read in dataset.reads for i in read} == {int}
+    resumed = DistributedIterator(dataset, 3, comm, seed=5)
+    load(resumed, saved)
+    assert take(resumed, 9) == expected
+    threads = DistributedIterator(
+        dataset, 3, comm, seed=2, make_iterator=iterators.MultithreadIterator
+    )
+    load(threads, saved)
+    assert take(threads, 9) == expected
+    threads.finalize()
+
+
 def test_worker_processes_load_files(comm, tmp_path):
     """A MultiprocessIterator's workers open files by themselves; snapshots know what was seen."""
     folder = comm.bcast_obj(tmp_path)

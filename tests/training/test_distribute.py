@@ -122,6 +122,34 @@ def test_it_is_the_script_that_is_written_for_it(comm, out, kind, shuffle):
     assert iterator.epoch == train.epoch == 3
 
 
+class Batched(chainer.dataset.DatasetMixin):
+    """Samples of :func:`make_data` that are read as whole batches, which it remembers."""
+
+    reads_batches = True
+
+    def __init__(self):
+        self.samples = make_data(N)
+        self.reads = []
+
+    def __len__(self):
+        return N
+
+    def __getitem__(self, index):
+        self.reads.append(index)
+        return [self.samples[i] for i in index] if isinstance(index, list) else self.samples[index]
+
+
+def test_batches_are_read_at_once_where_the_dataset_can(comm, out):
+    """As a DistributedIterator does that a script makes itself."""
+    dataset = Batched()
+    trainer = make_trainer(iterators.SerialIterator(dataset, 4), make_model(), out)
+    chainer_dist.distribute(trainer, comm)
+    dataset.reads.clear()
+    trainer.run()
+    assert {len(read) for read in dataset.reads} == {4}
+    assert len(dataset.reads) == trainer.updater.iteration
+
+
 @pytest.mark.usefixtures("float64")
 @pytest.mark.parametrize("batch", ["rank", "global"])
 @pytest.mark.parametrize("shuffle", [True, False])

@@ -63,7 +63,13 @@ class StoredDataset(DatasetMixin):  # type: ignore[misc]  # Chainer has no types
     Args:
         paths: Path of a file, or a list of paths, in the order of their samples.
         max_open: How many files a process keeps open at most, 1 or more.
+
+    Attributes:
+        reads_batches: True, which tells :class:`~chainer_dist.iterators.DistributedIterator` that a list of
+            indices is read at once.
     """
+
+    reads_batches = True
 
     def __init__(self, paths: Paths, max_open: int) -> None:
         if max_open < 1:
