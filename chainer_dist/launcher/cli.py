@@ -23,7 +23,6 @@ if TYPE_CHECKING:
     import argparse
     from collections.abc import Sequence
 
-    from chainer_dist.launcher.elastic import Discovery
     from chainer_dist.launcher.hostfiles import Host
     from chainer_dist.launcher.job import Outcome
     from chainer_dist.launcher.mpi import Mpi
@@ -96,14 +95,14 @@ def _launch(
     found: Mpi, script: Sequence[str], added: dict[str, str], options: argparse.Namespace
 ) -> int:
     """Run ``python`` with these arguments on the ranks, or say how it would be run."""
-    from chainer_dist.launcher import mpi, processes, restarts
+    from chainer_dist.launcher import mpi, placement, processes, restarts
     from chainer_dist.launcher.addresses import addresses
     from chainer_dist.launcher.job import TIMED_OUT, Job
     from chainer_dist.launcher.printing import Format
     from chainer_dist.launcher.stdin import Input
 
-    discovery = _discovery(options)
-    n_ranks, hosts = (options.max_ranks or 1, []) if discovery else _places(options)
+    discovery = placement.discovery(options)
+    n_ranks, hosts = (options.max_ranks or 1, []) if discovery else placement.places(options)
     if options.ssh_port or options.ssh_identity:
         # In this process's own environment: hosts are probed by mpiexec, too.
         os.environ.update(
@@ -150,6 +149,7 @@ def _launch(
             command,
             {**os.environ, **environ},
             n_ranks,
+            hosts_from=placement.source(options),
             reach=addresses(hosts, options.address),
             stdin=stdin,
             how=how,
@@ -262,73 +262,6 @@ def _added_environment(options: argparse.Namespace) -> dict[str, str]:
     if options.checked:
         added[_environment.CHECKED] = "1"
     return added
-
-
-def _places(options: argparse.Namespace) -> tuple[int, list[Host]]:
-    """Return the number of ranks, and the hosts if they are not this one alone."""
-    from chainer_dist.launcher import cores, hostfiles, mpi
-
-    hosts = _hosts(options)
-    if options.per_host:
-        hosts = [host._replace(slots=options.per_host) for host in hosts]
-        most = options.per_host * max(1, len(hosts))
-        if options.n_ranks and options.n_ranks > most:
-            options.parser.error(
-                f"{options.n_ranks} ranks do not fit: -N {options.per_host} makes {most}"
-            )
-    n_ranks = options.n_ranks or hostfiles.n_slots(hosts) or options.per_host or cores.n_cores()
-    if n_ranks > hostfiles.MAX_RANKS:
-        options.parser.error(f"{n_ranks} ranks are more than {hostfiles.MAX_RANKS:,}")
-    if hosts and n_ranks > hostfiles.most_slots(hosts):
-        options.parser.error(f"{n_ranks} ranks are more than the max_slots of the hosts")
-    is_here = all(mpi.is_here(host.name) for host in hosts)
-    if options.action == "run":
-        n_places = len(cores.physical_cores()) if is_here else hostfiles.n_slots(hosts)
-        if n_ranks > n_places:
-            what = "cores of this machine" if is_here else "slots of the hosts"
-            output.say(
-                f"warning: {n_ranks} ranks share the {n_places} {what}, and wait for one another"
-            )
-    return n_ranks, [] if is_here else hosts
-
-
-def _hosts(options: argparse.Namespace) -> list[Host]:
-    """Return the hosts that the user names, or the hosts of the scheduler's allocation, or none."""
-    from chainer_dist.launcher import allocations, hostfiles
-
-    try:
-        if options.hosts:
-            return hostfiles.parse_hosts(options.hosts)
-        if options.hostfile:
-            return hostfiles.read_hostfile(options.hostfile)
-    except LaunchError as error:
-        options.parser.error(str(error))
-    _, hosts = allocations.allocation(os.environ) or ("", [])
-    return hosts
-
-
-def _discovery(options: argparse.Namespace) -> Discovery | None:
-    """Return what finds the hosts of an elastic job; None for any other."""
-    if not options.host_discovery_script:
-        if options.action == "run" and (options.min_ranks or options.max_ranks):
-            options.parser.error("--min-ranks and --max-ranks want --host-discovery-script")
-        return None
-    from chainer_dist.launcher.elastic import Discovery
-
-    if options.n_ranks or options.per_host or options.hosts or options.hostfile:
-        options.parser.error(
-            "hosts come from --host-discovery-script; use --min-ranks and --max-ranks"
-        )
-    if options.dry_run:
-        options.parser.error(
-            "--dry-run: the hosts are known only when --host-discovery-script is run"
-        )
-    least, most = options.min_ranks or 1, options.max_ranks
-    if most and most < least:
-        options.parser.error(f"--max-ranks {most} are less than --min-ranks {least}")
-    if not os.access(options.host_discovery_script, os.X_OK):
-        options.parser.error(f"{options.host_discovery_script} is not executable: chmod +x")
-    return Discovery(options.host_discovery_script, least, most)
 
 
 def _log_folder(options: argparse.Namespace) -> Path | None:

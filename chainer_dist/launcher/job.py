@@ -6,13 +6,13 @@ import asyncio
 import contextlib
 import functools
 import math
-import resource
+import re
 import signal
 from collections import deque
 from typing import TYPE_CHECKING, NamedTuple
 
 from chainer_dist import _environment
-from chainer_dist.launcher import output, wire
+from chainer_dist.launcher import output, processes, wire
 from chainer_dist.launcher.errors import LaunchError
 from chainer_dist.launcher.monitors import MORE_FILES, Monitors
 from chainer_dist.launcher.ranks import name_of_signal
@@ -37,6 +37,8 @@ SECONDS_TO_DUMP = 1  # where a rank hangs, on SIGABRT
 SECONDS_BETWEEN_LOOKS = 1  # for other hosts
 SECONDS_TO_OBEY = 5  # from SIGTERM to SIGKILL, and from that to giving up
 N_LINES = 200  # that are kept of what mpiexec says
+# The last words of ssh, after which mpiexec of MPICH 4.0 waits for ever.
+_NO_WAY = re.compile(rb"ssh: (?:Could not resolve hostname|connect to host) .*[^\s]")
 
 
 class Outcome(NamedTuple):
@@ -67,6 +69,7 @@ class Job:
         command: ``mpiexec`` and its arguments, and what each rank is to run, a monitor.
         environ: Environment of ``mpiexec``.
         n_ranks: How many monitors are expected.
+        hosts_from: What names the hosts of the ranks, in words.
         reach: Addresses of this host that the hosts of the ranks can reach.
         stdin: Standard input of rank 0.
         how: Format of the output of the ranks.
@@ -81,6 +84,7 @@ class Job:
         environ: Mapping[str, str],
         n_ranks: int,
         *,
+        hosts_from: str,
         reach: Sequence[str],
         stdin: Input,
         how: Format,
@@ -90,6 +94,7 @@ class Job:
         self._command = command
         self._environ = environ
         self._n_ranks = n_ranks
+        self._hosts_from = hosts_from
         self._reach = reach
         self._stdin = stdin
         self._how = how
@@ -115,7 +120,7 @@ class Job:
         for number in wire.FORWARDED:
             if signal.getsignal(number) is not signal.SIG_IGN:
                 self._loop.add_signal_handler(number, self._forward, number)
-        _allow_open_files(self._n_ranks + MORE_FILES)
+        processes.allow_open_files(self._n_ranks + MORE_FILES)
         self._monitors = Monitors(self._n_ranks, self._stdin, self._how, self._changed)
         signal.pthread_sigmask(signal.SIG_UNBLOCK, wire.FORWARDED)
         output.listen(functools.partial(self._loop.call_soon_threadsafe, self._was_written))
@@ -171,6 +176,10 @@ class Job:
         waits = not self._monitors.are_all_there and not self._monitors.failed
         if waits and not output.is_full():
             self._show_mpiexec()  # it may be asking for something, or say why there are no ranks
+        no_way = _NO_WAY.search(line)
+        if waits and no_way:
+            why = no_way[0].decode(errors="replace")
+            self._judge(1, f"a host of {self._hosts_from} cannot be reached: {why}")
 
     def _show_mpiexec(self) -> None:
         while self._said:
@@ -337,10 +346,3 @@ class Job:
         elif left:
             reason += f" after rank {', '.join(left)} had left with status 0"
         return status, reason
-
-
-def _allow_open_files(n: int) -> None:
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if soft != resource.RLIM_INFINITY and soft < n:
-        most = n if hard == resource.RLIM_INFINITY else min(n, hard)
-        resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import os
+import resource
 import signal
 import sys
 import time
@@ -95,3 +96,11 @@ def kill_descendants(seconds: float) -> None:
     deadline = time.monotonic() + seconds
     while signal_descendants(signal.SIGKILL) and time.monotonic() < deadline:
         time.sleep(0.01)
+
+
+def allow_open_files(n: int) -> None:
+    """Let this process have so many open files, as far as it may. Local."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != resource.RLIM_INFINITY and soft < n:
+        most = n if hard == resource.RLIM_INFINITY else min(n, hard)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))

@@ -690,7 +690,31 @@ def test_an_unknown_host():
     job = launch("run", "--hosts", "no-such-host.invalid:2", "--address", "x", __file__)
     assert job.status not in (0, 2)
     assert "no-such-host.invalid" in job.stderr
-    assert job.reason.endswith("before any rank had started")
+    assert "no-such-host.invalid" in job.reason or "before any rank had started" in job.reason
+
+
+NO_WAY = [
+    "ssh: Could not resolve hostname nodec: Name or service not known",
+    "ssh: connect to host nodec port 22: Connection refused",
+]
+
+
+@pytest.mark.parametrize("words", NO_WAY)
+@pytest.mark.parametrize("option", ["--hosts", "--hostfile"])
+def test_a_host_that_cannot_be_reached_ends_the_job(tmp_path, words, option):
+    """At once, where mpiexec of MPICH 4.0 waits for ever: here as long as what it calls in the place of ssh."""
+    shell = tmp_path / "ssh"
+    shell.write_text(
+        f"#!/bin/sh\nprintf '{words}\\r\\n' >&2\nwhile kill -0 $PPID; do sleep 0.1; done\n"
+    )
+    shell.chmod(0o755)
+    (tmp_path / "hosts").write_text("nodec:2")
+    named = "nodec:2" if option == "--hosts" else str(tmp_path / "hosts")
+    names = ("HYDRA_LAUNCHER_EXEC", "PRTE_MCA_plm_ssh_agent", "OMPI_MCA_plm_rsh_agent")
+    settings = {"HYDRA_LAUNCHER": "ssh", **dict.fromkeys(names, str(shell))}
+    job = launch("run", option, named, "--address", "127.0.0.1", __file__, env=settings)
+    assert job.status == 1, job
+    assert job.reason == f"chainer-dist: a host of {option} {named} cannot be reached: {words}"
 
 
 def test_the_launcher_cannot_be_reached(tmp_path):
