@@ -154,13 +154,23 @@ def _input(x: Array) -> tuple[Array, bool]:
     return np.ascontiguousarray(x), True
 
 
-def _is_product(window: Window, w_sizes: Sequence[int]) -> bool:
-    """Return whether a convolution is a product of matrices: of each position's channels by the weights. Local.
+def _is_product(
+    window: Window, x_sizes: Sequence[int], w_sizes: Sequence[int], y_sizes: Sequence[int]
+) -> bool:
+    """Return whether a convolution is a product of matrices: of the channels at positions by the weights. Local.
 
     A product reads the weights where they are, while oneDNN's convolution would reorder them.
     """
     stride, pad, _, groups = window
-    return {*stride, *w_sizes, groups} == {1} and not any(pad)
+    are_inside = all(s * (y - 1) < x for s, y, x in zip(stride, y_sizes, x_sizes))
+    return {*w_sizes, groups} == {1} and not any(pad) and are_inside
+
+
+def _seen(x: Array, y_sizes: Sequence[int], window: Window) -> Any:
+    """Return what windows of one position see of ``x``, channels last: (n, sizes of y..., channels), a view. Local."""
+    places = (slice(0, s * (size - 1) + 1, s) for s, size in zip(window.stride, y_sizes))
+    seen = slice(None), *places
+    return layouts.to_last(x)[seen]
 
 
 def convolve(
@@ -180,8 +190,9 @@ def convolve(
         window: Stride, padding, dilation and groups.
     """
     x, is_dense = _input(x)
-    if not is_dense and _is_product(window, w.shape[2:]):
-        rows = multiply(layouts.rows(x), w.reshape(w.shape[:2]).T, b)
+    if not is_dense and _is_product(window, x.shape[2:], w.shape[2:], y_sizes):
+        seen = _seen(x, y_sizes, window).reshape(-1, x.shape[1])
+        rows = multiply(seen, w.reshape(w.shape[:2]).T, b)
         product: Array = layouts.to_second(rows.reshape(len(x), *y_sizes, len(w)))
         return product
     y = layouts.empty((x.shape[0], w.shape[0], *y_sizes))
@@ -208,9 +219,17 @@ def transposed(
         window: Stride, padding, dilation and groups.
     """
     y = layouts.channels_last(y)
-    x = layouts.empty((y.shape[0], w.shape[1] * window.groups, *x_sizes))
-    geometry = Geometry(x.shape, w.shape, y.shape, window)
-    _backward_data(geometry)(y, np.ascontiguousarray(w), x)
+    if _is_product(window, x_sizes, w.shape[2:], y.shape[2:]):
+        rows = multiply(layouts.rows(y), w.reshape(w.shape[:2]))
+        x: Array = layouts.to_second(rows.reshape(len(y), *y.shape[2:], w.shape[1]))
+        if x.shape[2:] != tuple(x_sizes):
+            product = layouts.to_last(x)
+            x = layouts.to_second(np.zeros((len(y), *x_sizes, w.shape[1]), np.float32))
+            _seen(x, y.shape[2:], window)[...] = product
+    else:
+        x = layouts.empty((y.shape[0], w.shape[1] * window.groups, *x_sizes))
+        geometry = Geometry(x.shape, w.shape, y.shape, window)
+        _backward_data(geometry)(y, np.ascontiguousarray(w), x)
     if b is not None:
         layouts.to_last(x)[...] += b
     return x
@@ -232,10 +251,9 @@ def gradient_of_weights(
     """
     x, is_dense = _input(x)
     y = layouts.channels_last(y)
-    if not is_dense and _is_product(window, w_sizes):
-        return multiply(layouts.rows(y).T, layouts.rows(x)).reshape(
-            y.shape[1], x.shape[1], *w_sizes
-        )
+    if not is_dense and _is_product(window, x.shape[2:], w_sizes, y.shape[2:]):
+        seen = _seen(x, y.shape[2:], window).reshape(-1, x.shape[1])
+        return multiply(layouts.rows(y).T, seen).reshape(y.shape[1], x.shape[1], *w_sizes)
     w = np.empty((y.shape[1], x.shape[1] // window.groups, *w_sizes), np.float32)
     geometry = Geometry(x.shape, w.shape, y.shape, window, is_dense)
     _backward_weights(geometry)(x, y, w)

@@ -87,6 +87,26 @@ def test_transposed_convolution(case):
     assert_like_chainer(function, arrays)
 
 
+@given(st.data(), st.booleans())
+def test_windows_of_one_position(data, transposed):
+    """They are products of matrices, whether the stride leaves positions out or not."""
+    ndim = data.draw(st.integers(1, 3))
+    stride = [data.draw(st.integers(1, 3)) for _ in range(ndim)]
+    sizes = [data.draw(st.integers(1, 7)) for _ in range(ndim)]
+    inputs, outputs = (data.draw(st.integers(1, 20)) for _ in range(2))
+    x = draw_array(data.draw, (data.draw(st.integers(1, 3)), inputs, *sizes))
+    x = data.draw(st.sampled_from([x, arrange(x, "channels last")]))
+    w = (inputs, outputs) if transposed else (outputs, inputs)
+    arrays = [x, draw_array(data.draw, (*w, *[1] * ndim)), draw_array(data.draw, (outputs,))]
+    if transposed:
+        more = [data.draw(st.integers(0, s - 1)) for s in stride]
+        options = {"outsize": [s * (n - 1) + 1 + m for s, n, m in zip(stride, sizes, more)]}
+    else:
+        options = {"cover_all": data.draw(st.booleans())}
+    function = F.deconvolution_nd if transposed else F.convolution_nd
+    assert_like_chainer(lambda *inputs: function(*inputs, stride=stride, **options), arrays)
+
+
 @st.composite
 def poolings(draw):
     """Return an array to pool, and window sizes, strides and padding."""
