@@ -17,6 +17,8 @@ import chainer.functions as F
 import numpy as np
 from chainer.functions.rnn import n_step_rnn
 
+from chainer_dist.kernels.matrices import multiply_into
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
@@ -171,7 +173,7 @@ class Layer(chainer.FunctionNode):  # type: ignore[misc]  # Chainer has no types
         units = states[0].shape[1]
         gates = np.empty((len(self.of_x.weights), len(x), units), np.float32)
         for gate, w in zip(gates, self.of_x.take(ws)):
-            np.dot(x, w.T, out=gate)
+            multiply_into(x, w.T, gate)
         # One array has the biases at the indexes of the gradients of their products.
         biases = np.zeros((max(self.of_x.places.stop, self.of_h.places.stop), units), np.float32)
         biases[self.of_x.places] = self.of_x.take(bs)
@@ -201,15 +203,19 @@ class Layer(chainer.FunctionNode):  # type: ignore[misc]  # Chainer has no types
         made: dict[int, Any] = {1 + i: grad for i, grad in enumerate(grads)}
         if 0 in indexes:
             made[0] = _sum_of_products(products[self.of_x.places], self.of_x.take(ws))
-        of_biases = np.matmul(np.ones(len(x), np.float32), products)
+        ones = np.ones((1, len(x)), np.float32)
+        of_biases = np.empty((len(products), 1, products.shape[2]), np.float32)
+        for product, bias in zip(products, of_biases):
+            multiply_into(ones, product, bias)
         for factors, values in ((self.of_x, x), (self.of_h, hs)):
             for i, product, bias in zip(
                 factors.weights, products[factors.places], of_biases[factors.places]
             ):
                 of_w, of_b = 1 + self.states + i, 1 + self.states + len(ws) + i
                 if of_w in indexes:
-                    made[of_w] = product.T.dot(values)
-                made[of_b] = bias.copy()  # two biases may have the same gradient
+                    made[of_w] = np.empty((product.shape[1], values.shape[1]), np.float32)
+                    multiply_into(product.T, values, made[of_w])
+                made[of_b] = bias[0].copy()  # two biases may have the same gradient
         return tuple(chainer.as_variable(made[i]) for i in indexes)
 
     def _backward_of_chainer(
@@ -256,7 +262,7 @@ def finish_sigmoid(values: Array) -> None:
 
 
 def _sum_of_products(products: Array, matrices: Sequence[Array]) -> Array:
-    total: Array = products[0].dot(matrices[0])
-    for product, matrix in zip(products[1:], matrices[1:]):
-        total += product.dot(matrix)
+    total = np.empty((products.shape[1], matrices[0].shape[1]), np.float32)
+    for i, matrix in enumerate(matrices):
+        multiply_into(products[i], matrix, total, adds=i > 0)
     return total

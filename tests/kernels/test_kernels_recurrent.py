@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from chainer_dist import kernels
-from chainer_dist.kernels import recurrent
+from chainer_dist.kernels import matrices, recurrent
 from chainer_dist.optimizers.final_gradients import FinalGradients
 from kernel_cases import assert_close
 
@@ -150,13 +150,15 @@ def test_links(case):
 
 @every_link
 @pytest.mark.parametrize("lengths", [(9,), (7, 7, 7, 7), (1, 1), (12, 3, 8, 8, 1)])
-def test_many_units(name, lengths):
-    """Products that are cut into blocks, and one that is not, are right."""
+@pytest.mark.parametrize("which", ["numpy", "onednn"])
+def test_many_units(name, lengths, which, monkeypatch):
+    """Products that are cut into blocks, and one that is not, are right, and so are those by oneDNN."""
+    monkeypatch.setattr(matrices, "_FEW", 0)
     case = Case(name, layers=1, size=70, units=384, lengths=lengths, seed=3)
     link = case.link()
     for param in link.params():
         param.array *= 0.05
-    got, _ = outcome(case, "numpy", link=link)
+    got, _ = outcome(case, which, link=link)
     double = case.link(np.float64)
     double.copyparams(link)
     want, _ = outcome(case, "chainer", np.float64, double)
