@@ -31,6 +31,7 @@ CHOICES = ("auto", *_NAMES)
 
 _FAMILIES = (
     "activation",
+    "add",
     "batch_normalization",
     "checks",
     "convolution",

@@ -1,7 +1,7 @@
 """Elementwise activations and their gradients, in fewer passes over memory.
 
-The forward pass of ReLU stays NumPy's, which is a single pass already. That of oneDNN turns NaN into zero, and would
-hide that training has diverged.
+The forward pass of ReLU is two maxima in one pass: that of oneDNN turns NaN into zero, and would hide that training has
+diverged. So does its maximum of a number and zero; that of a number and NaN, in this order, is NaN.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from chainer.functions.activation.elu import ELU, ELUGrad
 from chainer.functions.activation.leaky_relu import LeakyReLU, _LeakyReLUGrad
-from chainer.functions.activation.relu import ReLUGrad2
+from chainer.functions.activation.relu import ReLU, ReLUGrad2
 from chainer.functions.activation.sigmoid import Sigmoid, SigmoidGrad
 from chainer.functions.activation.tanh import TanhGrad
 
@@ -20,7 +20,9 @@ from chainer_dist.kernels.onednn import (
     DIFF_DST,
     DIFF_SRC,
     DST,
+    SECOND_SRC,
     SRC,
+    SRC_AFTERWARDS,
     TRAINING,
     Description,
     Layout,
@@ -34,7 +36,15 @@ if TYPE_CHECKING:
 
 _RELU, _LOGISTIC = 0x20, 0x29
 # Algorithms that compute the gradient from the output instead of the input.
-_TANH_BY_OUTPUT, _LOGISTIC_BY_OUTPUT, _RELU_BY_OUTPUT = 0x101, 0x104, 0x100
+_TANH_BY_OUTPUT, _LOGISTIC_BY_OUTPUT = 0x101, 0x104
+
+# Binary algorithms. The last gives 1 or 0, and 1 for NaN.
+_PRODUCT, _MAXIMUM, _IS_GREATER = 0x1FFF1, 0x1FFF2, 0x1FFF7
+
+_ZERO = np.zeros((1, 1), np.float32)
+
+# With fewer values NumPy's ReLU and its gradient take less time than the calls.
+_FEW_FOR_RELU = 1 << 15
 
 
 @kept
@@ -52,6 +62,14 @@ def _backward(algorithm: int, size: int, alpha: float) -> Operation:
     known = SRC if algorithm == _RELU else DST
     inputs = [(DIFF_DST, row), (known, row)]
     return Operation("eltwise_backward", parameters, inputs, [(DIFF_SRC, row)])
+
+
+@kept
+def _compare_with_zero(algorithm: int, size: int, afterwards: int) -> Operation:
+    row, zero = Layout.dense((1, size)), Layout.dense((1, 1))
+    inputs = [(SRC, row), (SECOND_SRC, zero), (SRC_AFTERWARDS, row)]
+    parameters = [algorithm, row, zero, row]
+    return Operation("binary", parameters, inputs, [(DST, row)], (afterwards, row))
 
 
 def _is_worth_it(*arrays: Array) -> bool:
@@ -74,12 +92,26 @@ def _apply_gradient(algorithm: int, known: Array, gy: Array, alpha: float = 0.0)
     return gx
 
 
+@replaces(ReLU, "forward_cpu")
+def _relu(chainers: Any, self: Any, inputs: tuple[Array]) -> Any:
+    (x,) = inputs
+    if x.size < _FEW_FOR_RELU or not _is_worth_it(x):
+        return chainers(self, inputs)
+    self.retain_outputs((0,))
+    y = np.empty_like(x)
+    _compare_with_zero(_MAXIMUM, x.size, _MAXIMUM)(x, _ZERO, x, y)
+    return (y,)
+
+
 @replaces(ReLUGrad2, "forward_cpu")
 def _relu_gradient(chainers: Any, self: Any, inputs: tuple[Array]) -> Any:
     (gy,) = inputs
-    if not _is_worth_it(self.b, gy) or self.b.shape != gy.shape:
+    y = self.b
+    if y.size < _FEW_FOR_RELU or not _is_worth_it(y, gy) or y.shape != gy.shape:
         return chainers(self, inputs)
-    return (_apply_gradient(_RELU_BY_OUTPUT, self.b, gy),)
+    gy, gx = layouts.gradients_like(y, gy)
+    _compare_with_zero(_IS_GREATER, y.size, _PRODUCT)(y, _ZERO, gy, gx)
+    return (gx,)
 
 
 @replaces(LeakyReLU, "forward_cpu")

@@ -35,10 +35,12 @@ TRAINING, INFERENCE, BACKWARD = 64, 96, 128
 
 # Arguments of operations.
 SRC, DST, WEIGHTS, BIAS = 1, 17, 33, 41
+SECOND_SRC = 2
 MEAN, VARIANCE, SCALE, SHIFT = 49, 50, 51, 52
 WORKSPACE = 64
 DIFF_SRC, DIFF_DST, DIFF_WEIGHTS = 129, 145, 161
 DIFF_SCALE, DIFF_SHIFT = 255, 256
+SRC_AFTERWARDS = 32768 | SECOND_SRC  # of the operation that comes after
 
 # Flags of normalizations.
 USE_GIVEN_STATISTICS = 1
@@ -158,12 +160,15 @@ class Description:
         name: Name of the primitive, such as ``convolution_forward``.
         parameters: Parameters of ``dnnl_..._primitive_desc_create`` between the engine and the attributes. A
             :class:`Layout` stands for its memory descriptor, a :class:`Description` for its handle, None for NULL.
+        afterwards: Algorithm of a binary operation on each result and on one more input, and the layout of that input.
 
     Raises:
         OneDNNError: If oneDNN has no implementation.
     """
 
-    def __init__(self, name: str, parameters: Sequence[Any]) -> None:
+    def __init__(
+        self, name: str, parameters: Sequence[Any], afterwards: tuple[int, Layout] | None = None
+    ) -> None:
         descriptors: list[Owned] = []
 
         def convert(value: Any) -> Any:
@@ -174,13 +179,27 @@ class Description:
                 return value.owned.handle
             return ctypes.c_float(value) if isinstance(value, float) else value
 
+        attributes = _attributes(*afterwards) if afterwards else None
         self.owned = Owned(
             f"dnnl_{name}_primitive_desc_create",
             "dnnl_primitive_desc_destroy",
             library().engine,
             *map(convert, parameters),
-            None,
+            attributes and attributes.handle,
         )
+
+
+def _attributes(algorithm: int, layout: Layout) -> Owned:
+    """Return the attributes of a primitive that a binary operation follows. Local."""
+    functions = library().functions
+    operations = Owned("dnnl_post_ops_create", "dnnl_post_ops_destroy")
+    descriptor = _descriptor(layout)
+    append = functions.dnnl_post_ops_append_binary
+    check(append(operations.handle, algorithm, descriptor.handle), "an operation after another")
+    attributes = Owned("dnnl_primitive_attr_create", "dnnl_primitive_attr_destroy")
+    set_operations = functions.dnnl_primitive_attr_set_post_ops
+    check(set_operations(attributes.handle, operations.handle), "attributes")
+    return attributes
 
 
 class Operation:
@@ -195,6 +214,7 @@ class Operation:
         inputs: Arguments that are read, each as oneDNN's constant and the layout of the array. None is the primitive's
             own layout, as for the workspace, which is not float32.
         outputs: Arguments that are written, likewise.
+        afterwards: See :class:`Description`; its input is ``SRC_AFTERWARDS``.
 
     Raises:
         OneDNNError: If oneDNN has no implementation.
@@ -206,11 +226,12 @@ class Operation:
         parameters: Sequence[Any],
         inputs: Sequence[tuple[int, Layout | None]],
         outputs: Sequence[tuple[int, Layout | None]],
+        afterwards: tuple[int, Layout] | None = None,
     ) -> None:
         opened = library()
         functions = opened.functions
         descriptors: list[Owned] = []
-        self._description = Description(name, parameters).owned
+        self._description = Description(name, parameters, afterwards).owned
         arguments = []
         self._inputs: list[tuple[int, int, _Primitive]] = []  # position, bytes, reorder
         self._outputs: list[tuple[int, int, _Primitive]] = []

@@ -53,11 +53,15 @@ def softmax_rows(x: Array) -> tuple[Array, Array]:
     Returns:
         New arrays of shape ``(rows, columns)`` and ``(rows, 1)``, float32.
     """
-    by_onednn = _softmax(_SOFTMAX, x, 1) if replacements.uses_onednn() else None
-    if by_onednn is not None:  # the largest value of a row is 1 / (sum of exp(x - largest x))
-        largest_y = by_onednn.max(axis=1, keepdims=True)
-        return by_onednn, x.max(axis=1, keepdims=True) - np.log(largest_y)
     y = np.empty(x.shape, np.float32)
+    if replacements.uses_onednn():
+        places = np.arange(len(x)), x.argmax(axis=1)  # that of NaN, if there is one
+        largest = x[places]
+        if np.isfinite(largest).all():
+            x = np.ascontiguousarray(x)
+            _forward(_SOFTMAX, Layout.of(x), 1)(x, y)
+            # The largest of a row is one divided by the sum.
+            return y, (largest - np.log(y[places]))[:, None]
     log_sums = np.empty((len(x), 1), np.float32)
     for block in _blocks(*x.shape):
         given, out = x[block], y[block]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from unittest import mock
+
 import chainer
 import chainer.functions as F
 import numpy as np
@@ -10,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from chainer_dist import kernels
+from chainer_dist.kernels import add
 from kernel_cases import assert_like_chainer, draw_array, outcome
 
 # Nothing here knows of ranks.
@@ -34,7 +37,17 @@ ACTIVATIONS = {
 }
 
 shapes = st.sampled_from(
-    [(), (3,), (2, 3), (4096,), (70, 70), (3, 20, 9, 9), (2, 16, 150), (9, 5, 7, 4, 6)]
+    [
+        (),
+        (3,),
+        (2, 3),
+        (4096,),
+        (70, 70),
+        (3, 20, 9, 9),
+        (2, 16, 150),
+        (9, 5, 7, 4, 6),
+        (2, 20, 30, 30),
+    ]
 )
 
 
@@ -56,7 +69,7 @@ def test_activation(function, x, name):
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf, 0.0])
 def test_what_is_not_finite_stays_in_activations(function, value, name):
     """NaN and infinity come out where Chainer lets them."""
-    x = np.random.RandomState(0).standard_normal((90, 90)).astype(np.float32)
+    x = np.random.RandomState(0).standard_normal((190, 190)).astype(np.float32)
     x[5, 7] = value
     outcomes = []
     with np.errstate(all="ignore"):
@@ -73,7 +86,7 @@ def test_what_is_not_finite_stays_in_activations(function, value, name):
 @pytest.mark.parametrize("name", NAMES)
 def test_gradients_that_are_not_finite_stay(name):
     """NaN and infinity in a gradient are handed on as Chainer hands them on."""
-    x = np.random.RandomState(0).standard_normal((90, 90)).astype(np.float32)
+    x = np.random.RandomState(0).standard_normal((190, 190)).astype(np.float32)
     gy = np.ones_like(x)
     gy[3, 4:8] = np.nan, np.inf, -np.inf, np.nan
     for function in ACTIVATIONS.values():
@@ -85,6 +98,30 @@ def test_gradients_that_are_not_finite_stay(name):
                     (g,) = chainer.grad([function(variable)], [variable], [chainer.Variable(gy)])
                     found.append(g.array)
         np.testing.assert_allclose(found[1], found[0], 2e-5, 2e-5)
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("value", [np.nan, -np.nan])
+@pytest.mark.parametrize("size", [1 << 15, (1 << 15) + 5])
+def test_relu_keeps_nan_of_either_sign(name, value, size):
+    """NaN comes out of ReLU wherever it is, so that it is seen that training failed."""
+    for place in (0, size // 2, size - 1):
+        x = np.full(size, -1, np.float32)
+        x[place] = value
+        with kernels.use(name):
+            y = F.relu(x).array
+        assert np.flatnonzero(y != 0).tolist() == [place]
+        assert np.isnan(y[place])
+
+
+@given(st.sampled_from([(3,), (40, 50), (3, 20, 30, 30)]), st.data())
+def test_sum_of_two(shape, data):
+    """Branches that meet, by several threads, are added as by NumPy, bit for bit."""
+    a, b = (draw_array(data.draw, shape) for _ in range(2))
+    with mock.patch.object(add, "n_threads", return_value=2), mock.patch.object(add, "_FEW", 1000):
+        assert_like_chainer(lambda a, b: a + b, [a, b])
+        with kernels.use("onednn"):
+            np.testing.assert_array_equal((chainer.Variable(a) + b).array, a + b)
 
 
 @st.composite
@@ -180,6 +217,30 @@ def test_softmax_cross_entropy(case, normalize, reduce, name):
         return F.softmax_cross_entropy(x, t, normalize, reduce=reduce)
 
     assert_like_chainer(function, [x], name=name, double=False)
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize(
+    "places", [(3, 7), (3, 0), (3, slice(None)), (slice(None), slice(1, None))]
+)
+def test_what_is_not_finite_stays_in_softmax_cross_entropy(name, value, places):
+    """NaN and infinity come out where Chainer lets them, of the label's score or another."""
+    x = np.random.RandomState(0).standard_normal((50, 90)).astype(np.float32)
+    x[places] = value
+    outcomes = []
+    with np.errstate(all="ignore"):
+        for each in ("chainer", name):
+            with kernels.use(each):
+                outcomes.append(
+                    outcome(
+                        lambda x: F.softmax_cross_entropy(x, np.zeros(50, np.int32), reduce="no"),
+                        [x],
+                        double=False,
+                    )
+                )
+    for expected, found in zip(*outcomes):
+        np.testing.assert_allclose(found, expected, 2e-5, 2e-5)
 
 
 @pytest.mark.parametrize("name", NAMES)
