@@ -22,6 +22,8 @@ _FEW_FOR_THREADS = 1 << 16
 
 # Number of rows up to which dnnl_sgemm is faster than the primitive matmul for any second matrix.
 _FEW_ROWS = 12
+# From so many rows and columns of the product on it is faster in one thread, too.
+_MANY_ROWS, _MANY_COLUMNS = 128, 2048
 
 
 @kept
@@ -46,15 +48,21 @@ def multiply(a: Array, b: Array, bias: Array | None = None) -> Array:
     """
     a, b = _matrices(a), _matrices(b)
     y = np.empty((*a.shape[:-1], b.shape[-1]), np.float32)
-    rows_are_contiguous = matrix_order(b)[0] == b"N"
-    if a.ndim == 2 and (len(a) <= _FEW_ROWS or (bias is None and rows_are_contiguous)):  # noqa: PLR2004 - matrices
-        multiply_matrices(a, b, y)
+    if a.ndim == 2 and _is_for_sgemm(a, b, bias):  # noqa: PLR2004 - matrices
         if bias is not None:
-            y += bias
+            y[...] = bias
+        multiply_matrices(a, b, y, adds=bias is not None)
     else:
         biases = () if bias is None else (np.ascontiguousarray(bias),)
         _multiply(Layout.of(a), Layout.of(b), bias is not None)(a, b, *biases, y)
     return y
+
+
+def _is_for_sgemm(a: Array, b: Array, bias: Array | None) -> bool:
+    """Return whether oneDNN's older way multiplies two matrices faster than its newer one. Local."""
+    if len(a) <= _FEW_ROWS or (bias is None and matrix_order(b)[0] == b"N"):
+        return True
+    return len(a) >= _MANY_ROWS and b.shape[1] >= _MANY_COLUMNS and n_threads() == 1
 
 
 def multiply_into(a: Array, b: Array, y: Array, *, adds: bool = False) -> None:

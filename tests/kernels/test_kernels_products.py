@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from unittest import mock
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -30,7 +32,11 @@ def test_products(stack, m, k, n, data):
     bias = rng.standard_normal(n).astype("f") if data.draw(st.booleans()) else None
     a, b = factors
     expected = a.astype(np.float64) @ b.astype(np.float64) + (0 if bias is None else bias)
-    found = matrices.multiply(a, b, bias)
+    many = data.draw(
+        st.sampled_from([1, 1 << 20])
+    )  # a product of many rows and columns, or of fewer
+    with mock.patch.multiple(matrices, _MANY_ROWS=many, _MANY_COLUMNS=many):
+        found = matrices.multiply(a, b, bias)
     np.testing.assert_allclose(found, expected, 1e-4, 1e-4)
     assert found.flags.c_contiguous
 
