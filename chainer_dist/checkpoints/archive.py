@@ -93,8 +93,7 @@ class Archive:
         Raises:
             OSError: If it could not be written.
         """
-        # Not by together(): a rank with fewer batches comes here while others compare before an update, and two
-        # allreduces of different sizes would end in an error of MPI that names neither.
+        # One exchange carries the files of each rank, or its error.
         error: BaseException | None = None
         files: dict[str, File] = {}
         try:

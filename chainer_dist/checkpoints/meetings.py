@@ -5,16 +5,18 @@ from __future__ import annotations
 import time
 from typing import TYPE_CHECKING
 
-import numpy as np
-
 from chainer_dist.checkpoints.preemption import Signals
+from chainer_dist.collectives.extremes import extremes
 from chainer_dist.collectives.failures import together
+from chainer_dist.collectives.operation import WAITING, Kind
 
 if TYPE_CHECKING:
     from chainer_dist.checkpoints.history import History
     from chainer_dist.communicators import CommunicatorBase
 
 __all__ = ["Meetings", "Rounds"]
+
+_ROUND = Kind("round of checkpoints", WAITING)
 
 _SECONDS = 0.5  # between two rounds
 _MOST_STEPS = 100  # between two rounds
@@ -45,17 +47,13 @@ class Rounds:
         Returns:
             The maximum of each number over the ranks, or None in a step without an exchange.
         """
-        from mpi4py import MPI
-
         self._steps += 1
         if self._steps < self._interval:
             return None
         now = time.perf_counter()
         microseconds = int((now - self._started) / self._steps * 1e6)
-        largest = np.array([*numbers, microseconds], dtype=np.int64)
-        self._comm.mpi_comm.Allreduce(MPI.IN_PLACE, largest, MPI.MAX)
-        answers: list[int] = largest.tolist()
-        slowest = answers.pop()
+        largest, _ = extremes(self._comm, _ROUND, *numbers, microseconds)
+        *answers, slowest = largest
         self._interval = min(max(1, int(_SECONDS * 1e6) // max(1, slowest)), _MOST_STEPS)
         self._steps = 0
         self._started = now

@@ -9,6 +9,7 @@ import hashlib
 import operator
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar, cast
 
+from chainer_dist.collectives.extremes import extremes
 from chainer_dist.collectives.failures import AGREE, describe_error, in_words, raise_first
 from chainer_dist.errors import RankMismatchError
 
@@ -42,7 +43,8 @@ def agree(comm: ObjectCommunicator, *digests: int) -> tuple[bool, ...]:
     Returns:
         One bool a digest, the same on every rank.
     """
-    return comm.compare_numbers(AGREE, digests)
+    most, least = extremes(comm, AGREE, *digests)
+    return tuple(map(operator.eq, most, least))
 
 
 def agreed_rank(comm: ObjectCommunicator, rank: object, name: str) -> int:

@@ -13,6 +13,7 @@ from __future__ import annotations
 import pickle
 from typing import TYPE_CHECKING, Any, NamedTuple, Optional
 
+from chainer_dist.collectives.extremes import extremes
 from chainer_dist.collectives.operation import WAITING, Kind, Operation
 
 if TYPE_CHECKING:
@@ -61,8 +62,8 @@ def raise_together(comm: Group, error: BaseException | None) -> None:
         if error is not None:
             raise error
         return
-    (is_same,) = comm.compare_numbers(_ERRORS, [error is not None])
-    if is_same and error is None:
+    (has_failed,), _ = extremes(comm, _ERRORS, int(error is not None))
+    if not has_failed:
         return
     with Operation(_ERRORS, comm):
         failures = comm.mpi_comm.allgather(describe_error(error))

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import array
 import contextlib
-import functools
-import zlib
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar, cast
 
 from chainer_dist.collectives import operation
-from chainer_dist.errors import FinalizedCommunicatorError, RankMismatchError
+from chainer_dist.errors import FinalizedCommunicatorError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -22,8 +20,8 @@ Made = TypeVar("Made")
 
 _FINALIZE = operation.Kind("finalize", operation.EXCHANGE)
 
-# How many numbers a comparison has room for, those of its kind and of its length among them. All comparisons
-# are of one size, so that ranks that have come to different ones still understand one another.
+# How many numbers ranks may compare at a time. A comparison of fewer numbers takes as many, so that ranks that have come
+# to different ones understand one another.
 ROOM = 16
 
 
@@ -118,51 +116,23 @@ class Group:
         """Number of nodes that the group spans."""
         return self._inter_size
 
-    def compare_numbers(self, kind: operation.Kind, numbers: Sequence[int]) -> tuple[bool, ...]:
-        """Return for each number whether it is the same on all ranks. Collective: one small allreduce or less.
+    def extremes(self, numbers: Sequence[int]) -> tuple[Sequence[int], Sequence[int]]:
+        """Return the largest and the smallest of each number over the ranks. Collective.
+
+        Code that compares calls :func:`chainer_dist.collectives.extremes.extremes`, which finds out as well whether ranks
+        have come to the same comparison. Here they may pass different counts: numbers that some ranks
+        have not passed are arbitrary in the result.
 
         Args:
-            kind: What is compared. Its name is the same on every rank, or all raise.
-            numbers: At most ``ROOM - 2`` integers above ``-2**63``, as many on every rank.
-
-        Raises:
-            RankMismatchError: On every rank, if ranks have come to different comparisons.
+            numbers: Integers above ``-2**63``, at most :data:`ROOM`.
         """
-        if len(numbers) > ROOM - 2:
-            raise ValueError(f"{len(numbers)} numbers were given, expected {ROOM - 2} or fewer")
-        with operation.Operation(kind, self):
-            if self.size == 1:
-                return (True,) * len(numbers)
-            same_kind, same_length, *same = self._compare(
-                [_checksum(kind.name), len(numbers), *numbers]
-            )
-            if not (same_kind and same_length):
-                self._raise_other_comparison(kind)
-        return tuple(same)
-
-    def _compare(self, numbers: list[int]) -> list[bool]:
-        """Return for each number whether it is the same on all ranks; for some, if they pass other counts. Collective."""
         from mpi4py import MPI
 
-        padding = [0] * (ROOM - len(numbers))
-        extremes = array.array("q", [*numbers, *padding, *(-each for each in numbers), *padding])
-        self.mpi_comm.Allreduce(MPI.IN_PLACE, [extremes, MPI.INT64_T], MPI.MAX)
-        return [most == -least for most, least in zip(extremes[: len(numbers)], extremes[ROOM:])]
-
-    def _raise_other_comparison(self, kind: operation.Kind) -> None:
-        """Raise the same RankMismatchError on every rank, if names of kinds differ. Collective."""
-        names = self.mpi_comm.allgather(kind.name)
-        for rank, name in enumerate(names):
-            if name != names[0]:
-                raise RankMismatchError(
-                    f"rank {rank}: it has come to the {name}, expected the {names[0]} as on rank 0: all "
-                    "ranks must come to the same operations in the same order (were parameters changed, "
-                    "or a snapshot loaded, on some ranks only?)"
-                )
-        raise RankMismatchError(
-            f"ranks have come to different operations, each of which begins with the {names[0]}: all "
-            "ranks must come to the same operations in the same order"
-        )
+        count = len(numbers)
+        padding = [0] * (ROOM - count)
+        values = array.array("q", [*numbers, *padding, *[-each for each in numbers], *padding])
+        self.mpi_comm.Allreduce(MPI.IN_PLACE, [values, MPI.INT64_T], MPI.MAX)
+        return values[:count], [-each for each in values[ROOM : ROOM + count]]
 
     @operation.collective()
     def split(self, color: int, key: int) -> Self | None:
@@ -301,8 +271,3 @@ class Group:
             f"<{self.name} communicator, rank {self.rank} of {self.size}, "
             f"node {self.inter_rank} of {self.inter_size}>"
         )
-
-
-@functools.lru_cache(maxsize=256)
-def _checksum(text: str) -> int:
-    return zlib.crc32(text.encode())

@@ -286,6 +286,11 @@ def innermost() -> Operation | None:
     return stack[-1] if stack else None
 
 
+def outermost(comm: Logged) -> Operation:
+    """Return the outermost operation on a communicator that this thread is in; there is one. Local."""
+    return next(each for each in _own.stack if each.comm is comm)
+
+
 def stacks() -> dict[int, list[Operation]]:
     """Return for each thread that is in operations a list of these, outermost first. Local."""
     return {thread: list(stack) for thread, stack in list(_stacks.items()) if stack}

@@ -9,10 +9,12 @@ equal numbers, although each rank has its own.
 from __future__ import annotations
 
 import functools
+import operator
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from chainer_dist import _chainer
 from chainer_dist.collectives.agreement import digest, raise_mismatch
+from chainer_dist.collectives.extremes import extremes
 from chainer_dist.collectives.operation import WAITING, Kind
 from chainer_dist.optimizers.descriptions import describe, is_of_chainer, is_plain, name_of
 from chainer_dist.parameters import are_identical
@@ -235,7 +237,8 @@ def compare(
     Raises:
         RankMismatchError: On every rank, if ranks differ in what they cannot make equal.
     """
-    same = Report(*comm.compare_numbers(kind, report))
+    most, least = extremes(comm, kind, *report)
+    same = Report(*map(operator.eq, most, least))
     if not same.t:
         subject = "optimizer.t (was a snapshot loaded on some ranks only?)"
         raise_mismatch(comm, [(subject, str(report.t))])

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import sys
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from chainer_dist.collectives.agreement import agree, digest
-from chainer_dist.collectives.frames import user_line
+from chainer_dist.collectives.extremes import raise_elsewhere
 from chainer_dist.collectives.operation import brief
-from chainer_dist.errors import RankMismatchError
 
 if TYPE_CHECKING:
     from chainer_dist.collectives.operation import Operation
@@ -31,17 +29,8 @@ def compare(operation: Operation) -> None:
     if comm.size == 1:
         return
     text = _describe(operation)
-    if all(agree(comm, digest((operation.number, text)))):
-        return
-    line = user_line(sys._getframe())  # noqa: SLF001 - Python's
-    everyone = comm.allgather_obj((operation.number, text, line))
-    number, expected, expected_line = everyone[0]
-    for rank, (its_number, its_text, its_line) in enumerate(everyone):
-        if (its_number, its_text) != (number, expected):
-            raise RankMismatchError(
-                f"rank {rank}: operation {its_number} is {its_text}, at {its_line}; "
-                f"expected {expected}, at {expected_line}, operation {number} as on rank 0"
-            )
+    if not all(agree(comm, digest((operation.number, text)))):
+        raise_elsewhere(comm, operation.number, text)
 
 
 def _describe(operation: Operation) -> str:

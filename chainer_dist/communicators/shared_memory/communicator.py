@@ -45,12 +45,12 @@ class SharedMemoryCommunicator(CommunicatorBase):
             transport = self._transport = Transport(self, patient=self._patient)
         return transport
 
-    def _compare(self, numbers: list[int]) -> list[bool]:
-        # All ranks have it from the same exchange on.
+    def extremes(self, numbers: Sequence[int]) -> tuple[Sequence[int], Sequence[int]]:
+        """See :meth:`Group.extremes`. On one node no message is sent, once an exchange has made shared memory."""
         transport: Transport | None = self.__dict__.get("_transport")
         if transport is None or transport.comparison is None:
-            return super()._compare(numbers)
-        return transport.comparison.compare(numbers)
+            return super().extremes(numbers)
+        return transport.comparison.extremes(numbers)
 
     def background(self) -> Self:
         """See :meth:`CommunicatorBase.background`."""

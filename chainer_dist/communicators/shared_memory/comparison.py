@@ -41,13 +41,8 @@ class Comparison:
         self._spins = have_cores(comm.size)
         self._count = 0
 
-    def compare(self, numbers: Sequence[int]) -> list[bool]:
-        """Return for each number whether it is the same on all ranks. Collective.
-
-        Args:
-            numbers: At most ``ROOM`` integers of 64 bits. Where ranks pass other counts of them, what is said of those
-                that some have not passed is anything.
-        """
+    def extremes(self, numbers: Sequence[int]) -> tuple[Sequence[int], Sequence[int]]:
+        """See :meth:`~chainer_dist.collectives.group.Group.extremes`. Collective."""
         self._count = count = self._count + 1
         start = _LINE + count % 2 * ROOM
         stop = start + len(numbers)
@@ -66,8 +61,9 @@ class Comparison:
         self._fence()
         others = [each[start:stop] for each in self._others]
         if all(other == mine for other in others):
-            return [True] * len(numbers)
-        return [len({*column}) == 1 for column in zip(mine, *others)]
+            return numbers, numbers
+        columns = list(zip(mine, *others))
+        return list(map(max, columns)), list(map(min, columns))
 
     def _have_all_come(self) -> bool:
         return all(other[0] >= self._count for other in self._others)
