@@ -16,6 +16,7 @@ from chainer.functions.activation.sigmoid import Sigmoid, SigmoidGrad
 from chainer.functions.activation.tanh import TanhGrad
 
 from chainer_dist.kernels import layouts
+from chainer_dist.kernels.cache import kept
 from chainer_dist.kernels.onednn import (
     DIFF_DST,
     DIFF_SRC,
@@ -27,7 +28,6 @@ from chainer_dist.kernels.onednn import (
     Description,
     Layout,
     Operation,
-    kept,
 )
 from chainer_dist.kernels.replacements import replaces
 

@@ -8,7 +8,8 @@ import numpy as np
 from chainer.functions.math.basic_math import Add
 
 from chainer_dist.kernels import layouts
-from chainer_dist.kernels.onednn import DST, SECOND_SRC, SRC, Layout, Operation, kept
+from chainer_dist.kernels.cache import kept
+from chainer_dist.kernels.onednn import DST, SECOND_SRC, SRC, Layout, Operation
 from chainer_dist.kernels.replacements import replaces
 from chainer_dist.kernels.shared_library import n_threads
 

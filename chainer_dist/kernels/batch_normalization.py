@@ -12,6 +12,7 @@ from chainer.functions.normalization.batch_normalization import (
 )
 
 from chainer_dist.kernels import layouts
+from chainer_dist.kernels.cache import kept
 from chainer_dist.kernels.onednn import (
     BACKWARD,
     DIFF_DST,
@@ -31,7 +32,6 @@ from chainer_dist.kernels.onednn import (
     Description,
     Layout,
     Operation,
-    kept,
 )
 from chainer_dist.kernels.replacements import replaces
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from chainer_dist.kernels import layouts, replacements
+from chainer_dist.kernels.cache import kept
 from chainer_dist.kernels.matrices import multiply_matrices
 from chainer_dist.kernels.onednn import (
     BACKWARD,
@@ -31,7 +32,6 @@ from chainer_dist.kernels.onednn import (
     Description,
     Layout,
     Operation,
-    kept,
 )
 
 if TYPE_CHECKING:

@@ -16,6 +16,7 @@ from chainer.functions.connection.deconvolution_nd import DeconvolutionND
 from chainer.utils.conv import get_conv_outsize
 
 from chainer_dist.kernels import layouts
+from chainer_dist.kernels.cache import kept
 from chainer_dist.kernels.matrices import multiply
 from chainer_dist.kernels.onednn import (
     BIAS,
@@ -30,7 +31,6 @@ from chainer_dist.kernels.onednn import (
     Layout,
     Operation,
     dimensions,
-    kept,
 )
 from chainer_dist.kernels.replacements import replaces
 

@@ -9,6 +9,7 @@ import numpy as np
 from chainer.functions.normalization.layer_normalization import LayerNormalization
 
 from chainer_dist.kernels import layouts, replacements
+from chainer_dist.kernels.cache import kept
 from chainer_dist.kernels.onednn import (
     BACKWARD,
     DIFF_DST,
@@ -26,7 +27,6 @@ from chainer_dist.kernels.onednn import (
     Description,
     Layout,
     Operation,
-    kept,
 )
 from chainer_dist.kernels.replacements import replaces
 

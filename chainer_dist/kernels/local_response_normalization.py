@@ -16,6 +16,7 @@ from chainer.functions.normalization.local_response_normalization import (
 )
 
 from chainer_dist.kernels import layouts
+from chainer_dist.kernels.cache import kept
 from chainer_dist.kernels.onednn import (
     DIFF_DST,
     DIFF_SRC,
@@ -26,7 +27,6 @@ from chainer_dist.kernels.onednn import (
     Description,
     Layout,
     Operation,
-    kept,
 )
 from chainer_dist.kernels.replacements import replaces
 from chainer_dist.kernels.shared_library import library

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from chainer_dist.kernels import replacements
-from chainer_dist.kernels.onednn import BIAS, DST, SRC, WEIGHTS, Layout, Operation, address, kept
+from chainer_dist.kernels.cache import kept
+from chainer_dist.kernels.onednn import BIAS, DST, SRC, WEIGHTS, Layout, Operation, address
 from chainer_dist.kernels.shared_library import check, library, n_threads
 
 if TYPE_CHECKING:

@@ -7,23 +7,18 @@ making it compiles code. Running it takes some microseconds beside the work itse
 from __future__ import annotations
 
 import ctypes
-import functools
 import math
-import threading
-from collections import OrderedDict
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from chainer_dist.kernels.shared_library import Handle, Owned, check, library, n_threads
+from chainer_dist.kernels.cache import kept
+from chainer_dist.kernels.shared_library import Handle, Owned, check, library
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Sequence
 
     from chainer_dist.kernels.shared_library import Library
-
-# Most operations that are kept, of all geometries and threads together. Each has some 100 kB of compiled code.
-CAPACITY = 1024
 
 _MAX_DIMENSIONS = 12
 _FLOAT32 = 3
@@ -309,48 +304,7 @@ def _reorder(opened: Library, source: Any, target: Any) -> _Primitive:
     return _Primitive(description, [(SRC, source.value), (DST, target.value)])
 
 
-_kept: OrderedDict[Any, Any] = OrderedDict()
-_lock = threading.Lock()
-
-
-def kept(make: Callable[..., Any]) -> Callable[..., Any]:
-    """Decorate a function that makes operations from hashable arguments, so that it makes each once. Local.
-
-    Each thread has operations of its own, since an operation holds the addresses of its arguments. So has each number
-    of OpenMP threads, since oneDNN divides the work when an operation is made. At most :data:`CAPACITY` are kept, the
-    ones that were used last.
-    """
-
-    @functools.wraps(make)
-    def get(*arguments: Any) -> Any:
-        key = (
-            make,
-            threading.get_ident(),
-            n_threads(),
-            arguments,
-        )
-        with _lock:
-            made = _kept.get(key)
-            if made is not None:
-                _kept.move_to_end(key)
-                return made
-        made = make(*arguments)
-        with _lock:
-            _kept[key] = made
-            if len(_kept) > CAPACITY:
-                _kept.popitem(last=False)
-        return made
-
-    return get
-
-
 @kept
 def _kept_reorder(source: Layout, target: Layout) -> _Primitive:
     descriptors = _descriptor(source), _descriptor(target)
     return _reorder(library(), *(each.handle for each in descriptors))
-
-
-def clear() -> None:
-    """Drop all operations that are kept. Local."""
-    with _lock:
-        _kept.clear()

@@ -11,6 +11,7 @@ from chainer.functions.pooling.max_pooling_nd import MaxPoolingND, MaxPoolingNDG
 from chainer.utils.conv import get_conv_outsize
 
 from chainer_dist.kernels import layouts
+from chainer_dist.kernels.cache import kept
 from chainer_dist.kernels.convolution import MOST_DIMENSIONS, padding_at_end
 from chainer_dist.kernels.onednn import (
     DIFF_DST,
@@ -23,7 +24,6 @@ from chainer_dist.kernels.onednn import (
     Layout,
     Operation,
     dimensions,
-    kept,
 )
 from chainer_dist.kernels.replacements import replaces
 

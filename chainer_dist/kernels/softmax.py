@@ -15,6 +15,7 @@ from chainer.functions.loss.softmax_cross_entropy import (
 )
 
 from chainer_dist.kernels import layouts, replacements
+from chainer_dist.kernels.cache import kept
 from chainer_dist.kernels.onednn import (
     DIFF_DST,
     DIFF_SRC,
@@ -24,7 +25,6 @@ from chainer_dist.kernels.onednn import (
     Description,
     Layout,
     Operation,
-    kept,
 )
 from chainer_dist.kernels.replacements import replaces
 

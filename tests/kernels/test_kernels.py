@@ -18,7 +18,7 @@ import pytest
 from chainer.functions.connection.convolution_2d import Convolution2DFunction
 
 from chainer_dist import kernels
-from chainer_dist.kernels import convolution, onednn, replacements, shared_library
+from chainer_dist.kernels import cache, convolution, replacements, shared_library
 
 # Nothing here knows of ranks.
 pytestmark = [pytest.mark.mpi_skip, pytest.mark.usefixtures("one_thread")]
@@ -225,8 +225,8 @@ def test_the_setting_for_ideep_is_honoured(monkeypatch):
 
 def test_operations_that_are_kept_are_bounded(monkeypatch):
     """Images of many sizes do not fill the memory."""
-    monkeypatch.setattr(onednn, "CAPACITY", 10)
-    onednn.clear()
+    monkeypatch.setattr(cache, "CAPACITY", 10)
+    cache.clear()
     _, w = case()
     with kernels.use("onednn"):
         for size in range(4, 40):
@@ -235,8 +235,8 @@ def test_operations_that_are_kept_are_bounded(monkeypatch):
             np.testing.assert_allclose(
                 y, np.broadcast_to(w.sum((1, 2, 3))[:, None, None], y.shape[1:])[None], 1e-4
             )
-            assert len(onednn._kept) <= 10
-    onednn.clear()
+            assert len(cache._kept) <= 10
+    cache.clear()
 
 
 def test_threads_do_not_disturb_one_another():
