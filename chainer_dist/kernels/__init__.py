@@ -42,6 +42,7 @@ _FAMILIES = (
     "layer_normalization",
     "linear",
     "local_response_normalization",
+    "lstm_units",
     "n_step_rnn",
     "pooling",
     "softmax",

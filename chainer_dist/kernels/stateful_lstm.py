@@ -9,9 +9,8 @@ import chainer.functions as F
 import chainer.links as L
 import numpy as np
 
-from chainer_dist.kernels import layouts
+from chainer_dist.kernels import layouts, lstm_units
 from chainer_dist.kernels.matrices import multiply_into
-from chainer_dist.kernels.recurrent import HALF, ONE, finish_sigmoid
 from chainer_dist.kernels.replacements import replaces
 from chainer_dist.kernels.steps import Factors, Step, are_plain
 
@@ -39,60 +38,19 @@ class LSTMStep(Step):
         """Compute the step. Called by Chainer."""
         self.retain_inputs(tuple(range(len(inputs))))
         c, h, x, w, b, v = inputs
-        n, units = h.shape
-        sums = np.empty((n, len(b)), np.float32)
+        sums = np.empty((len(x), len(b)), np.float32)
         sums[...] = b
         multiply_into(x, w.T, sums, adds=True)
         multiply_into(h, v.T, sums, adds=True)
-        gates = np.empty((4, n, units), np.float32)
-        gates[...] = sums.reshape(n, units, 4).transpose(2, 0, 1)
-        gates[1:] *= HALF
-        np.tanh(gates, out=gates)
-        finish_sigmoid(gates[1:])
-        a, i, f, o = self._gates = gates
-        c_next = np.empty_like(c)
-        c_next[n:] = c[n:]
-        new = c_next[:n]
-        np.multiply(f, c[:n], out=new)
-        tanh = self._tanh = a * i
-        np.add(new, tanh, out=new)
-        np.tanh(new, out=tanh)
-        return c_next, o * tanh
+        c_next, h_next, self._known = lstm_units.compute(sums, c)
+        return c_next, h_next
 
     def differentiate(
         self, inputs: Sequence[Array], gys: Sequence[Any], indexes: Sequence[int]
     ) -> tuple[dict[int, Array], Sequence[Array]]:
         """Return the gradients of c, h and x, and the values from which those of the parameters follow."""
         c, h, x, w, _, v = inputs
-        gc, gh = gys
-        n = len(x)
-        a, i, f, o = self._gates
-        tanh = self._tanh
-        gc_before = np.zeros_like(c) if gc is None else gc.copy()
-        of_c = gc_before[:n]
-        made = np.empty_like(self._gates)
-        if gh is None:
-            made[3] = 0
-        else:
-            from_h = tanh * tanh
-            np.subtract(ONE, from_h, out=from_h)
-            from_h *= o
-            from_h *= gh
-            of_c += from_h
-            np.subtract(ONE, o, out=made[3])
-            made[3] *= o
-            made[3] *= tanh
-            made[3] *= gh
-        np.multiply(a, a, out=made[0])
-        np.subtract(ONE, made[0], out=made[0])
-        made[0] *= i
-        np.subtract(ONE, self._gates[1:3], out=made[1:3])
-        made[1:3] *= self._gates[1:3]
-        made[1] *= a
-        made[2] *= c[:n]
-        made[:3] *= of_c
-        of_c *= f
-        of_sums = made.transpose(1, 2, 0).reshape(n, -1)
+        gc_before, of_sums = lstm_units.differentiate(self._known, c, *gys)
         gradients = {0: gc_before}
         for number, value, matrix in ((1, h, v), (2, x, w)):
             if number in indexes:
