@@ -182,6 +182,8 @@ bench: $(MEASURING)
 
 bench-nodes: $(MEASURING)
 	$(RUN) scripts/benchmarks/bench_nodes.py --json $(MEASURED)/nodes.json
+	$(RUN) scripts/benchmarks/bench_kernels.py --train --hosts 4 --works resnet50:4 lstm:8 \
+	  --json $(MEASURED)/kernels_hosts.json
 	$(ON_HOSTS) scripts/benchmarks/bench_accumulation.py --json $(MEASURED)/accumulation_hosts.json
 	$(ON_HOSTS) scripts/benchmarks/bench_sparse_rows.py --json $(MEASURED)/sparse_rows_hosts.json
 

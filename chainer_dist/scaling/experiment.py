@@ -25,7 +25,9 @@ from chainer_dist.scaling import contenders, workloads
 from chainer_dist.scaling.worker import Task
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Callable, Iterator, Sequence
+
+    Start = Callable[[Sequence[str]], subprocess.CompletedProcess[str]]
 
 __all__ = ["ACCURACY", "LAUNCH", "Job", "Plan", "jobs", "machine", "run", "run_job"]
 
@@ -219,12 +221,14 @@ def _cut_off(file: Any) -> None:
     file.truncate(file.read().rfind(b"\n") + 1)
 
 
-def run_job(job: Job, plan: Plan) -> dict[str, Any]:
+def run_job(job: Job, plan: Plan, start: Start | None = None) -> dict[str, Any]:
     """Run a job and return its result. Local.
 
     Args:
         job: The job that is measured.
         plan: Plan, from which kernels, seconds, steps, accuracy, places and timeout are taken.
+        start: Function that runs a Python program, given as script and arguments, on the job's ranks to its end; None
+            for ``chainer-dist run``.
 
     Raises:
         RuntimeError: If the job fails, with what it said.
@@ -242,18 +246,8 @@ def run_job(job: Job, plan: Plan) -> dict[str, Any]:
             target=plan.accuracy if job.kind == ACCURACY else 0.0,
             seed=job.round,
         )
-        command = [sys.executable, LAUNCH, "run", "-n", str(job.ranks)]
-        command += ["--timeout", str(plan.timeout), *plan.places]
-        command += [LAUNCH, "module", "chainer_dist.scaling.worker", json.dumps(task._asdict())]
-        done = subprocess.run(  # noqa: S603 - this package
-            command,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            stdin=subprocess.DEVNULL,
-            text=True,
-            check=False,
-            env=environment(),
-        )
+        program = [LAUNCH, "module", "chainer_dist.scaling.worker", json.dumps(task._asdict())]
+        done = _launch(program, job, plan) if start is None else start(program)
         if done.returncode or not out.is_file():
             raise RuntimeError(
                 f"{job.contender} on {job.ranks} ranks with {job.workload} ended with status "
@@ -261,6 +255,20 @@ def run_job(job: Job, plan: Plan) -> dict[str, Any]:
             )
         result: dict[str, Any] = json.loads(out.read_text(encoding="utf-8"))
         return result
+
+
+def _launch(program: Sequence[str], job: Job, plan: Plan) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, LAUNCH, "run", "-n", str(job.ranks)]
+    command += ["--timeout", str(plan.timeout), *plan.places, *program]
+    return subprocess.run(  # noqa: S603 - this package
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        stdin=subprocess.DEVNULL,
+        text=True,
+        check=False,
+        env=environment(),
+    )
 
 
 def needed(plan: Plan) -> Sequence[str]:

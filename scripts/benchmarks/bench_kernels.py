@@ -4,7 +4,8 @@
 Run it without mpiexec. Each model has a process of its own, where the contenders take turns, step by step, from the same
 parameters; what they compute is compared first. torch is measured with images in both of its layouts, and counts as
 fast as the faster one. With ``--train`` it measures whole training steps with Adam on ranks of MPI instead,
-exchange and update included: chainer_dist by each choice of kernels, and torch DistributedDataParallel over gloo.
+exchange and update included: chainer_dist by each choice of kernels, and torch DistributedDataParallel over gloo. With
+``--hosts`` each rank is on a host of its own, all of which are made of this machine, see netns_cluster.py.
 
 Nothing else may run meanwhile: a thread whose core is taken keeps the others of its team waiting.
 """
@@ -25,10 +26,14 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import bench_tables
 
+sys.path.append(str(Path(__file__).resolve().parent.parent / "cluster"))
+import netns_cluster
+
 from chainer_dist._arguments import positive, seconds
+from chainer_dist.scaling import contenders, experiment
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Mapping
+    from collections.abc import Callable, Iterable, Mapping, Sequence
 
     # Returns the loss; gradients are in the model then.
     Step = Callable[[], float]
@@ -223,13 +228,36 @@ def forward_and_backward(report: bench_tables.Report, args: argparse.Namespace) 
 
 def train(report: bench_tables.Report, args: argparse.Namespace) -> None:
     """Report a table of training steps, whose jobs are those of chainer-dist scale."""
-    from chainer_dist.scaling import contenders, experiment
+    if not args.hosts:
+        report_training(report, args, f"{args.ranks} ranks of one thread", None)
+        return
+    places = f"{args.hosts} hosts of one rank, {args.rate}"
+    os.environ.update(experiment.environment())
+    with netns_cluster.Cluster(args.hosts, rate=args.rate) as cluster:
 
+        def start(program: Sequence[str]) -> subprocess.CompletedProcess[str]:
+            return cluster.run(
+                [sys.executable, *program],
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                timeout=args.timeout,
+            )
+
+        report_training(report, args, places, start)
+
+
+def report_training(
+    report: bench_tables.Report,
+    args: argparse.Namespace,
+    places: str,
+    start: Callable[[Sequence[str]], subprocess.CompletedProcess[str]] | None,
+) -> None:
+    """Report a table of training steps of jobs that are started by a function, by default with chainer-dist run."""
     torches = dict(zip(TORCH, (contenders.TORCH, contenders.TORCH_CHANNELS_LAST)))
     kinds = {name: (contenders.OURS, name) for name in dict.fromkeys(["chainer", *args.kernels])}
     kinds.update({name: (contender, "chainer") for name, contender in torches.items()})
-    title = f"training step, Adam, {args.ranks} ranks of one thread; {described(args)}"
-    table = report.table(title, columns(args.kernels))
+    table = report.table(f"training step, Adam, {places}; {described(args)}", columns(args.kernels))
+    ranks = args.hosts or args.ranks
     for work in args.works:
         seconds: dict[str, list[float]] = {}
         for turn in range(args.rounds):
@@ -237,12 +265,12 @@ def train(report: bench_tables.Report, args: argparse.Namespace) -> None:
                 if not contenders.available(contender, work.path()):
                     continue
                 job = experiment.Job(
-                    experiment.WEAK, work.path(), contender, args.ranks, work.batch, turn
+                    experiment.WEAK, work.path(), contender, ranks, work.batch, turn
                 )
                 plan = experiment.Plan(
                     workloads=[work.path()],
                     contenders=[contender],
-                    ranks=[args.ranks],
+                    ranks=[ranks],
                     more_ranks=[],
                     scalings=[experiment.WEAK],
                     batch=work.batch,
@@ -254,7 +282,7 @@ def train(report: bench_tables.Report, args: argparse.Namespace) -> None:
                     places=[],
                     timeout=args.timeout,
                 )
-                result = experiment.run_job(job, plan)
+                result = experiment.run_job(job, plan, start)
                 seconds.setdefault(name, []).extend(result["seconds"])
         ms = {name: statistics.median(each) * 1e3 for name, each in seconds.items()}
         table.row(*cells(work, ms, args.kernels))
@@ -325,6 +353,12 @@ def main() -> None:
     parser.add_argument("--train", action="store_true", help="whole training steps on ranks")
     parser.add_argument("--ranks", type=positive, default=2, help="with --train (default: 2)")
     parser.add_argument(
+        "--hosts",
+        type=positive,
+        help="with --train: one rank on each of so many hosts (default: all on one)",
+    )
+    parser.add_argument("--rate", default="10gbit", help="with --hosts (default: 10gbit)")
+    parser.add_argument(
         "--rounds", type=positive, default=2, help="jobs of each, with --train (default: 2)"
     )
     parser.add_argument(
@@ -339,7 +373,11 @@ def main() -> None:
     if not has_torch():
         print("torch is not installed, and has no columns: pip install torch==2.13.0")
     report = bench_tables.Report(args.json)
-    (train if args.train else forward_and_backward)(report, args)
+    try:
+        (train if args.train else forward_and_backward)(report, args)
+    except netns_cluster.UnavailableError as error:
+        print(error)
+        raise SystemExit(netns_cluster.CANNOT) from error
     report.write()
 
 
