@@ -171,6 +171,7 @@ bench: $(MEASURING)
 	$(RUN) scripts/benchmarks/bench_kernels.py --json $(MEASURED)/kernels.json
 	$(RUN) scripts/benchmarks/bench_kernels.py --train --json $(MEASURED)/kernels_train.json
 	$(RUN) scripts/benchmarks/bench_memory.py --json $(MEASURED)/memory.json
+	$(RUN) scripts/benchmarks/bench_memory.py --ranks 4 --nodes 2 --json $(MEASURED)/memory_nodes.json
 	$(RUN) scripts/benchmarks/bench_allocator.py --json $(MEASURED)/allocator.json
 	$(RUN) scripts/benchmarks/bench_watch.py --json $(MEASURED)/watch.json
 	$(MPIEXEC) -n 2 $(RUN) scripts/benchmarks/bench_accumulation.py --json $(MEASURED)/accumulation.json
@@ -178,6 +179,8 @@ bench: $(MEASURING)
 	MPIR_CVAR_NUM_CLIQUES=2 $(MPIEXEC) -n 2 $(RUN) scripts/benchmarks/bench_compression.py --json $(MEASURED)/compression.json
 	MPIR_CVAR_NUM_CLIQUES=2 $(MPIEXEC) -n 2 $(RUN) scripts/benchmarks/bench_compression.py --task generated \
 	  --ways momentum --seeds 2 --epochs 4 --batch-size 64 --json $(MEASURED)/compression_generated.json
+	$(RUN) tests/run.py --ranks 1 --timeout 3600 -- -m faults --mpi-limit 1800 tests/launcher/test_faults.py \
+	  --fault-table $(MEASURED)/faults.json
 	$(RUN) docs/_ext/front.py
 
 bench-nodes: $(MEASURING)

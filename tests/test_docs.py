@@ -14,6 +14,8 @@ import docutils.core
 import pytest
 
 import chainer_dist
+import fault_cases
+import fault_table
 import mpi_job
 import prose
 from architecture import LAYERS, MODULES, imports
@@ -87,6 +89,30 @@ def test_measured_tables(tmp_path, extension):
         assert page.count(number) >= 1 + (number in numbers[:2])  # in the table, and beside its bar
     errors, _ = build(tmp_path, MEASURED.replace("default, ms", "defualt, ms"))
     assert "no table of threads has the columns ['defualt, ms', 'fair share, ms']" in errors
+
+
+def test_the_table_of_faults(tmp_path):
+    """What the tests of faults have found becomes a table, which says why there may be no answer."""
+    crash = fault_cases.Result(3.14159, 137, named=True, equal=True, output="")
+    end = fault_cases.Result(12.3, 0, named=None, equal=False, output="")
+    rows = [("SIGKILL", 2, crash), ("SIGKILL", 3, crash), ("the end", 3, end)]
+    columns, *lines = fault_table.table(rows)
+    assert columns == [
+        "fault",
+        "2 ranks, s",
+        "3 ranks, s",
+        "exit status",
+        "culprit named",
+        "result equal",
+    ]
+    assert lines[0] == ["SIGKILL", "3.1", "3.1", "137", "yes", "yes"]
+    assert lines[1] == ["the end", "", "12", "0", "", "no"]
+    (tmp_path / "measured").mkdir()
+    fault_table.write(tmp_path / "measured" / "faults.json", columns, lines)
+    errors, page = build(tmp_path, "Title\n=====\n\n.. measured:: faults\n")
+    assert "docs/measured" not in errors
+    for text in (*columns, *lines[0], "not measured", "there is none", "make test-faults"):
+        assert text in page
 
 
 def test_headings_are_words(extension):

@@ -53,7 +53,11 @@ _FIRST = {
     "sparse_rows": "what is measured",
 }
 # Why a cell may be empty, by the heading of its column.
-_REASONS = {"channels last, ms": "takes no images"}
+_REASONS = {
+    "channels last, ms": "takes no images",
+    "culprit named": "there is none",
+    "result equal": "there is none",
+}
 UNKNOWN = "not measured"
 _EACH = re.compile(r"(?<=\S) a (rank|batch|step|node|layer)\b")
 

@@ -106,7 +106,7 @@ def test_killed_at_random_instants(tmp_path, fault_table):
     result = fault_cases.results(ended)
     output = f"{ended.stdout}\n{ended.stderr}"
     row = Result(longest, ended.status, None, {*result} == {*wanted}, output)
-    fault_table.append((f"{N_KILLS} kills in one run", 2, row))
+    fault_table.append((f"{N_KILLS} kills in one run, the longest", 2, row))
     assert ended.status == 0, output
     assert ended.stderr.count("starting again") >= N_KILLS, output
     assert row.equal, output

@@ -1,6 +1,8 @@
-"""A pytest plugin that prints what jobs did in which faults were planted, as a table in reStructuredText."""
+"""A pytest plugin that prints what jobs did in which faults were planted, and keeps it for the documentation."""
 
 from __future__ import annotations
+
+from pathlib import Path
 
 import pytest
 
@@ -8,6 +10,11 @@ import mpi_job
 
 ROWS = pytest.StashKey()
 WORDS = {True: "yes", False: "no", None: ""}
+
+
+def pytest_addoption(parser):
+    """Add the name of a file."""
+    parser.addoption("--fault-table", type=Path, help="write the table of faults there, as JSON")
 
 
 @pytest.fixture
@@ -22,20 +29,25 @@ def pytest_terminal_summary(terminalreporter, config):
     if rows:
         found = mpi_job.find_mpi()
         terminalreporter.section(f"faults, {found.family} {found.version}")
-        terminalreporter.write(table(rows))
+        columns, *lines = table(rows)
+        widths = [max(map(len, column)) + 2 for column in zip(columns, *lines)]
+        for line in (columns, *lines):
+            words = (word.ljust(width) for word, width in zip(line, widths))
+            terminalreporter.write_line("".join(words).rstrip())
+        file = config.getoption("--fault-table")
+        if file is not None:
+            write(file, columns, lines)
 
 
 def table(rows):
-    """Return the table: a line for each fault, and a column of seconds for each number of ranks."""
+    """Return the heads of columns, and a line for each fault, with the seconds on each number of ranks."""
     results = {}
     for name, ranks, result in rows:
         results.setdefault(name, {})[ranks] = result
     sizes = sorted({ranks for _, ranks, _ in rows})
-    lines = [
-        ("fault", *(f"{ranks} ranks" for ranks in sizes), "status", "culprit named", "result equal")
-    ]
+    seconds = [f"{ranks} ranks, s" for ranks in sizes]
+    lines = [["fault", *seconds, "exit status", "culprit named", "result equal"]]
     for name, by_ranks in results.items():
-        seconds = [words_of_seconds(by_ranks.get(ranks)) for ranks in sizes]
         found = by_ranks.values()
         words = [
             ", ".join(dict.fromkeys(each))
@@ -45,17 +57,31 @@ def table(rows):
                 [WORDS[result.equal] for result in found],
             )
         ]
-        lines.append((name, *seconds, *words))
-    widths = [max(map(len, column)) for column in zip(*lines)]
-    rule = " ".join("=" * width for width in widths)
-    text = [
-        " ".join(word.ljust(width) for word, width in zip(line, widths)).rstrip() for line in lines
-    ]
-    return "\n".join([rule, text[0], rule, *text[1:], rule]) + "\n"
+        lines.append([name, *(seconds_of(by_ranks.get(ranks)) for ranks in sizes), *words])
+    return lines
 
 
-def words_of_seconds(result):
+def seconds_of(result):
     """Return the seconds of a result with two digits."""
     if result is None:
         return ""
-    return f"{result.seconds:.1f} s" if result.seconds < 10 else f"{result.seconds:.0f} s"
+    return f"{result.seconds:.1f}" if result.seconds < 10 else f"{result.seconds:.0f}"
+
+
+def write(file, columns, lines):
+    """Write the table as the benchmarks write theirs."""
+    from chainer_dist.scaling.experiment import machine
+    from chainer_dist.scaling.results import write_json
+
+    content = {
+        "command": "make test-faults ARGS=tests/launcher/test_faults.py",
+        "machine": machine(),
+        "tables": [
+            {
+                "title": "from the fault until nothing is left of the job",
+                "columns": columns,
+                "rows": lines,
+            }
+        ],
+    }
+    write_json(file, content)
