@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-import chainer
 import numpy as np
 from chainer.functions.connection.linear import LinearFunction, LinearGradData, LinearGradWeight
 from chainer.functions.math.matmul import MatMul
 
-from chainer_dist.kernels import layouts
+from chainer_dist.kernels import layouts, replacements
 from chainer_dist.kernels.matrices import are_many, multiply
 from chainer_dist.kernels.replacements import replaces
 
@@ -28,7 +27,7 @@ def _is_worth_it(a: Array, b: Array, *biases: Array) -> bool:
 def _linear(chainers: Any, self: Any, inputs: tuple[Array, ...]) -> Any:
     x, w, *biases = inputs
     # A static graph records Chainer's own calls.
-    if not _is_worth_it(x, w.T, *biases) or chainer.config.schedule_func is not None:
+    if not _is_worth_it(x, w.T, *biases) or replacements.is_recorded():
         return chainers(self, inputs)
     self._config_use_ideep = _ALLOWED
     self.retain_inputs((0, 1))

@@ -17,7 +17,7 @@ from chainer.links.rnn.n_step_rnn import NStepRNNBase, argsort_list_descent
 from chainer_dist.kernels import layouts
 from chainer_dist.kernels.gru import GRULayer
 from chainer_dist.kernels.lstm import LSTMLayer
-from chainer_dist.kernels.replacements import replaces
+from chainer_dist.kernels.replacements import is_recorded, replaces
 from chainer_dist.kernels.rnn import ReLULayer, TanhLayer
 
 if TYPE_CHECKING:
@@ -75,13 +75,13 @@ class _Network(NamedTuple):
     bs: Any
 
     def can_run(self, states: Sequence[Any], xs: Sequence[Any]) -> bool:
-        """Return whether all arrays are float32, and of shapes that Chainer accepts. Local.
+        """Return whether all arrays are float32, and of shapes that Chainer accepts, and no static graph is recorded. Local.
 
         Args:
             states: Initial states, each of shape ``(layers * directions, batch, units)``; None for zeros.
             xs: Sequences, each of shape ``(length, size)``.
         """
-        if self.layer is None or len(states) != self.layer.states:
+        if self.layer is None or len(states) != self.layer.states or is_recorded():
             return False
         values = [_array(x) for x in xs]
         hs = [_array(state) for state in states if state is not None]

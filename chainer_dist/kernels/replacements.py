@@ -19,6 +19,8 @@ class _Replacement(NamedTuple):
     needs_onednn: bool
 
 
+_BACKWARD = frozenset({"backward", "backward_accumulate"})
+
 _replacements: list[_Replacement] = []
 
 _with_onednn = False
@@ -41,9 +43,10 @@ def replaces(
 
     def register(kernel: Callable[..., Any]) -> Callable[..., Any]:
         original = vars(owner)[attribute]
+        is_backward = attribute in _BACKWARD
 
         def stand_in(*args: Any, **kwargs: Any) -> Any:
-            if is_computation and _is_refused():
+            if is_computation and (_is_refused() or (is_backward and is_recorded())):
                 return original(*args, **kwargs)
             return kernel(original, *args, **kwargs)
 
@@ -55,6 +58,14 @@ def replaces(
         return kernel
 
     return register
+
+
+def is_recorded() -> bool:
+    """Return whether a static graph is recorded, which repeats the forward methods that are called meanwhile. Local.
+
+    So code of a backward method must not compute by itself, but call functions.
+    """
+    return chainer.config.schedule_func is not None
 
 
 def _is_refused() -> bool:

@@ -13,6 +13,7 @@ import chainer.functions as F
 import chainer.links as L
 import numpy as np
 
+from chainer_dist.kernels import replacements
 from chainer_dist.kernels.matrices import multiply_into
 
 if TYPE_CHECKING:
@@ -212,5 +213,5 @@ def are_plain(*links: Any) -> bool:
     return (
         all(type(link) is L.Linear and not link._n_local_link_hooks for link in links)
         and not chainer._get_link_hooks()
-        and chainer.config.schedule_func is None
+        and not replacements.is_recorded()
     )

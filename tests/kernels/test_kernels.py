@@ -257,3 +257,45 @@ def test_threads_do_not_disturb_one_another():
     for thread in threads:
         thread.join()
     assert not wrong
+
+
+def parameter(*shape):
+    """Return a parameter, as a static graph takes arrays only from there, and from its arguments."""
+    return chainer.Parameter(np.linspace(-1, 1, int(np.prod(shape)), dtype="f").reshape(shape))
+
+
+P = {each: parameter(*each) for each in [(3,), (4,), (3, 3), (3, 4), (5, 4), (1, 3, 3)]}
+
+
+# Functions of an array (2, 3, 4).
+RECORDED = {
+    "layer normalization": lambda x: F.layer_normalization(F.reshape(x, (6, 4)), P[4,], P[4,]),
+    "slices": lambda x: F.exp(x)[0] * F.exp(x)[1] + F.exp(x)[0, 1],
+    "F.lstm": lambda x: F.lstm(x[0, :, :1], x[1])[1],
+    "F.n_step_lstm": lambda x: F.n_step_lstm(
+        1, 0.0, *[P[1, 3, 3]] * 2, [[P[3, 4]] * 4 + [P[3, 3]] * 4], [[P[3,]] * 8], [x[0], x[1]]
+    )[0],
+    "linear": lambda x: F.linear(x[0], P[5, 4]),
+}
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("function", RECORDED)
+def test_a_static_graph(function):
+    """What is recorded in the first iteration computes from the arrays of the later ones."""
+
+    class Recorded(chainer.Chain):
+        @chainer.static_graph
+        def __call__(self, x):
+            return RECORDED[function](x)
+
+    recorded = Recorded()
+    for seed in range(3):
+        array = np.random.RandomState(seed).standard_normal((2, 3, 4)).astype("f")
+        gradients = []
+        for compute in (recorded, RECORDED[function]):
+            x = chainer.Variable(array)
+            y = compute(x)
+            F.sum(y * y).backward()
+            gradients.append(x.grad)
+        np.testing.assert_allclose(*gradients, rtol=1e-4, atol=1e-5)
