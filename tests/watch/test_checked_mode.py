@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import sys
 
 import chainer
@@ -265,3 +266,15 @@ except ValueError as error:
     job = mpi_job.run([sys.executable, "-c", code], 2, timeout=60)
     assert job.status == 0, job.output
     assert job.output.count(f"rank 1: {variable} is {text!r}, expected") == 2
+
+
+def test_one_rank_ends_the_communicator(comm, monkeypatch):
+    """Also where ranks compare through shared memory, as they do after the first exchange."""
+    only_with_others(comm)
+    monkeypatch.setenv("CHAINER_DIST_CHECKED", "1")
+    communicator = chainer_dist.create_communicator("shared_memory")
+    communicator.mean_arrays([x()])
+    act = communicator.finalize if comm.rank == 1 else functools.partial(communicator.bcast_obj, 1)
+    with pytest.raises(RankMismatchError, match=r"rank 1: operation \d+ is finalize\(\)"):
+        act()
+    communicator.finalize()

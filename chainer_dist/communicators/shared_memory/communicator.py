@@ -109,8 +109,8 @@ class SharedMemoryCommunicator(CommunicatorBase):
                 array[...] = copy.reshape(array.shape)
 
     def finalize(self) -> None:
-        """Free shared memory and MPI communicators. Collective; a second call does nothing."""
+        """Give shared memory and MPI communicators back. Collective; a second call does nothing."""
+        super().finalize()  # where checked mode compares, as other operations do, through shared memory
         transport: Transport | None = self.__dict__.pop("_transport", None)
         if transport is not None:
             transport.free()
-        super().finalize()

@@ -39,11 +39,12 @@ class Comparison:
         self._others = [each for each in self._ranks if each is not self._own]
         self._fence = memory_fence()
         self._spins = have_cores(comm.size)
-        self._count = 0
 
     def extremes(self, numbers: Sequence[int]) -> tuple[Sequence[int], Sequence[int]]:
         """See :meth:`~chainer_dist.collectives.group.Group.extremes`. Collective."""
-        self._count = count = self._count + 1
+        count = (
+            self._own[0] + 1
+        )  # nothing else counts, so that an interrupt leaves this rank in step
         start = _LINE + count % 2 * ROOM
         stop = start + len(numbers)
         mine = self._own[start:stop]
@@ -66,10 +67,12 @@ class Comparison:
         return list(map(max, columns)), list(map(min, columns))
 
     def _have_all_come(self) -> bool:
-        return all(other[0] >= self._count for other in self._others)
+        count = self._own[0]
+        return all(other[0] >= count for other in self._others)
 
     def _describe_late(self) -> str:
-        late = [str(rank) for rank, each in enumerate(self._ranks) if each[0] < self._count]
+        count = self._own[0]
+        late = [str(rank) for rank, each in enumerate(self._ranks) if each[0] < count]
         return f"rank {', '.join(late)}"
 
     def free(self) -> None:

@@ -136,8 +136,10 @@ class Transport:
 
     def free(self) -> None:
         """Free memory and communicator. Collective."""
+        from mpi4py import MPI
+
         self._slots.free()
         if self.comparison is not None:
             self.comparison.free()
-        if self._peers is not None:
+        if self._peers is not None and not MPI.Is_finalized():
             self._peers.mpi_comm.Free()
