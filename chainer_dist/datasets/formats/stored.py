@@ -65,11 +65,16 @@ class StoredDataset(DatasetMixin):  # type: ignore[misc]  # Chainer has no types
         max_open: How many files a process keeps open at most, 1 or more.
 
     Attributes:
-        reads_batches: True, which tells :class:`~chainer_dist.iterators.DistributedIterator` that a list of
-            indices is read at once.
+        reads_batches: Whether :class:`~chainer_dist.iterators.DistributedIterator` reads a list of indices at once:
+            not from a class that is derived from this one and has a ``__getitem__`` of its own.
     """
 
     reads_batches = True
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if "__getitem__" in vars(cls) and "reads_batches" not in vars(cls):
+            cls.reads_batches = False
 
     def __init__(self, paths: Paths, max_open: int) -> None:
         if max_open < 1:
@@ -112,10 +117,14 @@ class StoredDataset(DatasetMixin):  # type: ignore[misc]  # Chainer has no types
             Exception: Naming the file, if it cannot be read, or has changed.
         """
         if isinstance(index, slice):
-            return self._read(np.arange(len(self), dtype=np.int64)[index])
-        if isinstance(index, (list, tuple, np.ndarray)) and np.ndim(index):
-            return self._read(self._positions(index))
-        return self.get_example(index)
+            positions = np.arange(len(self), dtype=np.int64)[index]
+        elif isinstance(index, (list, tuple, np.ndarray)) and np.ndim(index):
+            positions = self._positions(index)
+        else:
+            return self.get_example(index)
+        if type(self).get_example is not StoredDataset.get_example:  # such as one that augments
+            return [self.get_example(position) for position in positions.tolist()]
+        return self._read(positions)
 
     def get_example(self, i: int) -> Any:
         """Return sample ``i``; a negative one counts from the end."""

@@ -58,6 +58,32 @@ def make(comm, folder, name):
     return make
 
 
+def test_classes_of_ones_own(comm, make):
+    """What they make of a sample is in batches as well, however these are read."""
+    opened = make(make_samples(7))
+    kind = type(opened)
+
+    class ByExample(kind):
+        def get_example(self, i):
+            return "changed", super().get_example(i)
+
+    class ByItem(kind):
+        def __getitem__(self, index):
+            assert isinstance(index, int)
+            return "changed", super().__getitem__(index)
+
+    for own in (ByExample, ByItem):
+        dataset = copy.copy(opened)
+        dataset.__class__ = own
+        batch = next(DistributedIterator(dataset, 3, comm, seed=1))
+        expected = next(DistributedIterator(opened, 3, comm, seed=1))
+        assert [each[0] for each in batch] == ["changed"] * 3
+        assert_same_samples([each[1] for each in batch], expected)
+    dataset.__class__ = ByExample
+    assert [each[0] for each in dataset[1:3]] == ["changed"] * 2
+    assert [each[0] for each in dataset[[4, 2]]] == ["changed"] * 2
+
+
 @given(
     counts=st.lists(st.integers(1, 9), min_size=1, max_size=4),
     block=st.integers(1, 7),
