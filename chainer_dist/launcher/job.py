@@ -6,13 +6,12 @@ import asyncio
 import contextlib
 import functools
 import math
-import re
 import signal
 from collections import deque
 from typing import TYPE_CHECKING, NamedTuple
 
 from chainer_dist import _environment
-from chainer_dist.launcher import output, processes, wire
+from chainer_dist.launcher import output, processes, ssh, wire
 from chainer_dist.launcher.errors import LaunchError
 from chainer_dist.launcher.monitors import MORE_FILES, Monitors
 from chainer_dist.launcher.ranks import name_of_signal
@@ -37,8 +36,7 @@ SECONDS_TO_DUMP = 1  # where a rank hangs, on SIGABRT
 SECONDS_BETWEEN_LOOKS = 1  # for other hosts
 SECONDS_TO_OBEY = 5  # from SIGTERM to SIGKILL, and from that to giving up
 N_LINES = 200  # that are kept of what mpiexec says
-# The last words of ssh, after which mpiexec of MPICH 4.0 waits for ever.
-_NO_WAY = re.compile(rb"ssh: (?:Could not resolve hostname|connect to host) .*[^\s]")
+SECONDS_TO_REACH = 5  # a host, after ssh has said that it cannot: there may be other ways
 
 
 class Outcome(NamedTuple):
@@ -176,10 +174,14 @@ class Job:
         waits = not self._monitors.are_all_there and not self._monitors.failed
         if waits and not output.is_full():
             self._show_mpiexec()  # it may be asking for something, or say why there are no ranks
-        no_way = _NO_WAY.search(line)
-        if waits and no_way:
-            why = no_way[0].decode(errors="replace")
-            self._judge(1, f"a host of {self._hosts_from} cannot be reached: {why}")
+        words = ssh.last_words(line)
+        if words:
+            self._loop.call_later(SECONDS_TO_REACH, self._give_up_a_host, words)
+
+    def _give_up_a_host(self, words: str) -> None:
+        """End the job if ranks are still missing, where ssh has said that it cannot reach a host."""
+        if not (self._monitors.are_all_there or self._monitors.failed):
+            self._judge(1, f"a host of {self._hosts_from} cannot be reached: {words}")
 
     def _show_mpiexec(self) -> None:
         while self._said:

@@ -702,7 +702,7 @@ NO_WAY = [
 @pytest.mark.parametrize("words", NO_WAY)
 @pytest.mark.parametrize("option", ["--hosts", "--hostfile"])
 def test_a_host_that_cannot_be_reached_ends_the_job(tmp_path, words, option):
-    """At once, where mpiexec of MPICH 4.0 waits for ever: here as long as what it calls in the place of ssh."""
+    """In seconds, where mpiexec of MPICH 4.0 waits for ever: here as long as what it calls in the place of ssh."""
     shell = tmp_path / "ssh"
     shell.write_text(
         f"#!/bin/sh\nprintf '{words}\\r\\n' >&2\nwhile kill -0 $PPID; do sleep 0.1; done\n"

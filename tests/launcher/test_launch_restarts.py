@@ -159,6 +159,17 @@ HOSTS = ("--hosts", "nodea:2,nodeb:1", "--address", "127.0.0.1")
 
 
 @jobs
+def test_another_way_to_a_host(tmp_path, two_hosts):
+    """What ssh says of one way does not end a job that comes there by another one, a little later."""
+    shell = tmp_path / "ssh"
+    first = 'echo "ssh: connect to host gateway port 22: No route to host" >&2; sleep 2'
+    shell.write_text(shell.read_text().replace("exec ", f"{first}\nexec "))
+    job = launch("run", *HOSTS, write(tmp_path, "print(rank)"), env=two_hosts)
+    assert job.status == 0, job
+    assert sorted(job.stdout.split()[1::2]) == ["0", "1", "2"]
+
+
+@jobs
 def test_several_hosts(tmp_path, two_hosts):
     """Variables reach them, lines say whose they are, and the reason names the host."""
     code = (
