@@ -191,7 +191,7 @@ def private_grads(parameters: ParameterSet) -> list[Array]:
     if len({*owners}) == len(owners) and all(grad.flags.writeable for grad in grads):
         return grads
     ends: dict[int, float] = {}  # where the arrays so far in the memory of each owner end
-    having = [param for param, has in zip(parameters.params, parameters.has_grad) if has]
+    having = [param for param, grad in zip(parameters.params, parameters.grads) if grad is not None]
     for index in sorted(range(len(grads)), key=lambda index: grads[index].ctypes.data):
         grad, owner = grads[index], owners[index]
         begin, is_dense = grad.ctypes.data, grad.flags.forc

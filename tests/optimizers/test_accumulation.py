@@ -629,3 +629,17 @@ def test_copies(comm):
         sorted(model.namedparams()), sorted(twin.target.namedparams())
     ):
         np.testing.assert_array_equal(one.array, other.array, err_msg=name)
+
+
+@both
+def test_gradients_of_different_parameters(comm):
+    """One batch has a gradient of one parameter, the next of another one, read-only and of another shape."""
+    model = chainer.Link()
+    with model.init_scope():
+        model.a, model.b = chainer.Parameter(np.ones(2)), chainer.Parameter(np.ones((3, 2)))
+    optimizer = create_multi_node_optimizer(optimizers.SGD(1.0), comm, accumulate_steps=2)
+    optimizer.setup(model)
+    optimizer.update(lambda: F.sum(model.a * model.a))
+    optimizer.update(lambda: F.sum(model.b))
+    np.testing.assert_allclose(model.a.array, np.zeros(2))
+    np.testing.assert_allclose(model.b.array, np.full((3, 2), 0.5))

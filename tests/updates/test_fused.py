@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import chainer
 import numpy as np
 import pytest
@@ -137,6 +139,24 @@ def test_a_call_for_many(comm, monkeypatch):
     step(optimizer, 2)
     # The first rank has its slice of the first parameter, and so a call for each of its own.
     assert len(called) == (-(-40 // comm.size) if comm.rank == 0 else 1)
+
+
+def test_rules_with_methods_of_their_own(comm):
+    """Each parameter is updated by the method that its own rule has been given."""
+
+    def scaled(factor, param):
+        param.array -= factor * param.grad
+
+    found = []
+    for sharded in (True, False):
+        optimizer = create_multi_node_optimizer(optimizers.SGD(), comm, sharded_update=sharded)
+        optimizer.setup(make_model([(4,)] * 3))
+        for number, param in enumerate(optimizer.target.params()):
+            rule = param.update_rule
+            rule.update_core_cpu = functools.partial(scaled, np.float32(number))
+        step(optimizer, 0)
+        found.append(values(optimizer))
+    assert found[0] == found[1]
 
 
 def test_a_gradient_stays_readable(comm):
