@@ -199,7 +199,10 @@ scaling: $(MEASURING)
 	$(RUN) -m chainer_dist predict --report --workloads mlp resnet50 --actions 30000 --out scaling
 	$(RUN) -m chainer_dist scale --workloads mlp cnn lstm transformer --rounds 2 --seconds 2 --more-ranks 4 \
 	  --out scaling $(ARGS)
+	CHAINER_DIST_KERNELS=chainer $(RUN) -m chainer_dist predict --report --workloads mlp resnet50 --actions 30000 \
+	  --out scaling/chainer
 	cp scaling/scaling.json scaling/predictions.json $(MEASURED)
+	cp scaling/chainer/predictions.json $(MEASURED)/predictions-chainer.json
 	$(RUN) docs/_ext/front.py
 
 check: lint type docs test

@@ -116,7 +116,7 @@ def accuracy(content: dict[str, Any]) -> Iterator[nodes.Node]:
     yield from listed(table(["ranks", "seconds"], lines))
 
 
-def compared(_: dict[str, Any]) -> Iterator[nodes.Node]:
+def compared() -> Iterator[nodes.Node]:
     """Yield how far predictions were from measured steps."""
     machine, comparisons = validation.read()
     yield nodes.paragraph(text=f"{validation.summary(comparisons)}.")
@@ -233,6 +233,28 @@ def clusters(content: dict[str, Any], workload: str) -> Iterator[nodes.Node]:
     yield from listed(table(["cluster", *DESIGNS], lines))
 
 
+def faster(content: dict[str, Any], by_chainer: dict[str, Any]) -> Iterator[nodes.Node]:
+    """Yield percent of what 128 ranks alone would do, by the code of forward and backward, on ordinary clusters."""
+    kernels, own = (
+        {
+            key: next(each for each in row if each.ranks == answers.WORKERS)
+            for key, row in _rows(each).items()
+            if key[1] == row[0].network
+        }
+        for each in (content, by_chainer)
+    )
+    lines = [
+        [
+            f"{workload}, {network}, {design}",
+            *(f"{each[workload, network, design].efficiency * 100:.0f}" for each in (own, kernels)),
+        ]
+        for workload, network, design in kernels
+    ]
+    heads = ["model, network, design", "Chainer's own code", "the kernels"]
+    yield from listed(table(heads, lines))
+    yield origin(by_chainer)
+
+
 def answered(content: dict[str, Any]) -> Iterator[nodes.Node]:
     """Yield questions and answers."""
     for question, lines in content["answers"].items():
@@ -241,7 +263,7 @@ def answered(content: dict[str, Any]) -> Iterator[nodes.Node]:
         yield nodes.bullet_list("", *items)
 
 
-# Where each part is from, and what makes it.
+# The files that each part is from, and what makes it.
 PARTS: dict[str, tuple[str, Callable[..., Iterator[nodes.Node]]]] = {
     "contenders": ("scaling", contenders),
     "measured": ("scaling", scaling),
@@ -251,6 +273,7 @@ PARTS: dict[str, tuple[str, Callable[..., Iterator[nodes.Node]]]] = {
     "recorded": ("predictions", recorded),
     "efficiency": ("predictions", efficiency),
     "clusters": ("predictions", clusters),
+    "faster": ("predictions predictions-chainer", faster),
     "answers": ("predictions", answered),
 }
 
@@ -264,16 +287,16 @@ class Scaled(Directive):
     def run(self) -> list[nodes.Node]:
         """Return a part."""
         part, *more = self.arguments
-        name, make = PARTS[part]
+        names, make = PARTS[part]
         env = self.state.document.settings.env
-        content = {}
+        contents = []
         for file in (__file__, charts.__file__, Path(validation.__file__).with_suffix(".json")):
             env.note_dependency(str(file))
-        if name:
+        for name in names.split():
             source = Path(env.srcdir, "measured", f"{name}.json")
             env.note_dependency(str(source))
-            content = json.loads(source.read_text(encoding="utf-8"))
-        return list(make(content, *more))
+            contents.append(json.loads(source.read_text(encoding="utf-8")))
+        return list(make(*contents, *more))
 
 
 def _rows(content: dict[str, Any]) -> dict[Any, list[answers.Prediction]]:

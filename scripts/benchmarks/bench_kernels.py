@@ -122,7 +122,9 @@ def measure(work: Work, threads: int, kernels: list[str], seconds: float) -> dic
     """Return medians in ms, losses and numbers of parameters of each contender, in this process."""
     import numpy as np
 
-    import chainer_dist  # noqa: F401 - keeps freed memory, for all contenders
+    from chainer_dist import _allocator
+
+    _allocator.keep_freed_memory()  # as on ranks; for all contenders
 
     workload = work.workload()
     np.random.seed(0)  # noqa: NPY002 - what Chainer draws from
