@@ -119,12 +119,12 @@ class Group:
     def extremes(self, numbers: Sequence[int]) -> tuple[Sequence[int], Sequence[int]]:
         """Return the largest and the smallest of each number over the ranks. Collective.
 
-        Code that compares calls :func:`chainer_dist.collectives.extremes.extremes`, which finds out as well whether ranks
+        Code that compares calls ``chainer_dist.collectives.extremes.extremes``, which finds out as well whether ranks
         have come to the same comparison. Here they may pass different counts: numbers that some ranks
         have not passed are arbitrary in the result.
 
         Args:
-            numbers: Integers above ``-2**63``, at most :data:`ROOM`.
+            numbers: Integers above ``-2**63``, at most 16.
         """
         from mpi4py import MPI
 

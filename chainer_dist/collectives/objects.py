@@ -62,7 +62,7 @@ class ObjectCommunicator(Group):
             tag: Message tag, not negative.
 
         Returns:
-            A request of mpi4py: call its ``wait()``, or its ``test()`` until the first value is true. A large
+            A request of mpi4py; call its ``wait()``, or its ``test()`` until the first value is true. A large
             object is sent only while this rank is in some call of MPI.
 
         Raises:
