@@ -201,8 +201,8 @@ scaling: $(MEASURING)
 	  --out scaling $(ARGS)
 	CHAINER_DIST_KERNELS=chainer $(RUN) -m chainer_dist predict --report --workloads mlp resnet50 --actions 30000 \
 	  --out scaling/chainer
-	cp scaling/scaling.json scaling/predictions.json $(MEASURED)
-	cp scaling/chainer/predictions.json $(MEASURED)/predictions-chainer.json
+	mv scaling/chainer/predictions.json scaling/predictions-chainer.json
+	cp scaling/scaling.json scaling/predictions.json scaling/predictions-chainer.json $(MEASURED)
 	$(RUN) docs/_ext/front.py
 
 check: lint type docs test

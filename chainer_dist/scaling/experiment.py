@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
     Start = Callable[[Sequence[str]], subprocess.CompletedProcess[str]]
 
-__all__ = ["ACCURACY", "LAUNCH", "Job", "Plan", "jobs", "machine", "run", "run_job"]
+__all__ = ["ACCURACY", "LAUNCH", "Job", "Plan", "jobs", "launch", "machine", "run", "run_job"]
 
 ACCURACY = "accuracy"
 WEAK, STRONG = "weak", "strong"
@@ -247,7 +247,10 @@ def run_job(job: Job, plan: Plan, start: Start | None = None) -> dict[str, Any]:
             seed=job.round,
         )
         program = [LAUNCH, "module", "chainer_dist.scaling.worker", json.dumps(task._asdict())]
-        done = _launch(program, job, plan) if start is None else start(program)
+        if start is None:
+            done = launch(program, job.ranks, timeout=plan.timeout, places=plan.places)
+        else:
+            done = start(program)
         if done.returncode or not out.is_file():
             raise RuntimeError(
                 f"{job.contender} on {job.ranks} ranks with {job.workload} ended with status "
@@ -257,11 +260,20 @@ def run_job(job: Job, plan: Plan, start: Start | None = None) -> dict[str, Any]:
         return result
 
 
-def _launch(program: Sequence[str], job: Job, plan: Plan) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, LAUNCH, "run", "-n", str(job.ranks)]
-    command += ["--timeout", str(plan.timeout), *plan.places, *program]
+def launch(
+    program: Sequence[str], ranks: int, *, timeout: float, places: Sequence[str] = ()
+) -> subprocess.CompletedProcess[str]:
+    """Run a Python program on ranks to its end with ``chainer-dist run``; return status and output. Local.
+
+    Args:
+        program: Script and its arguments.
+        ranks: Number of ranks.
+        timeout: Seconds after which the job is ended.
+        places: Options of ``chainer-dist run`` that say where.
+    """
+    command = [sys.executable, LAUNCH, "run", "-n", str(ranks), "--timeout", str(timeout)]
     return subprocess.run(  # noqa: S603 - this package
-        command,
+        [*command, *places, *program],
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         stdin=subprocess.DEVNULL,

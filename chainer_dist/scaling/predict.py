@@ -71,17 +71,8 @@ def record(workload: str, batch: int | None, ranks: int) -> Schedule:
     with tempfile.TemporaryDirectory(prefix="chainer-dist-") as folder:
         out = Path(folder) / "schedule.json"
         task = {"workload": workload, "batch": batch or load(workload).batch, "out": str(out)}
-        command = [sys.executable, experiment.LAUNCH, "run", "-n", str(ranks), "--timeout", "900"]
-        command += [experiment.LAUNCH, "module", "chainer_dist.scaling.schedule", json.dumps(task)]
-        done = subprocess.run(  # noqa: S603 - this package
-            command,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            stdin=subprocess.DEVNULL,
-            text=True,
-            check=False,
-            env=experiment.environment(),
-        )
+        program = [experiment.LAUNCH, "module", "chainer_dist.scaling.schedule", json.dumps(task)]
+        done = experiment.launch(program, ranks, timeout=900)
         if done.returncode or not out.is_file():
             raise RuntimeError(f"recording {workload} failed:\n{done.stdout[-3000:]}")
         return Schedule(**json.loads(out.read_text(encoding="utf-8")))

@@ -317,7 +317,8 @@ def test_16_gradients_in_one_call(comm, theirs):
         communicator.multi_node_mean_grad(links)
         setattr(communicator, attribute, counting.mpi_comm)
         calls.append(counting.calls)
-    assert calls == [2, 30]  # the first of ours compares the ranks' models
+    compares = comm.size > 1  # the first of ours compares the ranks' models
+    assert calls == [1 + compares, 30]
     flat.finalize()
 
 

@@ -69,7 +69,7 @@ def test_classes_of_ones_own(comm, make):
 
     class ByItem(kind):
         def __getitem__(self, index):
-            assert isinstance(index, int)
+            assert isinstance(index, (int, np.integer))
             return "changed", super().__getitem__(index)
 
     for own in (ByExample, ByItem):
