@@ -117,7 +117,7 @@ def _relu_gradient(chainers: Any, self: Any, inputs: tuple[Array]) -> Any:
 @replaces(LeakyReLU, "forward_cpu")
 def _leaky_relu(chainers: Any, self: Any, inputs: tuple[Array]) -> Any:
     (x,) = inputs
-    if not _is_worth_it(x) or self.slope == 0:  # this is ReLU, which stays NumPy's
+    if not _is_worth_it(x) or self.slope == 0:  # that is oneDNN's ReLU, for which NaN is zero
         return chainers(self, inputs)
     if self.slope >= 0:
         self.retain_outputs((0,))

@@ -100,9 +100,8 @@ class Settings:
         self._classes = 0
         self._values: list[_Value] = []  # the values that the digest of descriptions is of
         self._described = 0
-        self._lasting: Any = (
-            None  # what, next to these, the following digest is of; None if they have changed
-        )
+        # What, next to these, the following digest is of; None if they have changed.
+        self._lasting: Any = None
         self._base = 0
 
     def digest(self, options: Lines, optimizer: chainer.Optimizer, parameters: ParameterSet) -> int:

@@ -35,6 +35,8 @@ from chainer_dist.scaling import contenders, experiment
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping, Sequence
 
+    from chainer_dist.scaling.experiment import Start
+
     # Returns the loss; gradients are in the model then.
     Step = Callable[[], float]
 
@@ -252,7 +254,7 @@ def report_training(
     report: bench_tables.Report,
     args: argparse.Namespace,
     places: str,
-    start: Callable[[Sequence[str]], subprocess.CompletedProcess[str]] | None,
+    start: Start | None,
 ) -> None:
     """Report a table of training steps of jobs that are started by a function, by default with chainer-dist run."""
     torches = dict(zip(TORCH, (contenders.TORCH, contenders.TORCH_CHANNELS_LAST)))

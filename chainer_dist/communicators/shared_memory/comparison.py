@@ -42,9 +42,8 @@ class Comparison:
 
     def extremes(self, numbers: Sequence[int]) -> tuple[Sequence[int], Sequence[int]]:
         """See :meth:`~chainer_dist.collectives.group.Group.extremes`. Collective."""
-        count = (
-            self._own[0] + 1
-        )  # nothing else counts, so that an interrupt leaves this rank in step
+        # Nothing but shared memory counts, so that an interrupt leaves this rank in step.
+        count = self._own[0] + 1
         start = _LINE + count % 2 * ROOM
         stop = start + len(numbers)
         mine = self._own[start:stop]
