@@ -51,9 +51,9 @@ def create_multi_node_optimizer(
     others copy the result. So it is for Chainer's rules (except MSVAG) with the hooks ``WeightDecay``,
     ``Lasso``, ``GradientHardClipping`` and ``GradientClipping``, whose norm is summed over slices, with
     hooks that say that they act elementwise, by a true attribute ``is_elementwise``, and with no others,
-    outside of Chainer's debug mode. In any other case every rank updates all parameters, as in ChainerMN, and
-    rank 0 logs the reason, once, as a warning of the logger ``chainer_dist``. ``optimizer.sharded``
-    is true where the update is sharded. What a sharded update changes:
+    where hyperparameters are numbers and no arrays, outside of Chainer's debug mode. In any other case every rank
+    updates all parameters, as in ChainerMN, and rank 0 logs the reason, once, as a warning of the logger
+    ``chainer_dist``. ``optimizer.sharded`` is true where the update is sharded. What a sharded update changes:
 
     - ``param.grad`` stays this rank's own gradient (of ChainerMN's updates it is the average); see
       ``mean_grad``. Hooks see the average in any case.

@@ -6,6 +6,7 @@ import copy
 import gc
 import logging
 import pickle
+import re
 from pathlib import Path
 
 import chainer
@@ -418,6 +419,19 @@ def with_link_twice(optimizer):
         optimizer.target.twin = optimizer.target.predictor[0]
 
 
+def with_array_of_rates(optimizer):
+    """Give each element of a parameter a rate of its own."""
+    param = next(param for param in optimizer.target.params() if param.ndim == 2)
+    param.update_rule.hyperparam.lr = np.linspace(0.001, 0.1, param.size).reshape(param.shape)
+
+
+def with_array_of_decays(optimizer):
+    """Let the elements of a parameter decay in different ways."""
+    param = next(param for param in optimizer.target.params() if param.ndim == 2)
+    rates = np.linspace(0, 0.1, param.size).reshape(param.shape).astype(np.float32)
+    param.update_rule.add_hook(hooks.WeightDecay(rates))
+
+
 OBSTACLES = {
     "GradientNoise": ("SGD", [hooks.GradientNoise(0.01)], None),
     "GradientLARS": ("SGD", [hooks.GradientLARS()], None),
@@ -431,6 +445,8 @@ OBSTACLES = {
     "C order": ("SGD", [], with_fortran),
     "own update": ("SGD", [], with_own_update),
     "registered twice": ("SGD", [], with_link_twice),
+    "lr of .* is an array": ("SGD", [], with_array_of_rates),
+    "rate of the hook WeightDecay of .* is an array": ("SGD", [], with_array_of_decays),
     "loss scaling": ("SGD", [], lambda optimizer: optimizer.loss_scaling()),
 }
 
@@ -449,7 +465,7 @@ def test_what_cannot_be_sharded_is_not(comm, reason, caplog):
     assert trained[0].sharded is False
     said = [record.getMessage() for record in caplog.records]
     assert len(said) == (1 if comm.rank == 0 else 0), said
-    assert all(reason in text for text in said)
+    assert all(re.search(reason, text) for text in said)
     if reason != "GradientNoise":
         assert_same(*trained)
     strict = prepared(comm, name, add, sharded_update=True)
@@ -513,6 +529,17 @@ def test_switching_in_the_middle(comm):
         optimizer.remove_hook("look")
         trained.append(train(optimizer, 2, 4))
     assert trained[0].sharded is True
+    assert_same(*trained)
+
+
+def test_a_rate_that_becomes_an_array(comm):
+    """It is noticed in the step before which it was set."""
+    trained = []
+    for sharded in (None, False):
+        optimizer = train(prepared(comm, "SGD", sharded_update=sharded), 2)
+        with_array_of_rates(optimizer)
+        trained.append(train(optimizer, 2, 2))
+    assert trained[0].sharded is False
     assert_same(*trained)
 
 

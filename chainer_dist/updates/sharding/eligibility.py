@@ -73,7 +73,11 @@ def _obstacle_in_optimizer(optimizer: chainer.Optimizer) -> str | None:
         return "dynamic loss scaling looks at all gradients before the update"
     if chainer.is_debug():
         return "Chainer's debug mode looks at all averages before the update"
-    return _obstacle_in_hooks(optimizer) or _obstacle_in_target(optimizer.target)
+    return (
+        _obstacle_in_hooks(optimizer)
+        or _obstacle_in_target(optimizer.target)
+        or next(iter(_arrays_in("the optimizer", optimizer)), None)
+    )
 
 
 def _obstacle_in_hooks(optimizer: chainer.Optimizer) -> str | None:
@@ -141,7 +145,25 @@ def _obstacle_in_rule_hooks(name: str, rule: chainer.UpdateRule) -> str | None:
     for hook_name, hook in before.items():
         if not is_elementwise(hook):
             return f"the hook {hook_name} of {name} may look at the whole parameter"
-    return None
+    return next(iter(_arrays_in(name, rule)), None)
+
+
+def _arrays_in(owner: str, hooked: Any) -> list[str]:
+    """Say which numbers of an optimizer or a rule are arrays, whose elements belong to those of whole parameters. Local.
+
+    Numbers are hyperparameters and what Chainer's hooks multiply or compare with.
+    """
+    numbers = {name: value for name, value in _hyperparameters(hooked).items() if name != "_parent"}
+    for name, hook in _chainer.hooks_of(hooked)[0].items():
+        if is_uniform(hook):
+            numbers.update({f"{key} of the hook {name}": it for key, it in vars(hook).items()})
+    return [f"{name} of {owner} is an array" for name, value in numbers.items() if np.ndim(value)]
+
+
+def _hyperparameters(hooked: Any) -> dict[str, Any]:
+    """Return an optimizer's hyperparameters, or those of a rule that are not the optimizer's, and its parent."""
+    hyperparam = getattr(hooked, "hyperparam", None)
+    return {} if hyperparam is None else vars(hyperparam)
 
 
 def _obstacle_in_state(name: str, param: chainer.Parameter) -> str | None:
@@ -201,10 +223,15 @@ class Signature:
         rules = [param.update_rule for param in parameters.params]
         actual = [rule for rule in rules if rule is not None]
         self._objects: list[Any] = [*parameters.params, *rules]
-        for before, after in map(_chainer.hooks_of, (optimizer, *actual)):
+        arrays: list[str] = []
+        for hooked in (optimizer, *actual):
+            before, after = _chainer.hooks_of(hooked)
             if before or after:
                 self._objects += [*before.values(), None, *after.values(), None]
+            if before or len(_hyperparameters(hooked)) > 1:  # more than the parent
+                arrays += _arrays_in("", hooked)
         self._values = (
+            arrays,
             [(rule.enabled, rule._use_fp32_update) for rule in actual],  # noqa: SLF001 - Chainer's
             optimizer._loss_scaling_is_dynamic,  # noqa: SLF001 - Chainer's
             modes(optimizer),
