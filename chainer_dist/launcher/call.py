@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import codecs
 import contextlib
+import operator
 import os
 import pickle
 import re
@@ -22,7 +23,7 @@ import threading
 import time
 from collections import deque
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, SupportsIndex
 
 from chainer_dist import _environment
 from chainer_dist._connections import Reception, own_address
@@ -146,10 +147,12 @@ def _places(hosts: str | None, hostfile: str | os.PathLike[str] | None) -> list[
     return parse_hosts(hosts) if hosts else []
 
 
-def _n_ranks(n: int | None) -> int:
-    if n is not None and (not isinstance(n, int) or isinstance(n, bool) or n < 1):
+def _n_ranks(n: SupportsIndex | None) -> int:
+    if n is None:
+        return 0
+    if not hasattr(n, "__index__") or isinstance(n, bool) or operator.index(n) < 1:
         raise ValueError(f"n is the number of ranks, from 1 up, got {n!r}")
-    return n or 0
+    return operator.index(n)
 
 
 class _Call:

@@ -41,7 +41,7 @@ def test_results_in_the_order_of_rank():
         comm = chainer_dist.create_communicator()
         return comm.rank, comm.allreduce(offset + comm.rank) * scale**power
 
-    results = chainer_dist.launch(function, (2,), n=3, kwargs={"power": 3}, **LIMIT)
+    results = chainer_dist.launch(function, (2,), n=np.int64(3), kwargs={"power": 3}, **LIMIT)
     assert [rank for rank, _ in results] == [0, 1, 2]
     for _, array in results:
         np.testing.assert_array_equal(array, (3 * offset + 3) * 8)
@@ -175,6 +175,7 @@ def test_the_time_limit():
     [
         ({"n": 0}, "n is the number of ranks"),
         ({"n": 1.5}, "n is the number of ranks"),
+        ({"n": True}, "n is the number of ranks"),
         ({"timeout": -1}, "timeout is a number of seconds"),
         ({"hosts": "a", "hostfile": "b"}, "give one of them"),
         ({"hosts": "a:"}, "slots are a number"),
