@@ -27,7 +27,7 @@ import optuna
 from chainer_dist.collectives.agreement import shared
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Iterable, Sequence
 
     from chainer_dist.communicators import CommunicatorBase
 
@@ -68,7 +68,7 @@ class ChainerMNStudy:
         func: Callable[[ChainerMNTrial, CommunicatorBase], float | Sequence[float]],
         n_trials: int | None = None,
         timeout: float | None = None,
-        catch: type[Exception] | tuple[type[Exception], ...] = (),
+        catch: type[Exception] | Iterable[type[Exception]] = (),
         **options: Any,
     ) -> None:
         """Run trials. Collective.
@@ -90,7 +90,8 @@ class ChainerMNStudy:
         if self.delegate is not None:
             self._optimize(func, n_trials, timeout, catch=catch, **options)
             return
-        caught: tuple[type[BaseException], ...] = catch if isinstance(catch, tuple) else (catch,)
+        caught: tuple[type[BaseException], ...]
+        caught = (catch,) if isinstance(catch, type) else tuple(catch)
         while self.comm.bcast_obj(None):
             # Rank 0 raises the same, and Optuna takes note of it.
             with contextlib.suppress(optuna.TrialPruned, *caught):

@@ -89,10 +89,15 @@ def test_errors(comm):
         raise ZeroDivisionError(trial.number)
 
     study = create(comm)
-    for catch in ((ZeroDivisionError,), ZeroDivisionError):
+    for catch in (
+        (ZeroDivisionError,),
+        ZeroDivisionError,
+        [ZeroDivisionError],
+        {ZeroDivisionError},
+    ):
         study.optimize(fails, n_trials=2, catch=catch)
     if comm.rank == 0:
-        assert [trial.state.name for trial in study.trials] == ["FAIL"] * 4
+        assert [trial.state.name for trial in study.trials] == ["FAIL"] * 8
     with pytest.raises(ZeroDivisionError):
         study.optimize(fails, n_trials=1)
     with pytest.raises(ValueError, match="low"):
