@@ -79,7 +79,7 @@ class AllreducePersistent(extension.Extension):  # type: ignore[misc]  # Chainer
 def persistent_values(model: chainer.Link) -> list[tuple[str, chainer.Link, str]]:
     """Return path, link and name of each persistent value of a model. Local."""
     return [
-        (f"{path}/{name}", link, name)
+        (f"{path.rstrip('/')}/{name}", link, name)
         for path, link in model.namedlinks()
         for name in _chainer.persistent_names(link)
     ]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import operator
-import zlib
 from typing import TYPE_CHECKING, Any
 
 import chainer
@@ -11,10 +10,12 @@ import numpy as np
 
 from chainer_dist._chainer import call_converter
 from chainer_dist.collectives.agreement import check_same
+from chainer_dist.collectives.failures import together
 from chainer_dist.datasets.scattered import ScatteredDataset
 from chainer_dist.errors import FailedItem, RankMismatchError
 from chainer_dist.extensions.allreduce_persistent import persistent_values
 from chainer_dist.extensions.generic_multi_node_evaluator import call_with
+from chainer_dist.optimizers.replicas import checksum
 from chainer_dist.parallel.items import ITEM_ERRORS, Block, Chunk, attempt, failed_item
 from chainer_dist.parallel.prediction_files import PredictionFile
 from chainer_dist.parallel.rows import Rows, columns_of, rows_of
@@ -90,7 +91,8 @@ class BatchPrediction:
             RankMismatchError: On every rank, if parameters or lengths of datasets differ.
         """
         comm = self._comm
-        lines = _checksums(self._model) if isinstance(self._model, chainer.Link) else []
+        with together(comm):
+            lines = _checksums(self._model) if isinstance(self._model, chainer.Link) else []
         check_same(comm, lines)
         lengths = comm.allgather_obj(self._own_length)
         for rank, each in enumerate(lengths):
@@ -194,8 +196,8 @@ def _checksums(model: chainer.Link) -> list[tuple[str, str]]:
     lines = []
     for name, value in sorted(found.items()):
         described = repr(value)
-        if hasattr(value, "dtype"):
-            array = np.ascontiguousarray(value)
-            described = f"{array.shape} {array.dtype} with checksum {zlib.crc32(array.data):08x}"
+        if hasattr(value, "dtype") and not value.dtype.hasobject:
+            array = np.asarray(value)
+            described = f"{array.shape} {array.dtype} with checksum {checksum(array):08x}"
         lines.append((name, described))
     return lines

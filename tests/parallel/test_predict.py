@@ -281,6 +281,38 @@ def test_models_that_differ(comm):
         predict(model, samples(), comm)
 
 
+class Unprintable:
+    """A value that cannot be described."""
+
+    def __repr__(self):
+        raise OSError("no words")
+
+
+def test_persistent_values_of_any_dtype(comm):
+    """They are compared, whether or not another library could share their memory; an error is one of all ranks."""
+    last = comm.size - 1
+    for value in (
+        np.array(["2026-01-01", "NaT"], "M8[D]"),
+        np.timedelta64(3, "s"),
+        np.array(["a", "bc"]),
+        np.zeros((0, 3), ">f4"),
+        np.array([1, None], object),
+        np.array([(1, 2.0)], [("a", "i2"), ("b", "f8")]),
+    ):
+        model = Model()
+        model.add_persistent("value", value)
+        assert_close(predict(model, samples(), comm, everywhere=True), expected(Model(), samples()))
+        if comm.size > 1 and np.size(value):
+            if comm.rank == last:
+                model.value = value[:0] if np.ndim(value) else value + 1
+            with pytest.raises(RankMismatchError, match=rf"rank {last}: /value is"):
+                predict(model, samples(), comm)
+    model = Model()
+    model.add_persistent("value", Unprintable() if comm.rank == last else 3)
+    with pytest.raises(OSError, match=f"rank {last}: no words" if comm.size > 1 else "no words"):
+        predict(model, samples(), comm)
+
+
 def test_wrong_arguments_are_errors_on_all(comm):
     """Whatever is wrong on one rank, every rank says so."""
     last = comm.size - 1
