@@ -206,9 +206,10 @@ def _checked_array(x: object, operation: str) -> Array:
         raise TypeError(f"{operation} takes a NumPy array, got {type(x).__name__}{hint}")
     array = np.asarray(x)
     if array.dtype.kind not in "biufc":
+        other = "mpi_comm.alltoall" if operation == "alltoall" else f"{operation}_obj"
         raise TypeError(
             f"{operation} takes bool, integer, float or complex arrays, got {array.dtype}; "
-            f"use {operation}_obj for anything else"
+            f"use {other} for anything else"
         )
     # NumPy's pickle loses the byte order of long doubles.
     array = array.astype(array.dtype.newbyteorder("="), copy=False)

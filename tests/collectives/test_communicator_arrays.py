@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -196,6 +198,16 @@ def test_bad_input_of_one_rank_raises_on_all(comm, bad, kind, operation):
     with pytest.raises(kind, match=f"rank {wrong}" if comm.size > 1 else operation):
         calls[operation]()
     np.testing.assert_array_equal(comm.allreduce(np.ones(1)), [comm.size])
+
+
+@pytest.mark.parametrize("operation", ["allgather", "allreduce", "alltoall", "bcast"])
+def test_what_is_proposed_for_other_dtypes_is_there(comm, operation):
+    """The method for objects, where there is one."""
+    wrong = np.array([None])
+    with pytest.raises(TypeError, match="arrays, got object") as caught:
+        getattr(comm, operation)([wrong] * comm.size if operation == "alltoall" else wrong)
+    for name in re.findall(r"\w+_obj", str(caught.value)):
+        assert hasattr(comm, name)
 
 
 @pytest.mark.parametrize("operation", ["alltoall", "scatter"])
