@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import operator
 from typing import TYPE_CHECKING, Literal, cast
 
 from chainer_dist.collectives.calls import check_call
@@ -13,7 +12,7 @@ from chainer_dist.optimizers.foreign import is_foreign, wrap_foreign
 from chainer_dist.optimizers.join import Join
 from chainer_dist.optimizers.local_sgd import create_local_sgd_optimizer
 from chainer_dist.optimizers.multi_node_optimizer import MultiNodeOptimizer
-from chainer_dist.updates.options import JOB, Options
+from chainer_dist.updates.options import JOB, Options, checked_count
 
 if TYPE_CHECKING:
     import chainer
@@ -160,9 +159,7 @@ def create_multi_node_optimizer(
         return cast(
             "MultiNodeOptimizer", wrap_foreign(actual_optimizer, communicator, zero_fill, wanted)
         )
-    accumulate_steps = operator.index(accumulate_steps)
-    if accumulate_steps < 1:
-        raise ValueError(f"accumulate_steps is {accumulate_steps}, expected 1 or more")
+    accumulate_steps = checked_count("accumulate_steps", accumulate_steps, 1)
     _check_sharding(sharded_update, mean_grad=mean_grad)
     apart = None  # what exchanges gradients in its own way
     if double_buffering:

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import operator
 from typing import TYPE_CHECKING, cast
 
 from chainer_dist.collectives.calls import check_call
 from chainer_dist.optimizers.multi_node_optimizer import MultiNodeOptimizer
 from chainer_dist.updates.local import Local
-from chainer_dist.updates.options import Options, Schedule
+from chainer_dist.updates.options import Options, Schedule, checked_count
 
 if TYPE_CHECKING:
     import chainer
@@ -47,7 +46,7 @@ class LocalSGDOptimizer(MultiNodeOptimizer):
 
     @period.setter
     def period(self, period: int) -> None:
-        self._schedule.period = period
+        self._schedule.period = checked_count("period", period, 1)
 
     @property
     def warmup_updates(self) -> int:
@@ -56,7 +55,7 @@ class LocalSGDOptimizer(MultiNodeOptimizer):
 
     @warmup_updates.setter
     def warmup_updates(self, warmup_updates: int) -> None:
-        self._schedule.warmup_updates = warmup_updates
+        self._schedule.warmup_updates = checked_count("warmup_updates", warmup_updates, 0)
 
     @property
     def average_state(self) -> bool:
@@ -141,9 +140,6 @@ def create_local_sgd_optimizer(
         actual_optimizer,
         needs="update",
     )
-    period, warmup_updates = operator.index(period), operator.index(warmup_updates)
-    if period < 1:
-        raise ValueError(f"period is {period}, expected 1 or more")
-    if warmup_updates < 0:
-        raise ValueError(f"warmup_updates is {warmup_updates}, expected 0 or more")
+    period = checked_count("period", period, 1)
+    warmup_updates = checked_count("warmup_updates", warmup_updates, 0)
     return LocalSGDOptimizer(actual_optimizer, communicator, period, warmup_updates, average_state)

@@ -267,6 +267,9 @@ def test_ranks_that_differ(comm):
     model = make_model(0, 5)
     optimizer = create_local_sgd_optimizer(optimizers.SGD(), comm, period=2 + comm.rank)
     optimizer.setup(model)
+    for name, value in (("period", 0), ("warmup_updates", -1)):
+        with pytest.raises(ValueError, match=f"{name} is {value}, expected"):
+            setattr(optimizer, name, value)
     with pytest.raises(ValueError, match="no optimizers that update on each rank alone"):
         Join(optimizer)
     if comm.size == 1:
