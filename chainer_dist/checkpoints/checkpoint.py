@@ -65,8 +65,8 @@ class Checkpoint(extension.Extension):  # type: ignore[misc]  # Chainer has no t
     (of ``numpy.random``, ``random``, order samplers and the multi-node optimizer),
     dynamic loss scales, the float32 copies of ``use_fp32_update``, and gradients that are being
     accumulated. What :meth:`resume` has seen at first and training has changed is saved, too: hyperparameters, and
-    which parameters are frozen; attributes of links, such as the hidden states of stateful recurrent ones; and
-    attributes of extensions, triggers, iterators and updaters that do not serialize themselves. These are saved
+    which parameters are frozen; attributes of links, such as the hidden states of stateful recurrent ones, and of
+    update rules; and those of extensions, triggers, iterators and updaters that do not serialize themselves. These are saved
     where they are plain: numbers, text, arrays, variables, random generators of NumPy and Python, and lists,
     tuples, sets and dicts of these, of up to 100,000 elements and 1,000 arrays. Parameters under multi-node optimizers, and the state of these, are the same
     on all ranks: rank 0 writes them, and with ``sharded_update="job"`` the state is gathered for that. Every

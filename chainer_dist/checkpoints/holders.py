@@ -23,9 +23,10 @@ if TYPE_CHECKING:
 __all__ = ["Holder", "Serializable", "holders"]
 
 
-# Attributes that are not saved: a link's own bookkeeping, what a forward pass writes before it reads it, and
-# what Trainer.extend sets.
+# Attributes that are not saved: a link's own bookkeeping, what all update rules have and save elsewhere, what a
+# forward pass writes before it reads it, and what Trainer.extend sets.
 _BOOKKEEPING = {*vars(chainer.Chain()), *vars(chainer.ChainList())}
+_OF_ALL_RULES = {*vars(chainer.UpdateRule())} - {"enabled"}
 _RESULTS = {"y", "loss", "accuracy"}
 _EXTENDED = {"name", "trigger", "priority", "default_name"}
 
@@ -116,7 +117,8 @@ def _of_optimizer(path: str, optimizer: chainer.Optimizer) -> Iterator[Holder]:
             yield Holder(
                 f"{own}hyperparam/", rule.hyperparam, names, is_setting=True, is_reset=True
             )
-            yield Holder(f"{own}rule/", rule, ["enabled"], is_setting=True)
+            names = [name for name in vars(rule) if name not in _OF_ALL_RULES]
+            yield Holder(f"{own}rule/", rule, names, is_setting=True)
 
 
 def _of_piece(path: str, piece: Any) -> Iterator[Holder | Serializable]:

@@ -529,6 +529,40 @@ def test_what_is_the_users_may_change(comm, out):
     assert ("compression of optimizer was None and is TopK now" in said) == (comm.rank == 0)
 
 
+class Counting(chainer.optimizers.sgd.SGDRule):
+    """A rule that makes smaller and smaller steps, by a number that is in no state."""
+
+    step = 1.0
+
+    def update_core_cpu(self, param):
+        """Make a step."""
+        self.step *= 0.5
+        param.data -= self.step * param.grad
+
+
+@pytest.mark.parametrize("kind", ["MSVAG", "Counting"])
+def test_rules_with_numbers_of_their_own(comm, out, kind):
+    """Chainer serializes the state and the count of updates only."""
+
+    def train(folder, stop):
+        model = L.Linear(3, 2, initialW=1.0)
+        actual = chainer.optimizers.SGD() if kind == "Counting" else chainer.optimizers.MSVAG(0.1)
+        optimizer = create_multi_node_optimizer(actual, comm).setup(model)
+        for param in model.params() if kind == "Counting" else ():
+            param.update_rule = Counting()
+        state = {"model": model, "optimizer": optimizer}
+        with Checkpoint(comm, folder) as checkpoint:
+            for step in range(checkpoint.resume(state), stop):
+                x = np.random.RandomState(10 * comm.rank + step).rand(4, 3).astype(np.float32)
+                optimizer.update(lambda x: F.mean(model(x) ** 2), x)
+            checkpoint.save(state, stop)
+        return model
+
+    train(out, 3)
+    resumed, whole = train(out, 6), train(out / "whole", 6)
+    np.testing.assert_array_equal(resumed.W.array, whole.W.array)
+
+
 def test_hyperparameters_that_a_loop_has_set(comm, out):
     """A resumed run goes on with them, unless it begins with others than the one before began with."""
     model = THREE()
