@@ -9,6 +9,7 @@ do in one process.
 from __future__ import annotations
 
 import functools
+import inspect
 import multiprocessing
 import os
 import random
@@ -83,8 +84,10 @@ class _Script:
         for kind in (chainer.Optimizer, chainer.GradientMethod):
             _wrap(kind, "setup", self._set_up)
         _wrap(chainer.training.Trainer, "run", self._run)
-        for module in (chainer.serializers, chainer.serializers.npz):
-            module.save_npz = self._save_npz
+        for name, module in _SAVERS.items():
+            save = functools.partial(self._save, getattr(module, name))
+            setattr(module, name, save)
+            setattr(chainer.serializers, name, save)
         for name in _SPLITS:
             split = _seeded(getattr(chainer.datasets, name))
             setattr(chainer.datasets, name, split)
@@ -141,21 +144,25 @@ class _Script:
         finally:
             self._trains -= 1
 
-    def _save_npz(self, file: Any, obj: Any, compression: bool = True) -> None:
+    def _save(self, original: Callable[..., Any], *args: Any, **options: Any) -> None:
         """Save as Chainer does, on rank 0; no rank goes on before the file is whole."""
         if self._trains or self._saves or self._made is None:
-            _original_save_npz(file, obj, compression)
+            original(*args, **options)
             return
+        file, obj, *_ = inspect.signature(original).bind(*args, **options).args
         if isinstance(obj, chainer.Link):
             AllreducePersistent(obj, self._comm)()
         self._saves = True  # Chainer's function calls this one for a file that it has opened
         try:
             with together(self._comm):
-                if self._comm.rank == 0 or not isinstance(file, str):
-                    _original_save_npz(file, obj, compression)
+                # What is open already, or in memory, is each rank's own.
+                if self._comm.rank == 0 or not isinstance(file, (str, bytes, os.PathLike)):
+                    original(*args, **options)
         finally:
             self._saves = False
 
+
+_SAVERS = {"save_npz": chainer.serializers.npz, "save_hdf5": chainer.serializers.hdf5}
 
 # They draw from a seed of their own, another one in each process.
 _SPLITS = (
@@ -175,9 +182,6 @@ def _seeded(split: Callable[..., Any]) -> Callable[..., Any]:
         return split(dataset, number, seed=seed, **options)
 
     return wrapper
-
-
-_original_save_npz = chainer.serializers.npz.save_npz
 
 
 def _wrap(kind: Any, name: str, call: Callable[..., Any]) -> None:

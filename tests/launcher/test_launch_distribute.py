@@ -179,6 +179,35 @@ def test_a_loop_of_the_scripts_own(tmp_path):
     assert of(divided, "batches") == ["24 2"] * 2
 
 
+SAVES = """
+import pathlib
+model = L.Classifier(Net())
+optimizer = chainer.optimizers.SGD(0.1).setup(model)
+batch = next(iterators.SerialIterator(data(12, 0), 4))
+optimizer.update(model, *chainer.dataset.concat_examples(batch))
+write = np.savez_compressed
+
+def note(file, **arrays):
+    print("wrote", pathlib.Path(file).name)
+    write(file, **arrays)
+
+np.savez_compressed = note
+chainer.serializers.save_npz(pathlib.Path(sys.argv[1], "model.npz"), model)
+chainer.serializers.save_hdf5(filename=sys.argv[1] + "/model.h5", obj=model)
+chainer.serializers.load_npz(sys.argv[1] + "/model.npz", model)
+chainer.serializers.load_hdf5(sys.argv[1] + "/model.h5", model)
+done(model)
+"""
+
+
+def test_files_by_any_kind_of_path_and_format(tmp_path):
+    """Rank 0 alone writes them, and the others can read them at once."""
+    pytest.importorskip("h5py")
+    printed = distribute(write(tmp_path, SAVES), tmp_path)
+    assert of(printed, "wrote") == ["model.npz"]
+    assert len({*of(printed, "parameters")}) == 1
+
+
 REFUSED = {
     "own batches": (
         """
