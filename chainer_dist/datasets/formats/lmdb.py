@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import struct
 import threading
 import weakref
 from pathlib import Path
@@ -20,6 +22,9 @@ if TYPE_CHECKING:
     from chainer_dist.datasets.formats.open_file import Paths, Positions
 
 __all__ = ["LMDBDataset"]
+
+# Of what LMDB has in the place of a value, where a key is the name of a database.
+_DATABASE_BYTES = 8 + 5 * struct.calcsize("P")
 
 
 class LMDBDataset(StoredDataset):
@@ -48,8 +53,8 @@ class LMDBDataset(StoredDataset):
         ImportError: If lmdb is not installed; the text has the command that installs it.
         FileNotFoundError: If there is no such database.
         ValueError: If there are keys, and several paths.
-        Exception: Naming the path, if it is no database, or is truncated; naming the key, if it is
-            not there or its value cannot be decoded.
+        Exception: Naming the path, if it is no database, is truncated, or has named databases within; naming
+            the key, if it is not there or its value cannot be decoded.
     """
 
     def __init__(
@@ -113,9 +118,7 @@ class _LMDBFile:
     def __init__(self, path: str, lmdb: Any, keys: _Keys | None) -> None:
         self._shared: _Environment | None = _open_environment(path, lmdb)
         if keys is None:
-            with self._shared.environment.begin() as transaction:
-                # Named databases of the same file are among the keys, and have no values.
-                keys = _Keys([*transaction.cursor().iternext(keys=True, values=False)])
+            keys = _Keys(_list_keys(self._shared.environment, lmdb))
         self.index = keys
         self.length = len(keys)
         self.schema: dict[str, str] = {}
@@ -138,6 +141,22 @@ class _LMDBFile:
         self._shared = None
 
 
+def _list_keys(environment: Any, lmdb: Any) -> list[bytes]:
+    """Return all keys, or raise ValueError if one is the name of another database of the same file."""
+    found = []
+    with environment.begin(buffers=True) as transaction:
+        for key, value in transaction.cursor():
+            found.append(bytes(key))
+            if len(value) == _DATABASE_BYTES:
+                with contextlib.suppress(lmdb.IncompatibleError):  # it is an ordinary value
+                    environment.open_db(found[-1], txn=transaction, create=False)
+                    raise ValueError(
+                        f"it has a database named {found[-1]!r} within, whose values cannot be read: copy them to "
+                        "a file of their own"
+                    )
+    return found
+
+
 class _Environment:
     """An environment that all datasets of a process share: LMDB allows only one for each file."""
 
@@ -150,6 +169,7 @@ class _Environment:
             create=False,
             lock=False,
             readahead=False,  # samples are read in any order
+            max_dbs=1,  # to find out whether there is one
         )
         try:
             _check_size(_data_file(path), self.environment)

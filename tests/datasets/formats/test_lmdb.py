@@ -48,6 +48,18 @@ def test_keys_may_be_chosen(tmp_path):
         LMDBDataset([path], keys=[b"a"])
 
 
+def test_named_databases_are_refused(tmp_path):
+    """What the main database has in the place of their values is none; a value as long as that is one."""
+    path = write(tmp_path / "data", {b"a": b"1" * 48, b"b": b""})
+    assert LMDBDataset(path)[:] == [b"1" * 48, b""]
+    environment = lmdb.open(str(path), map_size=1 << 24, max_dbs=1)
+    with environment, environment.begin(write=True) as transaction:
+        transaction.put(b"k", b"v", db=environment.open_db(b"train", txn=transaction))
+    with pytest.raises(ValueError, match=r"data cannot be opened .* a database named b'train'"):
+        LMDBDataset(path)
+    assert LMDBDataset(path, keys=[b"b"])[0] == b""
+
+
 def fail(value):
     """Decode nothing."""
     raise ZeroDivisionError(f"no sample in {value!r}")
