@@ -36,6 +36,8 @@ def replacing(path: Path, *, text: bool = True) -> Iterator[IO[Any]]:
         text: Whether the file takes text, which is written as UTF-8, or bytes.
     """
     path = Path(path)
+    if not path.name:  # such as "." or "/"
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
     prefix = _prefix(path)
     _remove_leftovers(path.parent, prefix)
     descriptor, temporary = _create(path, prefix)

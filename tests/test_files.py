@@ -89,6 +89,13 @@ def test_a_target_that_is_a_link_is_replaced(tmp_path):
     assert not (tmp_path / "target").is_symlink()
 
 
+@pytest.mark.parametrize("path", [".", "/"])
+def test_a_folder_is_not_replaced(path):
+    """By an error of the system, as for any other folder."""
+    with pytest.raises(OSError, match="directory"):
+        write(path)
+
+
 def test_several_writers_at_once(tmp_path):
     """Neither removes the other's file; the last to end wins."""
     with replacing(tmp_path / "x") as first:

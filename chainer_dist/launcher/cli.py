@@ -254,6 +254,8 @@ def _added_environment(options: argparse.Namespace) -> dict[str, str]:
         file = Path(options.timeline).absolute()
         if not file.parent.is_dir():
             options.parser.error(f"--timeline {options.timeline}: there is no folder {file.parent}")
+        if file.is_dir():
+            options.parser.error(f"--timeline {options.timeline}: it is a folder, expected a file")
         added[_environment.TIMELINE] = str(file)
     if options.stall_abort == math.inf:
         options.parser.error("--stall-abort inf: without the option ranks may wait for ever")

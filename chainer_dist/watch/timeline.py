@@ -16,7 +16,7 @@ import numpy as np
 
 from chainer_dist._files import replacing
 from chainer_dist.collectives import operation
-from chainer_dist.collectives.failures import raise_together
+from chainer_dist.collectives.failures import together
 from chainer_dist.collectives.operation import CATEGORIES, Observer
 
 if TYPE_CHECKING:
@@ -139,8 +139,8 @@ class timeline(contextlib.AbstractContextManager["timeline"]):  # noqa: N801 - u
         duration: The seconds from beginning to end on this rank.
 
     Raises:
-        OSError: On every rank, at the beginning if there is no such folder, at the end if the file
-            cannot be written.
+        OSError: On every rank, at the beginning if there is no such folder, or a folder of the file's name;
+            at the end if the file cannot be written.
     """
 
     def __init__(
@@ -153,10 +153,14 @@ class timeline(contextlib.AbstractContextManager["timeline"]):  # noqa: N801 - u
         self.duration = 0.0
 
     def __enter__(self) -> Self:
-        error = None
-        if self._outer.rank == 0 and self._path and not self._path.parent.is_dir():
-            error = FileNotFoundError(f"there is no folder {self._path.parent} for the timeline")
-        raise_together(self._outer, error)
+        with together(self._outer):
+            if self._outer.rank == 0 and self._path:
+                if not self._path.parent.is_dir():
+                    raise FileNotFoundError(
+                        f"there is no folder {self._path.parent} for the timeline"
+                    )
+                if self._path.is_dir():
+                    raise IsADirectoryError(f"{self._path} is a folder, and no file for a timeline")
         comm = self._outer.split(0, self._outer.rank)
         assert comm is not None  # noqa: S101 - no rank is left out
         self._comm = comm
@@ -208,16 +212,15 @@ class timeline(contextlib.AbstractContextManager["timeline"]):  # noqa: N801 - u
         return moment + offset + drift * (moment - first)
 
     def _write(self, part: Part) -> None:
-        parts, failure = self._comm.gather_obj(part), None
-        if parts is not None and self._path is not None:
-            try:
-                with replacing(self._path) as file:
-                    file.writelines(_trace(parts))
-            except OSError as error:
-                failure = OSError(f"the timeline cannot be written: {error}")
-            else:
+        parts = self._comm.gather_obj(part)
+        with together(self._comm):
+            if parts is not None and self._path is not None:
+                try:
+                    with replacing(self._path) as file:
+                        file.writelines(_trace(parts))
+                except OSError as error:
+                    raise OSError(f"the timeline cannot be written: {error}") from error
                 _say(table(parts, self._path))
-        raise_together(self._comm, failure)
 
 
 def start_at_exit(path: str, comm: CommunicatorBase) -> None:

@@ -592,6 +592,7 @@ WRONG_CALLS = [
     (["run", "--ssh-identity", "/no/key", __file__], "there is no file '/no/key'"),
     (["run", "--log-dir", "/dev/null/logs", __file__], "--log-dir /dev/null/logs: Not a directory"),
     (["run", "--timeline", "/no/such/trace.json", __file__], "there is no folder /no/such"),
+    (["run", "--timeline", "/", __file__], "--timeline /: it is a folder, expected a file"),
     (["run", "python", "x.py", "-n", "3"], "did you mean chainer-dist run x.py -n 3?"),
     (["run", sys.executable, "x.py"], "no Python script; did you mean chainer-dist run x.py?"),
     (["run", "nul\0"], "script 'nul"),

@@ -211,12 +211,32 @@ def test_a_folder_that_is_not_there(comm, tmp_path):
         raise AssertionError
 
 
+@pytest.mark.parametrize("name", [".", "trace.json", "/"])
+def test_a_folder_in_the_place_of_the_file(comm, tmp_path, monkeypatch, name):
+    """Every rank raises before anything is recorded."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "trace.json").mkdir()
+    with pytest.raises(IsADirectoryError, match="is a folder, and no file"), timeline(name, comm):
+        raise AssertionError
+
+
+def test_an_error_at_the_end_of_one_rank(comm, tmp_path, monkeypatch):
+    """Whatever it is, all ranks raise it."""
+
+    def fail(*_):
+        raise ArithmeticError("no table")
+
+    monkeypatch.setattr(sys.modules[timeline.__module__], "table", fail)
+    path = tmp_path / "trace.json"
+    with pytest.raises(ArithmeticError, match="no table"), timeline(path, comm):
+        comm.allgather_obj(1)
+
+
 def test_a_file_that_cannot_be_written(comm, tmp_path):
     """Every rank raises at the end, and what was there before stays."""
     path = tmp_path / "trace.json"
-    path.mkdir()  # a folder cannot be replaced by a file
     with pytest.raises(OSError, match="the timeline cannot be written"), timeline(path, comm):
-        comm.allgather_obj(1)
+        path.mkdir()  # a folder cannot be replaced by a file
     assert [each.name for each in tmp_path.iterdir()] == ["trace.json"]
 
 
