@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import atexit
 import itertools
+import os
+import weakref
 from collections.abc import Sized
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -23,6 +26,10 @@ if TYPE_CHECKING:
     Result = TypeVar("Result")
 
 _CHUNKS_A_RANK = 32  # in work or not yet taken from rank 0
+
+# Results that rank 0 may not have taken yet.
+_streams: weakref.WeakSet[Generator[Any, None, None]] = weakref.WeakSet()
+os.register_at_fork(after_in_child=_streams.clear)
 
 
 def pmap(
@@ -54,8 +61,8 @@ def pmap(
     Rank 0 takes from ``items`` and works only while results are taken from the iterator, and
     has never more than ``buffersize`` items taken without having handed out their results: items may
     be a generator without an end. Each must be an object of its own, as in a list. The other ranks
-    return when rank 0's iterator is exhausted or closed (as Python does where it is referred to no more). Until
-    then rank 0 must use ``comm`` for nothing else. A rank that waits for rank 0, because an item takes
+    return when rank 0's iterator is exhausted or closed (as it is where nothing refers to it any more, and when
+    rank 0 ends). Until then rank 0 must use ``comm`` for nothing else. A rank that waits for rank 0, because an item takes
     it so long, is reported as any stall is (see :mod:`chainer_dist.watch`).
 
     Args:
@@ -141,7 +148,17 @@ def pmap(
         return iter(())
     stream = _stream(comm, make_dealer(), raises=raises)
     next(stream)  # it has begun: from now on closing it lets the other ranks return
+    _streams.add(stream)
+    # Once more at the end of the list, whose last function is called first: others wait for all ranks.
+    atexit.unregister(_close_streams)
+    atexit.register(_close_streams)
     return stream
+
+
+def _close_streams() -> None:
+    """Let the other ranks return from what this one has not come to the end of, as it ends."""
+    for stream in [*_streams]:
+        stream.close()
 
 
 def _apply(comm: CommunicatorBase, function: Callable[[Any], Any], chunk: Chunk) -> Block:

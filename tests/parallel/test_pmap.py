@@ -260,6 +260,26 @@ def test_generators_without_end(comm):
     assert comm.allgather_obj(comm.rank) == list(range(comm.size))
 
 
+UNFINISHED = """
+import chainer_dist
+comm = chainer_dist.create_communicator()
+results = chainer_dist.pmap(abs, range(-1000, 0) if comm.rank == 0 else None, comm)
+print(next(results, "none"))
+"""
+
+
+@pytest.mark.mpi_skip
+@pytest.mark.parametrize("timeline", [False, True])
+def test_results_that_are_left_at_the_end(tmp_path, timeline):
+    """Rank 0 ends with them in its hands, and the job ends, too."""
+    more = {"CHAINER_DIST_TIMELINE": str(tmp_path / "trace.json")} if timeline else {}
+    command = [sys.executable, "-c", UNFINISHED]
+    job = mpi_job.run(command, 3, timeout=60, env=mpi_job.environment(**more))
+    assert job.status == 0, job.output
+    assert job.output.count("none") == 2
+    assert [path.name for path in tmp_path.iterdir()] == [*["trace.json"] * timeline]
+
+
 def test_errors_of_the_items(comm):
     """What items raise is raised on every rank, after the results before it."""
 
