@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 __all__ = ["Rank", "name_of_signal"]
 
 _HINTS = {
+    "SIGBUS": " (most often as /dev/shm is full: give a container more by --shm-size)",
     "SIGKILL": " (by the system, if memory was short)",
     "SIGSEGV": " (a crash in compiled code)",
 }

@@ -32,6 +32,11 @@ HANG = "time.sleep(1000)"
 FAILURES = {
     "exit": ("sys.exit(3)", 3, "exit status 3"),
     "killed": ("os.kill(os.getpid(), signal.SIGKILL)", 137, "killed by SIGKILL"),
+    "no memory": (
+        "os.kill(os.getpid(), signal.SIGBUS)",
+        135,
+        "killed by SIGBUS (most often as /dev/shm is full",
+    ),
     "segfault": ("import ctypes; ctypes.string_at(0)", 139, "killed by SIGSEGV"),
     "exception": (
         "\n  try: raise ValueError('boom')\n  except ValueError as e: raise KeyError('why') from e",
