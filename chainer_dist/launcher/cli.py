@@ -251,7 +251,7 @@ def _added_environment(options: argparse.Namespace) -> dict[str, str]:
     if options.no_pin:
         added[_environment.PIN] = "0"
     if options.timeline:
-        file = Path(options.timeline).absolute()
+        file = _absolute(options, "--timeline", options.timeline)
         if not file.parent.is_dir():
             options.parser.error(f"--timeline {options.timeline}: there is no folder {file.parent}")
         if file.is_dir():
@@ -270,12 +270,21 @@ def _log_folder(options: argparse.Namespace) -> Path | None:
     """Return the folder of --log-dir, which is made where it is not there."""
     if options.log_dir is None:
         return None
-    folder = Path(options.log_dir).absolute()
+    folder = _absolute(options, "--log-dir", options.log_dir)
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         options.parser.error(f"--log-dir {options.log_dir}: {error.strerror}")
     return folder
+
+
+def _absolute(options: argparse.Namespace, option: str, given: str) -> Path:
+    path = Path(given)
+    try:
+        path = path.absolute()
+    except FileNotFoundError:
+        options.parser.error(f"{option} {given}: the current folder was removed; go to another one")
+    return path
 
 
 _WITHOUT_ACTION = ("-h", "--help", "--version")

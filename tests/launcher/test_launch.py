@@ -625,6 +625,19 @@ def test_wrong_calls(arguments, message, capsys):
     assert (said.err.count("\n"), said.out) == (1, "")
 
 
+@pytest.mark.parametrize("option", ["--log-dir", "--timeline"])
+def test_a_folder_that_was_removed(tmp_path, monkeypatch, capsys, option):
+    """The current one is, so that no path is below it."""
+    folder = tmp_path / "gone"
+    folder.mkdir()
+    monkeypatch.chdir(folder)
+    folder.rmdir()
+    with pytest.raises(SystemExit) as left:
+        cli.main(["run", option, "here", __file__])
+    assert left.value.code == 2
+    assert f"{option} here: the current folder was removed" in capsys.readouterr().err
+
+
 def test_a_wrong_line_in_a_hostfile(tmp_path, capsys):
     """The message names the file and the line."""
     file = tmp_path / "hosts"
