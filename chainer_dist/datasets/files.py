@@ -5,6 +5,7 @@ from __future__ import annotations
 import bisect
 import functools
 import itertools
+import operator
 import os
 from typing import TYPE_CHECKING, Any
 
@@ -53,7 +54,7 @@ class FilesDataset(DatasetMixin):  # type: ignore[misc]  # Chainer has no types
     ) -> None:
         self._paths = names_of(paths)
         self._open_file = open_arrays if open_file is None else open_file
-        self._max_open = max_open
+        self._max_open = operator.index(max_open)
         if max_open < 1:
             raise ValueError(f"max_open is {max_open}, expected 1 or more")
         if lengths is None:
@@ -63,7 +64,7 @@ class FilesDataset(DatasetMixin):  # type: ignore[misc]  # Chainer has no types
         self._lengths = [int(length) for length in lengths]
         self._ends = [*itertools.accumulate(self._lengths)]
         # Safe to call from several threads.
-        self._opened = functools.lru_cache(max_open)(self._open_file)
+        self._opened = functools.lru_cache(self._max_open)(self._open_file)
 
     @property
     def paths(self) -> list[str]:

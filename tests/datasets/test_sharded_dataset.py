@@ -246,7 +246,7 @@ def test_few_files_are_open_at_a_time(comm, write):
     """What was not used for longest is closed, what was used lately is not opened again."""
     paths, samples = texts(write, [2] * 5)
     journal = Journal()
-    dataset = FilesDataset(paths, journal, max_open=2)
+    dataset = FilesDataset(paths, journal, max_open=np.int64(2))
     assert journal.opened == [*map(str, paths)]
     assert [*dataset] == [*itertools.chain(*samples)]
     assert journal.opened[5:] == [*map(str, paths)]
