@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Literal, cast
 
 from chainer_dist.collectives.calls import check_call
 from chainer_dist.communicators.shared_memory.communicator import SharedMemoryCommunicator
+from chainer_dist.compression import Compression
 from chainer_dist.compression.quantized import as_codec
 from chainer_dist.optimizers.double_buffering import DoubleBufferingOptimizer
 from chainer_dist.optimizers.foreign import is_foreign, wrap_foreign
@@ -18,7 +19,6 @@ if TYPE_CHECKING:
     import chainer
 
     from chainer_dist.communicators import CommunicatorBase
-    from chainer_dist.compression import Compression
 
 __all__ = ["Join", "create_local_sgd_optimizer", "create_multi_node_optimizer"]
 
@@ -137,6 +137,7 @@ def create_multi_node_optimizer(
             threads; or one of them with a communicator that has a ``multi_node_mean_grad`` of its own; or ``overlap`` with one of them or another communicator than
             ``shared_memory``; or if ``accumulate_steps`` is not 1 or more. From updates, if
             ``sharded_update`` is True and the update cannot be sharded.
+        TypeError: If ``compression`` is something else.
         RankMismatchError: Raised by updates on every rank, if ``accumulate_steps``, ``overlap`` or
             the kind of ``compression`` differs.
     """
@@ -161,6 +162,10 @@ def create_multi_node_optimizer(
         )
     accumulate_steps = checked_count("accumulate_steps", accumulate_steps, 1)
     _check_sharding(sharded_update, mean_grad=mean_grad)
+    if not isinstance(compression, (Compression, type(None))):
+        raise TypeError(
+            f"compression is {compression!r}, expected an object such as chainer_dist.compression.Int8()"
+        )
     apart = None  # what exchanges gradients in its own way
     if double_buffering:
         apart = "double_buffering"

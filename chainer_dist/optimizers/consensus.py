@@ -261,14 +261,16 @@ def describe_options(kind: type, options: Options, *, zero_fill: bool) -> Lines:
         zero_fill: Whether a gradient that is None counts as zero.
     """
     # Of the others ranks find out in each update whether they are the same.
-    values = options._replace(compression=None, accumulate_steps=0, schedule=None)._asdict()
+    others = options._replace(compression=None, accumulate_steps=0, schedule=None)._asdict()
+    del others["compression"]
+    values = {"compression": _describe_compression(options.compression), **others}
     values["zero_fill"] = zero_fill
-    values["compression"] = _describe_compression(options.compression)
     lines = [
         (f"the option {name} of the multi-node optimizer", str(value))
         for name, value in values.items()
     ]
-    return [*lines, ("the multi-node optimizer", kind.__name__)]
+    # The class and the compression come first, as other options follow from them.
+    return [("the multi-node optimizer", kind.__name__), *lines]
 
 
 def _describe_compression(compression: Compression | None) -> str:

@@ -22,7 +22,7 @@ from chainer_dist import (
     create_local_sgd_optimizer,
     create_multi_node_optimizer,
 )
-from chainer_dist.compression import PowerSGD, TopK
+from chainer_dist.compression import Int8, PowerSGD, TopK
 from chainer_dist.optimizers.descriptions import describe
 
 pytestmark = pytest.mark.usefixtures("float64")
@@ -247,7 +247,9 @@ OPTIONS = {
     "zero_fill": False,
     "overlap": False,
     "double_buffering": True,
+    "compression": Int8(),
 }
+NAMES = {"double_buffering": "the multi-node optimizer is DoubleBufferingOptimizer"}
 
 
 @pytest.mark.parametrize("option", OPTIONS)
@@ -256,9 +258,9 @@ def test_options_that_differ_are_named(option):
     comm = create_communicator("shared_memory")
     options = {option: OPTIONS[option]} if comm.rank == comm.size - 1 else {}
     optimizer = create_multi_node_optimizer(optimizers.SGD(0.1), comm, **options)
-    name = "multi-node optimizer" if option == "double_buffering" else option
+    name = NAMES.get(option, f"the option {option} of")
     if comm.size > 1:
-        with pytest.raises(RankMismatchError, match=f"rank {comm.size - 1}.*{name}"):
+        with pytest.raises(RankMismatchError, match=f"^rank {comm.size - 1}: {name}"):
             optimizer.setup(make_model())
     comm.finalize()
 
@@ -455,6 +457,13 @@ def test_compressions_with_other_numbers_are_named(comm):
         if comm.size > 1:
             with pytest.raises(RankMismatchError, match=f"compression.*{name}"):
                 optimizer.setup(make_model())
+
+
+@pytest.mark.parametrize("wrong", [Int8, "Int8", 8])
+def test_what_is_no_compression_is_refused(comm, wrong):
+    """Such as its class, at once and not in the first update."""
+    with pytest.raises(TypeError, match=r"compression is .*expected an object such as"):
+        create_multi_node_optimizer(optimizers.SGD(0.1), comm, compression=wrong)
 
 
 def test_local_sgd_keeps_loss_scales_of_its_own(comm):
