@@ -31,8 +31,8 @@ def selected(dataset: chainer.datasets.SubDataset) -> Selected:
     return Selected(dataset._dataset, dataset._start, dataset._finish, dataset._order)
 
 
-def dataset_below(dataset: chainer.datasets.TransformDataset) -> Any:
-    """Return the dataset whose samples a ``TransformDataset`` transforms. Local."""
+def dataset_below(dataset: Any) -> Any:
+    """Return the dataset that a ``TransformDataset`` or a ``SubDataset`` takes samples from. Local."""
     return dataset._dataset
 
 

@@ -94,7 +94,7 @@ def _(dataset: Any, indices: Any) -> Any:
 @take.register(range)
 def _(dataset: Any, indices: Any) -> Any:
     indices = _checked(indices, dataset)
-    if not _inherits_indexing(dataset, list, tuple, range):
+    if not inherits_indexing(dataset, list, tuple, range):
         return Selection(Common(dataset), indices)
     interval = _interval(indices)
     if interval is None:
@@ -106,7 +106,7 @@ def _(dataset: Any, indices: Any) -> Any:
 @take.register(datasets.TupleDataset)
 def _(dataset: datasets.TupleDataset, indices: Any) -> Any:
     indices = _checked(indices, dataset)
-    if not _inherits_indexing(dataset, datasets.TupleDataset):
+    if not inherits_indexing(dataset, datasets.TupleDataset):
         return Selection(Common(dataset), indices)
     columns = tuple(take(column, indices) for column in _chainer.datasets_within(dataset))
     return _copied(dataset, _datasets=columns, _length=len(indices))
@@ -115,7 +115,7 @@ def _(dataset: datasets.TupleDataset, indices: Any) -> Any:
 @take.register(datasets.DictDataset)
 def _(dataset: datasets.DictDataset, indices: Any) -> Any:
     indices = _checked(indices, dataset)
-    if not _inherits_indexing(dataset, datasets.DictDataset):
+    if not inherits_indexing(dataset, datasets.DictDataset):
         return Selection(Common(dataset), indices)
     columns = {
         key: take(column, indices) for key, column in _chainer.datasets_within(dataset).items()
@@ -126,7 +126,7 @@ def _(dataset: datasets.DictDataset, indices: Any) -> Any:
 @take.register(datasets.SubDataset)
 def _(dataset: datasets.SubDataset, indices: Any) -> Any:
     indices = _checked(indices, dataset)
-    if not _inherits_indexing(dataset, datasets.SubDataset):
+    if not inherits_indexing(dataset, datasets.SubDataset):
         return Selection(Common(dataset), indices)
     return take_through(dataset, indices)
 
@@ -145,7 +145,7 @@ def take_through(dataset: datasets.SubDataset, indices: Any) -> Any:
 @take.register(datasets.TransformDataset)
 def _(dataset: datasets.TransformDataset, indices: Any) -> Any:
     indices = _checked(indices, dataset)
-    if not _inherits_indexing(dataset, datasets.TransformDataset):
+    if not inherits_indexing(dataset, datasets.TransformDataset):
         return Selection(Common(dataset), indices)
     return _copied(dataset, _dataset=take(_chainer.dataset_below(dataset), indices))
 
@@ -153,7 +153,7 @@ def _(dataset: datasets.TransformDataset, indices: Any) -> Any:
 @take.register(datasets.ConcatenatedDataset)
 def _(dataset: datasets.ConcatenatedDataset, indices: Any) -> Any:
     indices = _checked(indices, dataset)
-    if not _inherits_indexing(dataset, datasets.ConcatenatedDataset):
+    if not inherits_indexing(dataset, datasets.ConcatenatedDataset):
         return Selection(Common(dataset), indices)
     ends = np.cumsum([len(each) for each in _chainer.datasets_within(dataset)], dtype=np.int64)
     owner = np.searchsorted(ends, indices, side="right")
@@ -199,7 +199,7 @@ def _(dataset: datasets.LabeledZippedImageDataset, indices: Any) -> Any:
 def _take_attribute(dataset: Any, indices: Any, cls: type, name: str) -> Any:
     """Copy a dataset that reads files, with only the files asked for in its list of them."""
     indices = _checked(indices, dataset)
-    if not _inherits_indexing(dataset, cls):
+    if not inherits_indexing(dataset, cls):
         return Selection(Common(dataset), indices)
     return _copied(dataset, **{name: take(getattr(dataset, name), indices)})
 
@@ -211,7 +211,7 @@ def _copied(dataset: Any, **attributes: Any) -> Any:
     return part
 
 
-def _inherits_indexing(dataset: Any, *classes: type) -> bool:
+def inherits_indexing(dataset: Any, *classes: type) -> bool:
     """Return whether samples are found as one of ``classes`` finds them, or in a way of its own."""
     own = type(dataset)
     return any(

@@ -12,6 +12,7 @@ from chainer.dataset import Iterator
 from chainer_dist.collectives.agreement import check_same
 from chainer_dist.collectives.calls import check_call
 from chainer_dist.collectives.failures import together
+from chainer_dist.datasets.batches import read_batch, reads_batches
 from chainer_dist.datasets.handles import check_workers
 
 if TYPE_CHECKING:
@@ -54,7 +55,9 @@ class DistributedIterator(Iterator):  # type: ignore[misc]  # Chainer has no typ
         dataset: Dataset with ``__len__`` and ``__getitem__(int)``, which has the same samples in the same
             order on every rank. Where it has a true attribute ``reads_batches``, a SerialIterator's whole batch is
             ``dataset[indices]``, of a list of ints, and must be a list of samples. The classes of
-            :mod:`chainer_dist.datasets` for files of other formats have it.
+            :mod:`chainer_dist.datasets` for files of other formats have it. Chainer's Transform-, Sub-, Concatenated-,
+            Tuple- and DictDataset have their samples read so from such datasets within; functions and other
+            datasets are called once for each sample, in order.
         batch_size: Number of samples in a batch of one rank, the same on every rank.
         comm: Communicator.
         shuffle: Whether to shuffle; otherwise every epoch has the order of the dataset. The same
@@ -153,13 +156,17 @@ class DistributedIterator(Iterator):  # type: ignore[misc]  # Chainer has no typ
                 position=self._position,
             )
             is_serial = self.make_iterator is iterators.SerialIterator
-            self._reads_batches = is_serial and getattr(self.dataset, "reads_batches", False)
+            self._reads_batches = is_serial and reads_batches(self.dataset)
             samples = range(self._n_samples) if self._reads_batches else self.dataset
             self._loader = self.make_iterator(samples, self.batch_size, order_sampler=order)
             check_workers(self._loader)
-        batch: list[Any] = next(self._loader)
-        if self._reads_batches:  # the loader has yielded indices
-            batch = self.dataset[batch]
+        try:
+            batch: list[Any] = next(self._loader)
+            if self._reads_batches:  # the loader has yielded indices
+                batch = read_batch(self.dataset, batch)
+        except BaseException:
+            self.finalize()  # it has gone on, and this iterator has not
+            raise
         epoch, self._previous_epoch_detail = self.epoch, self.epoch_detail
         self._position += self._size * self.batch_size
         self._is_new_epoch = self.epoch > epoch

@@ -66,14 +66,15 @@ class StoredDataset(DatasetMixin):  # type: ignore[misc]  # Chainer has no types
 
     Attributes:
         reads_batches: Whether :class:`~chainer_dist.iterators.DistributedIterator` reads a list of indices at once:
-            not from a class that is derived from this one and has a ``__getitem__`` of its own.
+            not from a class that is derived from this one and has a ``get_example`` or ``__getitem__`` of its own.
     """
 
     reads_batches = True
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
-        if "__getitem__" in vars(cls) and "reads_batches" not in vars(cls):
+        own = {"__getitem__", "get_example"} & vars(cls).keys()
+        if own and "reads_batches" not in vars(cls):
             cls.reads_batches = False
 
     def __init__(self, paths: Paths, max_open: int) -> None:
