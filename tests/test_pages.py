@@ -21,7 +21,8 @@ BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stab
 WIDTHS = (390, 1280)  # of a phone and of a laptop, in pixels
 LIMIT = 300  # seconds
 
-# Loads each page in a frame of each width, and sends what reaches beyond it and is not in a box that scrolls.
+# Loads each page in a frame of each width, and sends what reaches beyond it and is not in a box that scrolls, and what
+# is written beyond the edge of its picture.
 FRAMES = """<!doctype html><body><script>
 const inBox = (element) => {
   for (let e = element.parentElement; e && e.ownerDocument.body !== e; e = e.parentElement)
@@ -43,6 +44,10 @@ const inBox = (element) => {
       wide: [...doc.querySelectorAll("article *")]
         .filter((e) => e.getBoundingClientRect().right > width + 1 && !inBox(e))
         .map((e) => `<${e.tagName.toLowerCase()} class="${e.getAttribute("class")}"> ${e.textContent.slice(0, 60)}`),
+      cut: [...doc.querySelectorAll("svg text")].filter((e) => {
+        const box = e.getBBox(), picture = e.ownerSVGElement.viewBox.baseVal;
+        return box.x < picture.x || box.x + box.width > picture.x + picture.width;
+      }).map((e) => e.textContent),
     };
     frame.remove();
   }
@@ -116,7 +121,10 @@ def measure(html, pages, profile):
 
 
 def test_no_page_scrolls_sideways(html, tmp_path):
-    """Neither on a phone nor on a laptop: wide tables and lines of code scroll in boxes of their own."""
+    """Neither on a phone nor on a laptop: wide tables and lines of code scroll in boxes of their own.
+
+    Nothing is written beyond the edge of a picture, either.
+    """
     pages = sorted(str(file.relative_to(html)) for file in html.rglob("*.html"))
     assert len(pages) > 40
     found = measure(html, pages, tmp_path)
@@ -125,24 +133,27 @@ def test_no_page_scrolls_sideways(html, tmp_path):
     too_wide = {
         name: each
         for name, each in found.items()
-        if each["width"] > int(name.split()[-1]) or each["wide"]
+        if each["width"] > int(name.split()[-1]) or each["wide"] or each["cut"]
     }
     assert too_wide == {}
 
 
 def test_a_wide_page_is_found(tmp_path):
-    """What is wider than the page, and not in a box that scrolls, is reported with its text."""
+    """What is wider than the page, and not in a box that scrolls, or than its picture, is reported with its text."""
     page = (
         "<html><body style='margin:0'><article><div style='overflow-x:auto'><p style='width:3000px'>in a box</p></div>"
-        "<p style='width:{}px'>wide</p></article></body></html>"
+        "<p style='width:{}px'>wide</p><svg viewBox='0 0 300 20' style='width:300px'><text x='{}' y='9'>left</text></svg>"
+        "</article></body></html>"
     )
     html = tmp_path / "html"
     html.mkdir()
-    (html / "wide.html").write_text(page.format(500))
-    (html / "narrow.html").write_text(page.format(300))
+    (html / "wide.html").write_text(page.format(500, -1))
+    (html / "narrow.html").write_text(page.format(300, 1))
     found = measure(html, ["wide.html", "narrow.html"], tmp_path / "profile")
     assert found["wide.html at 390"]["width"] == 500
     assert found["wide.html at 390"]["wide"] == ['<p class="null"> wide']
     assert found["narrow.html at 390"]["width"] == 390
     assert found["narrow.html at 390"]["wide"] == []
+    assert found["wide.html at 390"]["cut"] == ["left"]
+    assert found["narrow.html at 390"]["cut"] == []
     assert found["wide.html at 1280"]["width"] == 1280

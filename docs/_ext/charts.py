@@ -30,13 +30,17 @@ _COLORS = {
     "torch": PURPLE,
     "allreduce": GREEN,
     "flat": GREEN,
+    "torch-channels-last": RED,
     "independent": GREY,
     "overlap": BLUE,
     "multi-leader": PURPLE,
     "float16": RED,
+    "fair": BLUE,
+    "threads": GREY,
 }
 _OTHERS = (BLUE, ORANGE, PURPLE, GREEN, RED, GREY)
 _LETTER = 7.2  # of a line of text, on average, at 14 pixels
+_WIDE = 8.0  # of one with many capitals and digits
 
 
 class Bar(NamedTuple):
@@ -80,7 +84,7 @@ def bars(groups: Mapping[str, Sequence[Bar]], series: Sequence[str]) -> tuple[li
     if several:
         shown, y = _legend(series)
         parts += shown
-    left = 0.0 if above else 8 + _LETTER * max(map(len, groups), default=0)
+    left = 0.0 if above else 8 + _WIDE * max(map(len, groups), default=0)
     ends = max((len(bar.text) for each in groups.values() for bar in each), default=0)
     room = WIDTH - left - 10 - _LETTER * ends
     for name, group in groups.items():

@@ -45,8 +45,8 @@ WARM_UP = 3
 PEER = "ChainerMN naive"
 ALONE = "Chainer, independent"
 FORWARD = "forward and backward"
-FORWARD_OF_CHAINER = "the same, Chainer's own code"
-FORWARD_OF_TORCH = "the same, torch"
+FORWARD_OF_CHAINER = "by Chainer's own code"
+FORWARD_OF_TORCH = "by torch"
 FORWARDS = (FORWARD, FORWARD_OF_CHAINER, FORWARD_OF_TORCH)
 # What create_multi_node_optimizer is called with.
 OURS: dict[str, dict[str, Any]] = {
