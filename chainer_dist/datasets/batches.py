@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from typing import Any
 
 from chainer import datasets
@@ -55,7 +56,7 @@ def _prepare(dataset: Any, indices: list[Any]) -> Any:
     if not reads_batches(dataset):
         return _Unread(dataset, indices)
     if getattr(dataset, "reads_batches", False):
-        samples = dataset[indices]
+        samples = dataset[[*map(operator.index, indices)]]  # those of an order may be NumPy's
         if len(samples) != len(indices):
             raise TypeError(
                 f"{type(dataset).__qualname__} has reads_batches, and returned {len(samples)} for {len(indices)} "

@@ -68,6 +68,7 @@ class Batched(Leaf):
         self.calls.reads.append(i)
         if not isinstance(i, list):
             return self.read(i)
+        assert {*map(type, i)} <= {int}
         try:
             return [self.read(each) for each in i]
         except KeyError:
