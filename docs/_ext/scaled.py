@@ -20,7 +20,7 @@ from front import computed
 from measured import UNKNOWN, chart, listed, origin, table
 
 from chainer_dist.scaling import answers, validation
-from chainer_dist.scaling.contenders import CONTENDERS
+from chainer_dist.scaling.contenders import CONTENDERS, TORCH_CHANNELS_LAST
 from chainer_dist.scaling.design import DESIGNS
 
 if TYPE_CHECKING:
@@ -56,9 +56,11 @@ def scaling(content: dict[str, Any], kind: str) -> Iterator[nodes.Node]:
     groups = {}
     for workload in workloads:
         alone = found[PEER, 1, workload]["throughput"]
-        group = [found.get((who, ranks, workload)) for who in everyone]
-        ratios = [row["throughput"] / alone if row else None for row in group]
-        groups[workload] = [charts.Bar(x, UNKNOWN if x is None else f"{x:.1f}") for x in ratios]
+        groups[workload] = []
+        for who in everyone:
+            row = found.get((who, ranks, workload))
+            ratio = row["throughput"] / alone if row else None
+            groups[workload].append(charts.Bar(ratio, f"{ratio:.1f}" if row else _missing(who)))
     caption = f"Times as many examples per second on {ranks} ranks as ChainerMN on one rank; longer is faster."
     yield from chart(*charts.bars(groups, everyone), f"{kind} scaling", caption)
     lines = []
@@ -66,7 +68,7 @@ def scaling(content: dict[str, Any], kind: str) -> Iterator[nodes.Node]:
         line = [found.get((who, n, workload)) for workload in workloads]
         mark = "*" if any(row and row["oversubscribed"] for row in line) else ""
         if n > 1:
-            lines.append([f"{who}, {n} ranks{mark}", *map(_throughput, line)])
+            lines.append([f"{who}, {n} ranks{mark}", *(_throughput(row, who) for row in line)])
     yield from listed(table(["contender", *workloads], lines))
     yield computed_by(content)
     yield origin(content)
@@ -84,7 +86,9 @@ def curve(content: dict[str, Any], kind: str) -> Iterator[nodes.Node]:
     }
     unit = "examples per second"
     yield from chart(*charts.lines(curves, unit=unit, height=260), f"{kind} scaling, {unit}", "")
-    lines = [[who, *(_throughput(found.get((who, each))) for each in ranks)] for who in everyone]
+    lines = [
+        [who, *(_throughput(found.get((who, each)), who) for each in ranks)] for who in everyone
+    ]
     yield from listed(table(["ranks", *map(str, ranks)], lines))
     yield computed_by(content)
     yield origin(content)
@@ -98,8 +102,12 @@ def computed_by(content: dict[str, Any]) -> nodes.Node:
     )
 
 
-def _throughput(row: dict[str, Any] | None) -> str:
-    return f"{row['throughput']:,.0f} ({row['efficiency']:.0%})" if row else UNKNOWN
+def _throughput(row: dict[str, Any] | None, contender: str) -> str:
+    return f"{row['throughput']:,.0f} ({row['efficiency']:.0%})" if row else _missing(contender)
+
+
+def _missing(contender: str) -> str:
+    return "takes no images" if contender == TORCH_CHANNELS_LAST else UNKNOWN
 
 
 def accuracy(content: dict[str, Any]) -> Iterator[nodes.Node]:
