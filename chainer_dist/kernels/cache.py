@@ -14,45 +14,45 @@ if TYPE_CHECKING:
 
 __all__ = ["CAPACITY", "clear", "kept"]
 
-# Most operations that are kept, of all geometries and threads together. Each has some 100 kB of compiled code.
+# Most operations that a thread keeps, of all geometries together. Each has some 100 kB of compiled code.
 CAPACITY = 1024
 
-_kept: OrderedDict[Any, Any] = OrderedDict()
-_lock = threading.Lock()
+
+class _Thread(threading.local):
+    """Operations of the thread that asks, dropped when the thread ends."""
+
+    def __init__(self) -> None:
+        self.operations: OrderedDict[Any, Any] = OrderedDict()
+
+
+_thread = _Thread()
 
 
 def kept(make: Callable[..., Any]) -> Callable[..., Any]:
     """Decorate a function that makes operations from hashable arguments, so that it makes each once. Local.
 
-    Each thread has operations of its own, since an operation holds the addresses of its arguments. So has each number
-    of OpenMP threads, since oneDNN divides the work when an operation is made. At most :data:`CAPACITY` are kept, the
-    ones that were used last.
+    Each thread has operations of its own, since an operation holds the addresses of its arguments, and drops them
+    itself: oneDNN counts the users of a thread's scratch memory in that thread, and frees it after the last one. Each
+    number of OpenMP threads has its own too, since oneDNN divides the work when an operation is made. At most
+    :data:`CAPACITY` are kept in a thread, the ones that were used last.
     """
 
     @functools.wraps(make)
     def get(*arguments: Any) -> Any:
-        key = (
-            make,
-            threading.get_ident(),
-            n_threads(),
-            arguments,
-        )
-        with _lock:
-            made = _kept.get(key)
-            if made is not None:
-                _kept.move_to_end(key)
-                return made
-        made = make(*arguments)
-        with _lock:
-            _kept[key] = made
-            if len(_kept) > CAPACITY:
-                _kept.popitem(last=False)
+        operations = _thread.operations
+        key = (make, n_threads(), arguments)
+        made = operations.get(key)
+        if made is not None:
+            operations.move_to_end(key)
+            return made
+        made = operations[key] = make(*arguments)
+        if len(operations) > CAPACITY:
+            operations.popitem(last=False)
         return made
 
     return get
 
 
 def clear() -> None:
-    """Drop all operations that are kept. Local."""
-    with _lock:
-        _kept.clear()
+    """Drop all operations that this thread keeps. Local."""
+    _thread.operations.clear()

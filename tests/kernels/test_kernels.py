@@ -235,8 +235,60 @@ def test_operations_that_are_kept_are_bounded(monkeypatch):
             np.testing.assert_allclose(
                 y, np.broadcast_to(w.sum((1, 2, 3))[:, None, None], y.shape[1:])[None], 1e-4
             )
-            assert len(cache._kept) <= 10
+            assert len(cache._thread.operations) <= 10
     cache.clear()
+
+
+def test_operations_end_in_their_own_thread(monkeypatch):
+    """Where they end, oneDNN counts them out of what uses the scratch memory of that thread."""
+    monkeypatch.setattr(cache, "CAPACITY", 2)
+    cache.clear()
+    ended = []
+
+    class Made:
+        def __init__(self, _):
+            self.thread = threading.get_native_id()
+
+        def __del__(self):
+            ended.append(threading.get_native_id() == self.thread)
+
+    make = cache.kept(Made)
+
+    def work():
+        for number in range(5):
+            make(number)
+
+    work()
+    for ends in (8, 13):  # a thread that ends keeps none of five
+        thread = threading.Thread(target=work)
+        thread.start()
+        thread.join()
+        assert len(ended) == ends
+    work()
+    cache.clear()
+    assert ended == [True] * 20
+
+
+def test_many_operations_in_many_threads():
+    """Scratch memory is there for each operation, also where threads with others have come and gone."""
+    program = """
+import threading
+import chainer.functions as F, numpy as np
+from chainer_dist import kernels
+from chainer_dist.kernels import cache
+cache.CAPACITY = 5
+x, w = np.ones((2, 9, 9, 9), "f"), np.ones((9, 3, 5, 5), "f")
+def work():
+    for size in range(5, 10):
+        y = F.convolution_2d(x[:, :, :size], w, groups=3).array
+        np.testing.assert_array_equal(y, np.full_like(y, 75))
+for _ in range(10):
+    work()
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+"""
+    python(program, ONEDNN_MAX_CPU_ISA="AVX2")
 
 
 def test_threads_do_not_disturb_one_another():
