@@ -38,6 +38,8 @@ from chainer_dist.kernels.replacements import replaces
 if TYPE_CHECKING:
     from chainer_dist.kernels.layouts import Array
 
+_MOST_DIMENSIONS = 5  # with more, oneDNN writes outside the arrays
+
 
 def _parameters(shape: tuple[int, ...], eps: float, flags: int) -> list[Any]:
     layout = Layout.channels_last(shape)
@@ -87,7 +89,7 @@ def _is_possible(axis: Any, *arrays: Array) -> bool:
     """
     x, channels = arrays[0], arrays[1:]
     return (
-        x.ndim > 1
+        1 < x.ndim <= _MOST_DIMENSIONS
         and tuple(axis) == (0, *range(2, x.ndim))
         and layouts.is_suitable(*arrays)
         and all(each.shape == (x.shape[1],) for each in channels)

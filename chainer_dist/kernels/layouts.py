@@ -28,11 +28,11 @@ _MANY = 1 << 14
 
 
 def is_suitable(*arrays: Any) -> bool:
-    """Return whether all are plain, aligned float32 arrays, neither 0-dimensional nor empty. Local."""
+    """Return whether all are plain, aligned float32 arrays of 1 to 12 dimensions, not empty. Local."""
     for array in arrays:
         if type(array) is not np.ndarray or array.dtype != _FLOAT32 or not array.size:
             return False
-        if not array.ndim or not array.flags.aligned:
+        if not 0 < array.ndim <= onednn.MOST_DIMENSIONS or not array.flags.aligned:
             return False
     return True
 

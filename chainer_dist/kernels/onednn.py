@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
     from chainer_dist.kernels.shared_library import Library
 
-_MAX_DIMENSIONS = 12
+MOST_DIMENSIONS = 12  # of an array
 _FLOAT32 = 3
 _ANY_LAYOUT = 1
 _EXECUTION_ARGUMENT = 255  # a query: the memory of an argument
@@ -41,7 +41,7 @@ SRC_AFTERWARDS = 32768 | SECOND_SRC  # of the operation that comes after
 USE_GIVEN_STATISTICS = 1
 SCALE_AND_SHIFT = 2 | 4
 
-_Dimensions = ctypes.c_int64 * _MAX_DIMENSIONS
+_Dimensions = ctypes.c_int64 * MOST_DIMENSIONS
 
 
 class _Argument(ctypes.Structure):

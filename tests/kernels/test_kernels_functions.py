@@ -47,6 +47,7 @@ shapes = st.sampled_from(
         (2, 16, 150),
         (9, 5, 7, 4, 6),
         (2, 20, 30, 30),
+        (2,) * 13,
     ]
 )
 
@@ -150,10 +151,10 @@ def test_sum(shape, data, name):
     assert_like_chainer(lambda x: F.sum(x, axis), [x], name=name, tolerance=1e-4)
 
 
-@given(st.sampled_from([(), (2,), (5, 3)]), st.data(), names)
+@given(st.sampled_from([(), (2,), (5, 3), (*[1] * 10, 5)]), st.data(), names)
 def test_matmul(stack, data, name):
     """Products of matrices and of stacks, transposed or not, can be differentiated twice."""
-    m, k, n = (data.draw(st.sampled_from([1, 3, 40])) for _ in range(3))
+    m, k, n = (data.draw(st.sampled_from([1, 3, 64])) for _ in range(3))
     transa, transb = data.draw(st.booleans()), data.draw(st.booleans())
     shapes = (k, m) if transa else (m, k), (n, k) if transb else (k, n)
     arrays = [draw_array(data.draw, (*stack, *shape)) for shape in shapes]

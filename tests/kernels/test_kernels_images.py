@@ -169,7 +169,7 @@ def test_average_pooling_2d(case):
 @st.composite
 def batches(draw, least=2):
     """Return a batch of at least two values a channel, and two arrays of a value a channel."""
-    ndim = draw(st.integers(0, 3))
+    ndim = draw(st.integers(0, 4))
     n, channels = draw(st.integers(least, 4)), draw(st.sampled_from([1, 3, 16, 20]))
     x = draw_array(draw, (n, channels, *(draw(st.integers(1, 4)) for _ in range(ndim))))
     return [x, draw_array(draw, (channels,)), draw_array(draw, (channels,))]
