@@ -176,7 +176,8 @@ class MultiNodeBatchNormalization(chainer.FunctionNode):  # type: ignore[misc]  
         (gy,) = grad_outputs
         if chainer.config.enable_backprop:
             return self._differentiable_gradients(x, gamma, gy)
-        gradients = self._gradients(x.array, gamma.array, gy.array)
+        # A function of a user's own may return a gradient whose values are to be repeated.
+        gradients = self._gradients(x.array, gamma.array, np.broadcast_to(gy.array, x.shape))
         return tuple(chainer.as_variable(gradient) for gradient in gradients)
 
     def _gradients(self, x: Array, gamma: Array, gy: Array) -> tuple[Array, Array, Array]:

@@ -129,7 +129,7 @@ def _leaky_relu(chainers: Any, self: Any, inputs: tuple[Array]) -> Any:
 @replaces(_LeakyReLUGrad, "forward_cpu")
 def _leaky_relu_gradient(chainers: Any, self: Any, inputs: tuple[Array]) -> Any:
     (gy,) = inputs
-    if not _is_worth_it(self.cond, gy):
+    if not _is_worth_it(self.cond, gy) or self.cond.shape != gy.shape:
         return chainers(self, inputs)
     return (_apply_gradient(_RELU, self.cond, gy, float(self.slope)),)
 

@@ -125,7 +125,12 @@ def _normalize(chainers: Any, self: Any, **given: Any) -> Any:
 @replaces(GeneralBatchNormalizationImpl, "backward")
 def _normalize_gradient(chainers: Any, self: Any, *given: Any) -> Any:
     axis, gamma, gy, x, x_layout, _, _, mean, _, eps, _, var = given
-    if var is None or not _is_possible(axis, x, gamma) or not layouts.is_suitable(gy):
+    if (
+        var is None
+        or not _is_possible(axis, x, gamma)
+        or not layouts.is_suitable(gy)
+        or gy.shape != x.shape
+    ):
         return chainers(self, *given)
     x, gy = layouts.channels_last(x), layouts.channels_last(gy)
     gx = layouts.empty(x.shape)

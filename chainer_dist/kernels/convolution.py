@@ -260,10 +260,22 @@ def gradient_of_weights(
     return w
 
 
+def _y_sizes(
+    x: Array, w_sizes: Sequence[int], window: Window, cover_all: bool
+) -> tuple[int, ...] | None:
+    """Return the sizes of the output, or None if only Chainer's own code can compute it, or refuse. Local."""
+    stride, pad, dilate, groups = window
+    if len(w_sizes) != x.ndim - 2 or x.ndim - 2 > MOST_DIMENSIONS or groups < 1 or min(pad) < 0:
+        return None
+    sizes = zip(x.shape[2:], w_sizes, stride, pad, dilate)
+    y_sizes = tuple(get_conv_outsize(n, k, s, p, cover_all, d) for n, k, s, p, d in sizes)
+    return y_sizes if min(y_sizes) > 0 else None
+
+
 def _can_convolve(x: Array, w: Array, b: Array | None, groups: int) -> bool:
-    biases = () if b is None else (b,)
     divides = x.shape[1] == w.shape[1] * groups and w.shape[0] % groups == 0
-    return layouts.is_suitable(x, w, *biases) and divides
+    fits = b is None or (layouts.is_suitable(b) and b.shape == w.shape[:1])
+    return layouts.is_suitable(x, w) and divides and fits
 
 
 def _can_transpose(y: Array, w: Array, b: Array | None, groups: int) -> bool:
@@ -272,20 +284,39 @@ def _can_transpose(y: Array, w: Array, b: Array | None, groups: int) -> bool:
     return layouts.is_suitable(y, w, *biases) and divides
 
 
+def _convolve(function: Any, x: Array, w: Array, b: Array | None) -> Any:
+    """Return the outputs of one of Chainer's functions, or None if only Chainer's own code can compute them. Local."""
+    window = Window.of(function)
+    y_sizes = _y_sizes(x, w.shape[2:], window, function.cover_all)
+    if y_sizes is None or not _can_convolve(x, w, b, function.groups):
+        return None
+    return (convolve(x, w, b, y_sizes, window),)
+
+
+def _gradient_of_weights(function: Any, x: Array, gy: Array, w_sizes: Sequence[int]) -> Any:
+    """Return the outputs of one of Chainer's gradients, or None if only Chainer's own code can compute them. Local."""
+    window = Window.of(function)
+    y_sizes = _y_sizes(x, w_sizes, window, function.cover_all)
+    if (
+        y_sizes is None
+        or (*gy.shape[:1], *gy.shape[2:]) != (len(x), *y_sizes)
+        or not layouts.is_suitable(x, gy)
+        or function.W_dtype != np.float32
+    ):
+        return None
+    return (gradient_of_weights(x, gy, w_sizes, window),)
+
+
 @replaces(Convolution2DFunction, "_forward_cpu_core")
 @replaces(Convolution2DFunction, "_forward_grouped_convolution")
 def _convolution_2d(chainers: Any, self: Any, x: Array, W: Array, b: Array | None) -> Any:
-    if not _can_convolve(x, W, b, self.groups):
-        return chainers(self, x, W, b)
-    return (convolve(x, W, b, self._get_out_size(x.shape, W.shape), Window.of(self)),)
+    return _convolve(self, x, W, b) or chainers(self, x, W, b)
 
 
 @replaces(Convolution2DGradW, "_forward_cpu_core")
 @replaces(Convolution2DGradW, "_forward_grouped_convolution")
 def _convolution_2d_gradient(chainers: Any, self: Any, x: Array, gy: Array) -> Any:
-    if not layouts.is_suitable(x, gy) or self.W_dtype != np.float32:
-        return chainers(self, x, gy)
-    return (gradient_of_weights(x, gy, (self.kh, self.kw), Window.of(self)),)
+    return _gradient_of_weights(self, x, gy, (self.kh, self.kw)) or chainers(self, x, gy)
 
 
 @replaces(Deconvolution2DFunction, "_forward_cpu_core")
@@ -299,18 +330,12 @@ def _deconvolution_2d(chainers: Any, self: Any, x: Array, W: Array, b: Array | N
 @replaces(ConvolutionND, "_forward_xp")
 def _convolution_nd(chainers: Any, self: Any, *inputs: Any) -> Any:
     x, W, b, _ = inputs
-    if not _can_convolve(x, W, b, self.groups) or self.ndim > MOST_DIMENSIONS:
-        return chainers(self, *inputs)
-    sizes = zip(x.shape[2:], W.shape[2:], self.stride, self.pad, self.dilate)
-    y_sizes = [get_conv_outsize(x, k, s, p, self.cover_all, d) for x, k, s, p, d in sizes]
-    return (convolve(x, W, b, y_sizes, Window.of(self)),)
+    return _convolve(self, x, W, b) or chainers(self, *inputs)
 
 
 @replaces(ConvolutionNDGradW, "_forward_xp")
 def _convolution_nd_gradient(chainers: Any, self: Any, x: Array, gy: Array, xp: Any) -> Any:
-    if not layouts.is_suitable(x, gy) or self.W_dtype != np.float32 or self.ndim > MOST_DIMENSIONS:
-        return chainers(self, x, gy, xp)
-    return (gradient_of_weights(x, gy, self.ksize, Window.of(self)),)
+    return _gradient_of_weights(self, x, gy, self.ksize) or chainers(self, x, gy, xp)
 
 
 @replaces(DeconvolutionND, "_forward_xp")

@@ -22,13 +22,14 @@ if TYPE_CHECKING:
 _FEW = 1 << 14
 
 
-def _is_possible(groups: int, x: Array, *arrays: Array) -> bool:
+def _is_possible(groups: int, x: Array, *of_channels: Array) -> bool:
     return (
         x.ndim > 2  # noqa: PLR2004 - (batch, channels, ...)
         and x.size >= _FEW * len(x)
         and x.shape[1] % groups == 0
-        and layouts.is_suitable(x, *arrays)
+        and layouts.is_suitable(x, *of_channels)
         and layouts.is_channels_last(x)
+        and all(each.shape == x.shape[1:2] for each in of_channels)
     )
 
 
@@ -78,7 +79,12 @@ def _normalize_gradient(
     x, gamma = (each.array for each in self.get_retained_inputs())
     gy = grad_outputs[0].array
     # Gradients of gradients need a graph, which only Chainer's own code makes.
-    if chainer.config.enable_backprop or not _is_possible(self.groups, x, gamma, gy):
+    if (
+        chainer.config.enable_backprop
+        or not _is_possible(self.groups, x, gamma)
+        or not layouts.is_suitable(gy)
+        or gy.shape != x.shape
+    ):
         return chainers(self, indexes, grad_outputs)
     gx = layouts.empty(x.shape)
     given, made, gradients = _examples(x), _examples(gx), _examples(layouts.channels_last(gy))

@@ -60,10 +60,18 @@ def _backward(n: int, units: int, eps: float) -> Operation:
     return Operation("layer_normalization_backward", parameters, inputs, outputs)
 
 
+def _is_possible(x: Array, *of_units: Array) -> bool:
+    return (
+        layouts.is_suitable(x, *of_units)
+        and x.ndim == 2  # noqa: PLR2004 - (batch, units)
+        and all(each.shape == x.shape[1:] for each in of_units)
+    )
+
+
 @replaces(LayerNormalization, "forward")
 def _normalize(chainers: Any, self: Any, inputs: tuple[Array, Array, Array]) -> Any:
     self._statistics = None
-    if not layouts.is_suitable(*inputs):
+    if not _is_possible(*inputs):
         return chainers(self, inputs)
     self.retain_inputs((0, 1))
     x, gamma, beta = map(np.ascontiguousarray, inputs)
@@ -81,7 +89,12 @@ def _normalize_gradient(
     x, gamma = (each.array for each in self.get_retained_inputs())
     gy = grad_outputs[0].array
     # Gradients of gradients need a graph, which only Chainer's own code makes.
-    if chainer.config.enable_backprop or not layouts.is_suitable(x, gamma, gy):
+    if (
+        chainer.config.enable_backprop
+        or not _is_possible(x, gamma)
+        or not layouts.is_suitable(gy)
+        or gy.shape != x.shape
+    ):
         return chainers(self, indexes, grad_outputs)
     statistics = getattr(self, "_statistics", None)
     if statistics is None or not replacements.uses_onednn():

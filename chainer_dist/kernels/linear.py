@@ -20,7 +20,13 @@ _ALLOWED = "auto"
 
 
 def _is_worth_it(a: Array, b: Array, *biases: Array) -> bool:
-    return are_many(a, b) and layouts.is_suitable(a, b, *biases)
+    return (
+        a.ndim == b.ndim > 1
+        and a.shape[-1] == b.shape[-2]
+        and all(each.shape == b.shape[-1:] for each in biases)
+        and are_many(a, b)
+        and layouts.is_suitable(a, b, *biases)
+    )
 
 
 @replaces(LinearFunction, "forward")

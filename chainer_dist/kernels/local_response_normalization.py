@@ -117,7 +117,7 @@ def _normalize(chainers: Any, self: Any, inputs: tuple[Array]) -> Any:
 @replaces(LocalResponseNormalizationGrad, "forward_cpu")
 def _normalize_gradient(chainers: Any, self: Any, inputs: tuple[Array, Array, Array]) -> Any:
     x, _, gy = inputs
-    if self.indexes is None or not _is_possible(self, x, gy):
+    if self.indexes is None or not _is_possible(self, x, gy) or gy.shape != x.shape:
         return chainers(self, inputs)
     gx = layouts.empty(x.shape)
     given = layouts.channels_last(x), layouts.channels_last(gy)

@@ -75,8 +75,8 @@ class _Pooling(NamedTuple):
     def is_possible(self) -> bool:
         """Return whether oneDNN has the operation, as each window has a value of ``x``. Local."""
         ends = zip(self.size, self.pad, self.padding_at_end(), self.y[2:])
-        return len(self.size) <= MOST_DIMENSIONS and all(
-            p < k and end < k and y > 0 for k, p, end, y in ends
+        return len(self.size) == len(self.x) - 2 <= MOST_DIMENSIONS and all(
+            0 <= p < k and end < k and y > 0 for k, p, end, y in ends
         )
 
     def parameters(self) -> list[Any]:
@@ -140,6 +140,7 @@ def _max_pooling_gradient(chainers: Any, self: Any, inputs: tuple[Array]) -> Any
     pooling = _Pooling.of(_MAX, self.func, self.func._in_shape)
     if (
         not layouts.is_suitable(gy)
+        or gy.shape != pooling.y
         or not pooling.is_possible()
         or indexes.dtype != pooling.indexes()
         or not layouts.is_channels_last(indexes)
@@ -176,7 +177,7 @@ def _average_pooling_gradient(chainers: Any, self: Any, inputs: tuple[Array]) ->
     (gy,) = inputs
     function = getattr(self, "func", self)
     pooling = _Pooling.of(_average_kind(function), function, function._in_shape)
-    if not layouts.is_suitable(gy) or not pooling.is_possible():
+    if not layouts.is_suitable(gy) or gy.shape != pooling.y or not pooling.is_possible():
         return chainers(self, inputs)
     gx = layouts.empty(pooling.x)
     _backward(pooling)(layouts.channels_last(gy), gx)

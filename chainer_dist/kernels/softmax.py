@@ -127,7 +127,7 @@ def _softmax_forward(chainers: Any, self: Any, inputs: tuple[Array]) -> Any:
 @replaces(_SoftmaxGrad, "forward")
 def _softmax_backward(chainers: Any, self: Any, inputs: tuple[Array, Array]) -> Any:
     y, gy = inputs
-    if not _is_worth_it(y) or not layouts.is_suitable(gy):
+    if not _is_worth_it(y) or not layouts.is_suitable(gy) or y.shape != gy.shape:
         return chainers(self, inputs)
     self.retain_inputs((0, 1))
     return (_softmax_gradient(_SOFTMAX, y, gy, self.axis),)
@@ -147,7 +147,12 @@ def _log_softmax_forward(chainers: Any, self: Any, inputs: tuple[Array]) -> Any:
 @replaces(LogSoftmaxGrad, "forward")
 def _log_softmax_backward(chainers: Any, self: Any, inputs: tuple[Array, Array]) -> Any:
     y, gy = inputs
-    if not _is_worth_it(y) or not layouts.is_suitable(gy) or not layouts.is_finite(y):
+    if (
+        not _is_worth_it(y)
+        or not layouts.is_suitable(gy)
+        or y.shape != gy.shape
+        or not layouts.is_finite(y)
+    ):
         return chainers(self, inputs)
     self.retain_inputs((0, 1))
     return (_softmax_gradient(_LOG_SOFTMAX, y, gy, self.axis),)
@@ -160,7 +165,7 @@ def _cross_entropy(chainers: Any, self: Any, inputs: tuple[Array, Array]) -> Any
         x.size < layouts.FEW
         or self.class_weight is not None
         or x.ndim != 2  # noqa: PLR2004 - a matrix
-        or t.ndim != 1
+        or t.shape != x.shape[:1]
         or not self.cache_score
         or not layouts.is_suitable(x)
         or not isinstance(t, np.ndarray)
@@ -191,6 +196,7 @@ def _cross_entropy_gradient(chainers: Any, self: Any, inputs: tuple[Array, Array
         or self.y is None
         or x.ndim != 2  # noqa: PLR2004 - a matrix
         or gloss.dtype != np.float32
+        or gloss.shape != (t.shape if self.coeff is None else ())
         or not layouts.is_suitable(x, self.y)
     ):
         return chainers(self, inputs)

@@ -233,6 +233,19 @@ def test_layouts_in_memory(comm):
         np.testing.assert_allclose(link(other).array, want, rtol=1e-5, atol=1e-6)
 
 
+def test_gradients_that_are_repeated(comm):
+    """A function of one's own may return one gradient for many values."""
+    link = MultiNodeBatchNormalization(8, comm)
+    array = arrange(np.random.RandomState(comm.rank).randn(4, 8, 80, 80), "channels last")
+    found = []
+    for shape in ((1, 8, 1, 1), (4, 8, 80, 80)):
+        x = chainer.Variable(array.astype(np.float32))
+        gy = np.broadcast_to(np.arange(8, dtype=np.float32)[:, None, None], shape)
+        found += chainer.grad([link(x)], [x, link.gamma, link.beta], [chainer.Variable(gy)])
+    for one, other in zip(found[:3], found[3:]):
+        np.testing.assert_array_equal(one.array, other.array)
+
+
 @pytest.mark.parametrize(("config", "x_dtype"), [("mixed16", "e"), ("float16", "e")])
 def test_half_precision(comm, config, x_dtype):
     """float16 comes out as float16, from statistics of float32; parameters are as in Chainer."""
