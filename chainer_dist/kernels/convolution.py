@@ -264,8 +264,8 @@ def _y_sizes(
     x: Array, w_sizes: Sequence[int], window: Window, cover_all: bool
 ) -> tuple[int, ...] | None:
     """Return the sizes of the output, or None if only Chainer's own code can compute it, or refuse. Local."""
-    stride, pad, dilate, groups = window
-    if len(w_sizes) != x.ndim - 2 or x.ndim - 2 > MOST_DIMENSIONS or groups < 1 or min(pad) < 0:
+    stride, pad, dilate, _ = window
+    if len(w_sizes) != x.ndim - 2 or x.ndim - 2 > MOST_DIMENSIONS or min(pad) < 0:
         return None
     sizes = zip(x.shape[2:], w_sizes, stride, pad, dilate)
     y_sizes = tuple(get_conv_outsize(n, k, s, p, cover_all, d) for n, k, s, p, d in sizes)

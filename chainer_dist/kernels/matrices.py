@@ -86,7 +86,19 @@ def multiply_into(a: Array, b: Array, y: Array, *, adds: bool = False) -> None:
 def _matrices(array: Array) -> Array:
     """Return the array itself if oneDNN can multiply it in its layout, or a copy. Local."""
     lies_well = matrix_order(array)[0] and min(array.strides) > 0
-    return array if lies_well else np.ascontiguousarray(array)
+    if not lies_well or (array.ndim > 2 and _overlap(array)):  # noqa: PLR2004 - a stack
+        return np.ascontiguousarray(array)
+    return array
+
+
+def _overlap(matrices: Array) -> bool:
+    """Return whether matrices of a stack may share memory, which oneDNN refuses. Local."""
+    least = 0
+    for stride, n in sorted(zip(matrices.strides, matrices.shape)):
+        if n > 1 and stride < least:
+            return True
+        least = max(least, stride * n)
+    return False
 
 
 def are_many(a: Array, b: Array) -> bool:

@@ -42,9 +42,13 @@ def test_products(stack, m, k, n, data):
 
 
 def test_overlapping_rows():
-    """A window that slides over a row is no matrix to BLAS."""
+    """A window that slides over a row is no matrix to BLAS, and windows that overlap are no stack to oneDNN."""
     windows = np.lib.stride_tricks.sliding_window_view(np.arange(40, dtype=np.float32), 8)
     w = np.ones((8, 3), np.float32)
     np.testing.assert_array_equal(matrices.multiply(windows, w), windows.astype(np.float64) @ w)
+    stack = np.lib.stride_tricks.sliding_window_view(np.arange(90, dtype=np.float32), 24)
+    stack = stack[::8].reshape(9, 3, 8)
+    assert stack.strides == (32, 32, 4)
+    np.testing.assert_array_equal(matrices.multiply(stack, np.stack([w] * 9)), stack @ w)
     one = np.broadcast_to(np.arange(8, dtype=np.float32), (5, 8))
     np.testing.assert_array_equal(matrices.multiply(one, w), one.astype(np.float64) @ w)
