@@ -130,6 +130,8 @@ def _max_pooling(chainers: Any, self: Any, inputs: tuple[Array]) -> Any:
     self.indexes = layouts.empty(pooling.y, pooling.indexes())
     self._in_shape, self._in_dtype = x.shape, x.dtype
     _forward(pooling)(x, y, self.indexes)
+    if self.return_indices:  # a script computes with them, and they would overflow
+        self.indexes = self.indexes.astype(np.int64)
     return (y,)
 
 
@@ -142,11 +144,11 @@ def _max_pooling_gradient(chainers: Any, self: Any, inputs: tuple[Array]) -> Any
         not layouts.is_suitable(gy)
         or gy.shape != pooling.y
         or not pooling.is_possible()
-        or indexes.dtype != pooling.indexes()
         or not layouts.is_channels_last(indexes)
     ):
         return chainers(self, inputs)
     gx = layouts.empty(pooling.x)
+    indexes = indexes.astype(pooling.indexes(), copy=False)
     _backward(pooling)(layouts.channels_last(gy), indexes, gx)
     return (gx,)
 

@@ -138,7 +138,11 @@ def test_max_pooling_tells_the_same_indexes(case):
     for name in ("chainer", "onednn"):
         with kernels.use(name):
             _, indexes[name] = F.max_pooling_nd(x, size, stride, pad, return_indices=True)
+    assert indexes["onednn"].dtype == indexes["chainer"].dtype
     np.testing.assert_array_equal(indexes["chainer"], indexes["onednn"])
+    assert_like_chainer(
+        lambda x: F.max_pooling_nd(x, size, stride, pad, return_indices=True)[0], [x]
+    )
 
 
 def test_the_first_of_equal_values_has_the_gradient():
