@@ -43,7 +43,7 @@ _MOST_DIMENSIONS = 5  # with more, oneDNN writes outside the arrays
 
 def _parameters(shape: tuple[int, ...], eps: float, flags: int) -> list[Any]:
     layout = Layout.channels_last(shape)
-    return [layout, layout, float(eps), flags]
+    return [layout, layout, eps, flags]
 
 
 @kept
@@ -107,7 +107,7 @@ def _normalize(chainers: Any, self: Any, **given: Any) -> Any:
     x = layouts.channels_last(x)
     y = layouts.empty(x.shape)
     mean, var = np.empty_like(gamma), np.empty_like(gamma)
-    _forward(_shape(x), eps)(x, *map(np.ascontiguousarray, (gamma, beta)), y, mean, var)
+    _forward(_shape(x), float(eps))(x, *map(np.ascontiguousarray, (gamma, beta)), y, mean, var)
     running_mean, running_var, decay = (
         given[name] for name in ("running_mean", "running_var", "decay")
     )
@@ -136,7 +136,7 @@ def _normalize_gradient(chainers: Any, self: Any, *given: Any) -> Any:
     gx = layouts.empty(x.shape)
     ggamma, gbeta = np.empty_like(gamma), np.empty_like(gamma)
     gamma = np.ascontiguousarray(gamma)
-    _backward(_shape(x), eps)(x, mean, var, gy, gamma, gx, ggamma, gbeta)
+    _backward(_shape(x), float(eps))(x, mean, var, gy, gamma, gx, ggamma, gbeta)
     return gx, x_layout, ggamma, gbeta
 
 
@@ -152,5 +152,5 @@ def _normalize_by_given(chainers: Any, self: Any, inputs: tuple[Array, ...]) -> 
     self.inv_std = self.inv_var = None  # Chainer's gradient computes them if they are None
     y = layouts.empty(x.shape)
     channels = map(np.ascontiguousarray, (gamma, beta, mean, var))
-    _fixed(_shape(x), self.eps)(layouts.channels_last(x), *channels, y)
+    _fixed(_shape(x), float(self.eps))(layouts.channels_last(x), *channels, y)
     return (y,)

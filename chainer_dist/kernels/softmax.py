@@ -98,20 +98,20 @@ def _in_order(array: Array) -> Array:
 
 def _softmax(algorithm: int, x: Array, axis: int) -> Array | None:
     """Return the softmax or its logarithm as a new array, or None if oneDNN cannot compute it. Local."""
-    if not _is_worth_it(x):
+    if not _is_worth_it(x) or not -x.ndim <= axis < x.ndim:
         return None
     x = _in_order(x)
     if not layouts.is_finite(x):  # oneDNN computes wrong results from NaN and infinity
         return None
     y = np.empty_like(x)
-    _forward(algorithm, Layout.of(x), axis % x.ndim)(x, y)
+    _forward(algorithm, Layout.of(x), int(axis) % x.ndim)(x, y)
     return y
 
 
 def _softmax_gradient(algorithm: int, y: Array, gy: Array, axis: int) -> Array:
     y = _in_order(y)
     gy, gx = layouts.gradients_like(y, gy)
-    _backward(algorithm, Layout.of(y), axis % y.ndim)(y, gy, gx)
+    _backward(algorithm, Layout.of(y), int(axis) % y.ndim)(y, gy, gx)
     return gx
 
 

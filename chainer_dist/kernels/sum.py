@@ -27,7 +27,7 @@ def _sum(chainers: Any, self: Any, inputs: tuple[Array]) -> Any:
         or self.keepdims
         or not layouts.is_suitable(x)
         or x.ndim < 2  # noqa: PLR2004 - batch and channels
-        or {axis % x.ndim for axis in self.axis} != {*range(x.ndim)} - {1}
+        or sorted(a + x.ndim if a < 0 else a for a in self.axis) != [0, *range(2, x.ndim)]
         or not layouts.is_channels_last(x)
     ):
         return chainers(self, inputs)

@@ -1,4 +1,4 @@
-"""Arrays whose shapes do not fit each other: NumPy repeats their values in Chainer's code, or refuses them."""
+"""Shapes and axes that do not fit each other: NumPy repeats values in Chainer's code, or refuses them."""
 
 from __future__ import annotations
 
@@ -60,6 +60,15 @@ INPUTS = {
         [(2, 16, 40, 40), (1,), (1,)],
     ),
     "average pooling": (lambda x: F.average_pooling_2d(x, 2), [(3, 4, 5)]),
+    "softmax": (lambda x: F.softmax(x, axis=2), [(100, 100)]),
+    "softmax, axis of NumPy": (lambda x: F.softmax(x, axis=np.int64(0)), [(100, 99)]),
+    "log_softmax": (lambda x: F.log_softmax(x, axis=-3), [(100, 100)]),
+    "sum": (lambda x: F.sum(x, axis=2), [(200, 100)]),
+    "sum, an axis twice": (lambda x: F.sum(x, axis=(0, -2)), [(200, 100)]),
+    "eps of batch normalization": (
+        lambda *inputs: F.batch_normalization(*inputs, eps=np.array(1e-3)),
+        [(3, 4, 5), (4,), (4,)],
+    ),
     "cross entropy": (
         lambda x: F.softmax_cross_entropy(x, np.zeros(1, np.int32)),
         [(100, 100)],
