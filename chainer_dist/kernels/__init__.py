@@ -20,7 +20,7 @@ import os
 from typing import NamedTuple
 
 from chainer_dist.kernels import replacements
-from chainer_dist.kernels.shared_library import OneDNNError, library
+from chainer_dist.kernels.shared_library import OneDNNError, forbid_after_fork, library
 
 __all__ = ["OneDNNError", "Status", "status", "use"]
 
@@ -103,7 +103,10 @@ class use:  # noqa: N801 - it is called like a function, as chainer.using_config
 
     def __exit__(self, *exception: object) -> None:
         """Restore the previous choice."""
-        _choose(self._before.name, self._before)
+        if self._before.name == "onednn":
+            _choose("auto")  # a process that was forked meanwhile has no oneDNN
+        else:
+            _choose(self._before.name, self._before)
 
 
 def _choose(name: str, known: Status | None = None) -> None:
@@ -154,9 +157,10 @@ def asked_for() -> str:
 
 
 def _after_fork() -> None:
-    """Choose NumPy in a child process, as the threads of OpenMP do not survive a fork. Local."""
+    """Choose NumPy in the place of oneDNN in a child process. Local."""
+    forbid_after_fork()
     if _status.name == "onednn":
-        _choose("numpy", Status("numpy", "NumPy, as this process was forked from one with oneDNN"))
+        _choose("auto")
 
 
 if hasattr(os, "register_at_fork"):

@@ -74,13 +74,32 @@ def candidates() -> Iterator[str]:
     yield "libdnnl.so.3"
 
 
+_was_forked = False
+
+
+def forbid_after_fork() -> None:
+    """Forbid the library in this process, if the process that it was forked from has it. Local.
+
+    The threads of OpenMP do not survive a fork, and would be waited for.
+    """
+    global _was_forked  # noqa: PLW0603 - a fact about the process
+    if library.cache_info().currsize:
+        _was_forked = True
+        library.cache_clear()
+
+
 @functools.lru_cache(maxsize=1)
 def library() -> Library:
     """Return the library, which the first call loads. Local.
 
     Raises:
-        OneDNNError: If no library can be used; the message has the reason for each path.
+        OneDNNError: If no library can be used; the message has the reason for each path. Also in a process that was
+            forked from one with the library.
     """
+    if _was_forked:
+        raise OneDNNError(
+            "this process was forked from one with oneDNN, whose threads are not here"
+        )
     if sys.platform != "linux":
         raise OneDNNError(f"oneDNN is looked for on Linux only, this is {sys.platform}")
     reasons = []

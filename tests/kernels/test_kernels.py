@@ -161,6 +161,34 @@ print(chainer_dist.kernels.status().name)
     assert python(program, OMP_NUM_THREADS="2").split() == ["numpy", "onednn"]
 
 
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="there is no fork")
+@pytest.mark.parametrize("choice", ["onednn", "numpy", "chainer"])
+def test_a_forked_child_cannot_choose_it(choice):
+    """Nor does it get oneDNN back at the end of a block that began before the fork."""
+    program = f"""{COMPUTE}
+import os, signal
+from chainer_dist import kernels
+before = compute()
+with kernels.use("{choice}"):
+    child = os.fork()
+if child:
+    assert os.waitpid(child, 0)[1] == 0
+    assert kernels.status().name == "onednn"
+else:
+    signal.alarm(60)
+    assert kernels.status().name == "numpy", kernels.status()
+    np.testing.assert_allclose(compute(), before, 1e-4, 1e-4)
+    kernels.use("auto")
+    assert kernels.status().name == "numpy", kernels.status()
+    try:
+        kernels.use("onednn")
+    except kernels.OneDNNError as error:
+        print(error, flush=True)
+    os._exit(0)
+"""
+    assert "was forked" in python(program, OMP_NUM_THREADS="2")
+
+
 @pytest.mark.parametrize("method", ["forkserver", "spawn"])
 def test_other_start_methods(tmp_path, method):
     """A worker computes with oneDNN of its own."""
