@@ -5,11 +5,13 @@ Chainer makes an array of the whole shape for each slice, and adds all of them.
 
 from __future__ import annotations
 
+import itertools
 import weakref
 from typing import Any
 
 import chainer
 import numpy as np
+from chainer._backprop_utils import GradTable
 from chainer.functions.array.get_item import GetItem
 
 from chainer_dist.kernels.replacements import replaces
@@ -18,8 +20,19 @@ from chainer_dist.kernels.replacements import replaces
 # one for an implementation of accumulation, also after kernels are taken out.
 GetItem.backward_accumulate = chainer.FunctionNode.backward_accumulate
 
-# Attribute of gradients that only this kernel refers to, so that it may change them in place.
+# Attribute of gradients that only this kernel refers to, so that it may change them in place: the node that has the
+# gradient, and the backward pass, after which a script has the gradient.
 _MARK = "_chainer_dist_parts"
+
+_passes = itertools.count()
+_current = next(_passes)
+
+
+@replaces(GradTable, "__init__", needs_onednn=False, is_computation=False)
+def _begin(chainers: Any, self: Any, *args: Any, **kwargs: Any) -> None:
+    global _current  # noqa: PLW0603 - passes in other threads, or within this one, only cost a copy
+    _current = next(_passes)
+    chainers(self, *args, **kwargs)
 
 
 def _is_basic(slices: tuple[Any, ...]) -> bool:
@@ -51,8 +64,8 @@ def _accumulate(
         gx = chainer.Variable(np.zeros(node.shape, gy.dtype))
         gx.array[self.slices] = gy.array
     else:
-        if getattr(gx, _MARK, lambda: None)() is not node:
+        if getattr(gx, _MARK, None) != (weakref.ref(node), _current):
             gx = chainer.Variable(gx.array.copy())
         gx.array[self.slices] += gy.array
-    setattr(gx, _MARK, weakref.ref(node))
+    setattr(gx, _MARK, (weakref.ref(node), _current))
     return (gx,)

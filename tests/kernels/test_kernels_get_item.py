@@ -88,6 +88,17 @@ def test_backward_twice():
         np.testing.assert_array_equal(x.grad, [[6] * 3, [2] * 3])
 
 
+def test_a_gradient_that_is_added_to():
+    """What an earlier call returned does not change where a script adds to it in the next one."""
+    for which in ("numpy", "chainer"):
+        middle = F.identity(chainer.Variable(np.ones((2, 3), np.float32)))
+        with kernels.use(which):
+            (first,) = chainer.grad([F.sum(middle[0])], [middle])
+            (both,) = chainer.grad([F.sum(middle[1])], [middle], grad_inputs=[first])
+        np.testing.assert_array_equal(first.array, [[1] * 3, [0] * 3])
+        np.testing.assert_array_equal(both.array, [[1] * 3, [1] * 3])
+
+
 def test_gradients_of_gradients():
     """The gradient has one of its own."""
     found = []
