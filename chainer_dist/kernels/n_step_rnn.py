@@ -45,7 +45,7 @@ def _layer_of(step: Callable[..., Any]) -> type[Layer] | None:
         return LSTMLayer
     if step is n_step_gru._gru:
         return GRULayer
-    if step.__qualname__ == "n_step_rnn_base.<locals>.f":
+    if getattr(step, "__qualname__", None) == "n_step_rnn_base.<locals>.f":
         activation = inspect.getclosurevars(step).nonlocals["activation"]
         return TanhLayer if activation == "tanh" else ReLULayer
     return None

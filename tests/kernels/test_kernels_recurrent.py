@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any, NamedTuple
 
 import chainer
@@ -9,6 +10,7 @@ import chainer.functions as F
 import chainer.links as L
 import numpy as np
 import pytest
+from chainer.functions.rnn import n_step_rnn
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -451,6 +453,23 @@ def test_a_step_of_the_users_own():
         plain = L.NStepLSTM(1, 2, 2, 0.0)
         plain.copyparams(link)
         np.testing.assert_array_equal(want, 2 * plain(None, None, xs)[2][0].array)
+
+
+def test_a_step_that_is_no_function():
+    """Chainer's loop over steps takes any callable."""
+
+    def step(factor, x, h, c, w, b):
+        return F.tanh(F.linear(x, w[0], b[0]) * factor + F.linear(h, w[1], b[1])), c
+
+    w, b = np.eye(2, dtype="f"), np.ones(2, "f")
+    xs = [np.ones((3, 2), np.float32), np.ones((1, 2), np.float32)]
+    found = []
+    for which in ("numpy", "chainer"):
+        with kernels.use(which):
+            h = chainer.Variable(np.zeros((1, 3, 2), np.float32))
+            states = [1, 0.0, h, None, [[w, w]], [[b, b]], xs, False]
+            found.append(n_step_rnn.n_step_rnn_impl(functools.partial(step, 2.0), *states)[0].array)
+    np.testing.assert_array_equal(*found)
 
 
 def test_weights_that_are_shared():
