@@ -39,6 +39,9 @@ _WINDOW = 5
 _BETA = 0.75
 _WORKSPACE_SIZE = 2  # in arrays of the size of the input
 
+# oneDNN computes with the third power of k + alpha * sum of squares, which must be finite.
+_LARGEST = float(np.finfo(np.float32).max) ** (1 / 3)
+
 
 def _parameters(k: float, alpha: float) -> list[Any]:
     # oneDNN divides alpha by the size of the window.
@@ -102,9 +105,12 @@ def _normalize(chainers: Any, self: Any, inputs: tuple[Array]) -> Any:
     (x,) = inputs
     if not _is_possible(self, x):
         return chainers(self, inputs)
+    k, alpha = float(self.k), float(self.alpha)
+    squares = _WINDOW * max(float(x.max()), -float(x.min())) ** 2  # at most; NaN if a value is
+    if not abs(k) + abs(alpha) * squares < _LARGEST:
+        return chainers(self, inputs)
     self.retain_inputs((0,))
     self.retain_outputs((0,))
-    k, alpha = float(self.k), float(self.alpha)
     y = layouts.empty(x.shape)
     # Chainer passes these three attributes to the gradient.
     self.indexes = np.empty(_WORKSPACE_SIZE * x.size, np.float32)

@@ -332,6 +332,18 @@ def test_local_response_normalization(case):
     assert_like_chainer(function, [x], double=False)
 
 
+@pytest.mark.parametrize("value", [1e8, 1e9, 1e15])
+def test_local_response_normalization_of_large_values(value):
+    """They are not zero where their squares are finite, but their powers would not be."""
+    x = np.zeros((1, 16, 2, 2), np.float32)
+    x[0, 3] = value
+    found = []
+    for name in ("chainer", "onednn"):
+        with kernels.use(name):
+            found.append(F.local_response_normalization(x).array)
+    np.testing.assert_allclose(*found, 1e-4)
+
+
 @pytest.mark.parametrize("double", [False, True])
 @given(batches(least=1), st.data())
 def test_group_normalization(double, arrays, data):
