@@ -32,6 +32,8 @@ def environment(**more):
     env = {**os.environ, **dict.fromkeys(THREAD_VARIABLES, "1"), **more}
     # Without buffers print writes word by word, and the words of ranks mix.
     env.pop("PYTHONUNBUFFERED", None)
+    # Without bytecode each of hundreds of processes would compile the package anew.
+    env.pop("PYTHONDONTWRITEBYTECODE", None)
     return {**env, **mpi.environment(find_mpi(), env)}
 
 
