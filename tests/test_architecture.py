@@ -15,6 +15,8 @@ import chainer_dist
 from architecture import MODULES, ROOT, imports, layer_of
 from chainer_dist import _environment
 
+pytestmark = pytest.mark.mpi_skip  # nothing here knows of ranks
+
 
 @pytest.mark.parametrize("name", [name for name in MODULES if name != "__init__"])
 def test_layers_import_downward_only(name):

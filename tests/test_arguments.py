@@ -12,6 +12,8 @@ from chainer_dist.launcher import cli as launcher
 from chainer_dist.scaling import cli as scale
 from chainer_dist.scaling import predict
 
+pytestmark = pytest.mark.mpi_skip  # nothing here knows of ranks
+
 
 @pytest.mark.parametrize(
     ("kind", "text", "value"),

@@ -8,6 +8,8 @@ import pytest
 
 from chainer_dist.testing import get_device
 
+pytestmark = pytest.mark.mpi_skip  # nothing here knows of ranks
+
 
 def test_the_cpu_is_the_default():
     """Without arguments it is the device that chainer_dist trains on."""

@@ -5,7 +5,11 @@ from __future__ import annotations
 import sys
 import threading
 
+import pytest
+
 from chainer_dist.collectives.frames import calls_user_code, user_line
+
+pytestmark = pytest.mark.mpi_skip  # nothing here knows of ranks
 
 
 def test_the_source_line_is_the_users():

@@ -288,6 +288,7 @@ print("all moved")
 """
 
 
+@pytest.mark.mpi_skip
 def test_a_full_shared_memory_is_left_for_a_disk(tmp_path):
     """Too small a /dev/shm makes the file move on with all that it holds, and no rank crash."""
     small, large = tmp_path / "small", tmp_path / "large"

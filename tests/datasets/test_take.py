@@ -16,6 +16,8 @@ from chainer_dist.datasets import take
 from chainer_dist.datasets.scattered import ScatteredDataset
 from dataset_kinds import KINDS, LazyDataset, assert_same_sample, double
 
+pytestmark = pytest.mark.mpi_skip  # nothing here knows of ranks
+
 
 @pytest.mark.parametrize("kind", KINDS)
 @given(data=st.data())

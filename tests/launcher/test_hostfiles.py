@@ -23,6 +23,8 @@ from chainer_dist.launcher.hostfiles import (
     read_hostfile,
 )
 
+pytestmark = pytest.mark.mpi_skip  # nothing here knows of ranks
+
 ROOT = Path(__file__).resolve().parents[2]
 RESUMABLE = "scripts/examples/train_resumable.py"
 NAMES = st.from_regex(r"[a-z][a-z0-9]{0,4}(-[a-z]+)?", fullmatch=True)

@@ -246,6 +246,7 @@ def test_efficiencies():
     assert not rows["weak", "chainer_dist", 1].oversubscribed
 
 
+@pytest.mark.mpi_skip
 def test_the_interval_of_confidence_holds_the_median():
     """Of nineteen of twenty samples, and about as often as it says."""
     rng = np.random.RandomState(0)

@@ -84,6 +84,7 @@ def test_classes_of_ones_own(comm, make):
     assert [each[0] for each in dataset[[4, 2]]] == ["changed"] * 2
 
 
+@pytest.mark.mpi_skip
 @given(
     counts=st.lists(st.integers(1, 9), min_size=1, max_size=4),
     block=st.integers(1, 7),
@@ -456,6 +457,7 @@ def whole(tmp_path_factory):
     return content
 
 
+@pytest.mark.mpi_skip
 @pytest.mark.parametrize("name", sorted({*FORMATS} - {"zarr"}))
 @given(share=st.floats(0.05, 0.9))
 def test_a_truncated_file_is_an_error(tmp_path_factory, name, whole, share):
@@ -540,6 +542,7 @@ def test_other_lengths_on_ranks_are_a_mismatch(comm, own_folder, name):
         DistributedIterator(dataset, 1, comm)
 
 
+@pytest.mark.mpi_skip
 @pytest.mark.parametrize("n", [9, 8])
 def test_a_file_that_changes_is_noticed(tmp_path, name, n):
     """Where it is opened again, in this process and in another."""

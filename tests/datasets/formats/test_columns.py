@@ -16,6 +16,8 @@ from chainer_dist.datasets import HDF5Dataset, ParquetDataset, TarDataset, ZarrD
 from dataset_kinds import assert_same_sample
 from stored_files import FORMATS, create_zarr, make_samples
 
+pytestmark = pytest.mark.mpi_skip  # nothing here knows of ranks
+
 DTYPES = ["?", "u1", "i2", ">i4", "i8", "f2", "f4", ">f8", "c8"]
 
 CLASSES = {"hdf5": HDF5Dataset, "parquet": ParquetDataset, "zarr": ZarrDataset}

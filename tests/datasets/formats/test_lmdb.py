@@ -13,6 +13,8 @@ from hypothesis import strategies as st
 
 from chainer_dist.datasets import LMDBDataset
 
+pytestmark = pytest.mark.mpi_skip  # nothing here knows of ranks
+
 
 def write(path, items, **options):
     """Write a database."""

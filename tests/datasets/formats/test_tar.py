@@ -16,6 +16,8 @@ from chainer_dist.datasets import TarDataset, decode_member
 from dataset_kinds import assert_same_sample
 from stored_files import add_member, npy
 
+pytestmark = pytest.mark.mpi_skip  # nothing here knows of ranks
+
 
 def write(path, *members, **options):
     """Write files, given as (name, bytes), into a tar file."""
