@@ -278,10 +278,10 @@ def _can_convolve(x: Array, w: Array, b: Array | None, groups: int) -> bool:
     return layouts.is_suitable(x, w) and divides and fits
 
 
-def _can_transpose(y: Array, w: Array, b: Array | None, groups: int) -> bool:
+def _can_transpose(y: Array, w: Array, b: Array | None, window: Window) -> bool:
     biases = () if b is None else (b,)
-    divides = y.shape[1] == w.shape[0] and w.shape[0] % groups == 0
-    return layouts.is_suitable(y, w, *biases) and divides
+    divides = y.shape[1] == w.shape[0] and w.shape[0] % window.groups == 0
+    return layouts.is_suitable(y, w, *biases) and divides and min(window.pad) >= 0
 
 
 def _convolve(function: Any, x: Array, w: Array, b: Array | None) -> Any:
@@ -322,9 +322,10 @@ def _convolution_2d_gradient(chainers: Any, self: Any, x: Array, gy: Array) -> A
 @replaces(Deconvolution2DFunction, "_forward_cpu_core")
 @replaces(Deconvolution2DFunction, "_forward_grouped_convolution")
 def _deconvolution_2d(chainers: Any, self: Any, x: Array, W: Array, b: Array | None) -> Any:
-    if not _can_transpose(x, W, b, self.groups):
+    window = Window.of(self)
+    if not _can_transpose(x, W, b, window):
         return chainers(self, x, W, b)
-    return (transposed(x, W, b, (self.outh, self.outw), Window.of(self)),)
+    return (transposed(x, W, b, (self.outh, self.outw), window),)
 
 
 @replaces(ConvolutionND, "_forward_xp")
@@ -341,6 +342,7 @@ def _convolution_nd_gradient(chainers: Any, self: Any, x: Array, gy: Array, xp: 
 @replaces(DeconvolutionND, "_forward_xp")
 def _deconvolution_nd(chainers: Any, self: Any, *inputs: Any) -> Any:
     x, W, b, _ = inputs
-    if not _can_transpose(x, W, b, self.groups) or self.ndim > MOST_DIMENSIONS:
+    window = Window.of(self)
+    if not _can_transpose(x, W, b, window) or self.ndim > MOST_DIMENSIONS:
         return chainers(self, *inputs)
-    return (transposed(x, W, b, self.outs, Window.of(self)),)
+    return (transposed(x, W, b, self.outs, window),)

@@ -68,7 +68,8 @@ def differentiate(
     """
     a, i, f, o = known.gates
     tanh, n = known.tanh, len(known.tanh)
-    gc_before = np.zeros_like(c) if gc is None else gc.copy()
+    gc_before = np.empty_like(c)
+    gc_before[...] = 0 if gc is None else gc
     of_c = gc_before[:n]
     made = np.empty_like(known.gates)
     if gh is None:

@@ -93,7 +93,7 @@ def _axes_of_gradient(function: Any, large: Sequence[int]) -> list[_Axis]:
 def _are_usual(axes: Sequence[_Axis], *arrays: Array) -> bool:
     """Return whether arrays are suitable, and each window begins inside the large array. Local."""
     return layouts.is_suitable(*arrays) and all(
-        axis.large > 0 and axis.small > 0 and axis.pad < axis.size for axis in axes
+        axis.large > 0 and axis.small > 0 and 0 <= axis.pad < axis.size for axis in axes
     )
 
 

@@ -52,6 +52,17 @@ INPUTS = {
     "convolution, biases": (F.convolution_2d, [(4, 16, 9, 9), (24, 16, 3, 3), (7,)]),
     "convolution of one position": (F.convolution_2d, [(4, 16, 9, 9), (24, 16, 1, 1), (1,)]),
     "convolution, dimensions": (F.convolution_2d, [(4, 16, 9, 9), (24, 16, 3)]),
+    "convolution of too little": (F.convolution_nd, [(4, 16, 2, 2), (24, 16, 3, 3)]),
+    "convolution, padding": (
+        lambda x, w: F.convolution_2d(x, w, pad=-1),
+        [(4, 16, 9, 9), (24, 16, 3, 3)],
+    ),
+    "transposed convolution, padding": (
+        lambda x, w: F.deconvolution_nd(x, w, pad=-1),
+        [(4, 16, 9, 9), (16, 24, 3, 3)],
+    ),
+    "maximum pooling, padding": (lambda x: F.max_pooling_2d(x, 3, pad=-1), [(3, 4, 9, 9)]),
+    "unpooling, padding": (lambda x: F.unpooling_2d(x, 3, pad=-1), [(2, 3, 6, 6)]),
     "layer normalization": (F.layer_normalization, [(300, 200), (1,), (1,)]),
     "layer normalization, few": (F.layer_normalization, [(300, 200), (100,), (100,)]),
     "layer normalization, more": (F.layer_normalization, [(30, 2, 3), (3,), (3,)]),
@@ -94,6 +105,7 @@ GRADIENTS = {
     "softmax": (F.softmax, [(300, 200)], [(1, 200), (300, 1), (150, 200)]),
     "log_softmax": (F.log_softmax, [(300, 200)], [(1, 200), (300, 1), (150, 200)]),
     "linear": (F.linear, [(300, 200), (400, 200), (400,)], [(150, 400), (600, 400)]),
+    "lstm": (lambda c, x: F.lstm(c, x)[0], [(5, 3), (5, 12)], [(5, 1), (1, 3)]),
     "weights of a convolution": (
         lambda w: F.convolution_2d(draw(4, 16, 9, 9), w),
         [(24, 16, 3, 3)],
