@@ -1,10 +1,7 @@
 """Memory that the ranks of a node share: slots for blocks, and counters that show the progress of each rank.
 
-Two methods establish all order between writes and reads of different ranks. :meth:`Slots.publish` has a fence between
-earlier writes of a rank, also to slots, and its counter. :meth:`Slots.has_reached` has a fence between the counters of
-other ranks and later reads. So a rank that has seen a counter sees all writes from before that counter was published.
-Counters are aligned numbers of eight bytes, which processors store and load at once. The fence is MPI's own (see
-:func:`~chainer_dist.communicators.shared_memory.memory.memory_fence`). The code relies on nothing else.
+The counters keep order between writes and reads of different ranks, also of slots; see
+:mod:`~chainer_dist.communicators.shared_memory.counters`.
 
 Checked mode tests this: the last write of a rank to a slot, before it publishes, is a stamp with the number of the
 block. Readers compare the stamp with the number that they expect, before they read the slot and afterwards.
@@ -16,7 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from chainer_dist.communicators.shared_memory.memory import memory_fence, share_memory
+from chainer_dist.communicators.shared_memory.counters import Counters
+from chainer_dist.communicators.shared_memory.memory import share_memory
 from chainer_dist.communicators.shared_memory.waiting import have_cores
 
 if TYPE_CHECKING:
@@ -57,15 +55,13 @@ def sums_in_flight(ranks: int) -> int:
     return max(1, min(_MOST_IN_FLIGHT, n_slots(ranks) - _FEWEST_SLOTS))
 
 
-class Slots:
+class Slots(Counters):
     """The slots and counters of all ranks of a node. Creating them is collective; all methods are local.
 
     Args:
         comm: The communicator, each node of which gets memory of its own.
 
     Attributes:
-        rank: Number of this rank on the node.
-        ranks: Number of ranks of the node.
         depth: Number of slots of each rank.
         block_bytes: Number of bytes of a slot.
         have_cores: Whether the node has a core for each rank, so that ranks may spin.
@@ -77,22 +73,18 @@ class Slots:
     """
 
     def __init__(self, comm: ArrayCommunicator) -> None:
-        node = comm.node_comm
-        self.rank, self.ranks = node.rank, node.size
-        self.depth, self.block_bytes = n_slots(node.size), BLOCK_BYTES
-        self.have_cores = have_cores(node.size)
+        ranks = comm.node_comm.size
+        self.depth, self.block_bytes = n_slots(ranks), BLOCK_BYTES
+        self.have_cores = have_cores(ranks)
         self.count = 0
         self._is_occupied = False
         data_bytes = self.depth * self.block_bytes
         own_bytes = _COUNTER_BYTES + self.depth * _STAMP_BYTES
-        shared = share_memory(comm, node.size * (data_bytes + own_bytes))
-        data, counters = np.split(shared, [node.size * data_bytes])
-        self._data = list(data.reshape(node.size, -1))
-        # Elements of a memoryview are read and written faster than elements of an array.
-        self._counters = [each.data.cast("q") for each in counters.reshape(node.size, -1)]
-        self._fence = memory_fence()
+        shared = share_memory(comm, ranks * (data_bytes + own_bytes))
+        data, counters = np.split(shared, [ranks * data_bytes])
+        super().__init__(comm, counters)
+        self._data = list(data.reshape(ranks, -1))
         self.scratch = np.empty(self.block_bytes, dtype=np.uint8)
-        self._names = node.allgather(comm.rank)
 
     def occupy(self) -> None:
         """Begin an exchange; there can be only one at a time.
@@ -121,51 +113,20 @@ class Slots:
         """Return the slots of each rank of the node as an array of shape ``(depth, n)``."""
         return [each.view(dtype).reshape(self.depth, -1) for each in self._data]
 
-    def publish(self, stage: int, count: int) -> None:
-        """Publish that ``count`` blocks have passed a stage on this rank, with all writes that belong to them.
-
-        Args:
-            stage: Stage: ``PACKED``, ``REDUCED``, ``UNPACKED`` or ``SETTLED``.
-            count: Number of blocks, counted over all exchanges.
-        """
-        self._fence()
-        self._counters[self.rank][stage] = count
-
-    def has_reached(self, stage: int, count: int, ranks: int) -> bool:
-        """Return whether ``count`` blocks have passed a stage on the first ranks of the node.
-
-        If so, later reads of this rank see the writes that belong to these blocks.
-
-        Args:
-            stage: Stage; see :meth:`publish`.
-            count: Number of blocks; see :meth:`publish`.
-            ranks: Number of ranks that count.
-        """
-        for counters in self._counters[:ranks]:
-            if counters[stage] < count:
-                return False
-        self._fence()
-        return True
-
-    def behind(self, stage: int, count: int, ranks: int) -> str:
-        """Return the names of the ranks for which :meth:`has_reached` is False, or an empty string."""
-        late = [self._names[i] for i in range(ranks) if self._counters[i][stage] < count]
-        return f"rank {', '.join(map(str, late))}" if late else ""
-
     def fail(self, number: int) -> None:
         """Record that a block failed on this rank. Other ranks see that together with the next published counter.
 
         Args:
             number: Number of the block, counted over all exchanges from 0.
         """
-        self._counters[self.rank][_FAILED] = number + 1
+        self.numbers[self.rank][_FAILED] = number + 1
 
     def has_failed(self, first: int, stop: int) -> bool:
         """Return whether a block of ``range(first, stop)`` failed on a rank of the node.
 
         Failures in a later exchange, which a faster rank may have begun, do not count.
         """
-        return any(first < counters[_FAILED] <= stop for counters in self._counters)
+        return any(first < numbers[_FAILED] <= stop for numbers in self.numbers)
 
     def stamp(self, stage: int, number: int) -> None:
         """Stamp this rank's slot with the number of a block, after its data.
@@ -174,7 +135,7 @@ class Slots:
             stage: Stage of the data: ``PACKED`` or ``REDUCED``.
             number: Number of the block.
         """
-        self._counters[self.rank][self._stamp(stage, number)] = number + 1
+        self.numbers[self.rank][self._stamp(stage, number)] = number + 1
 
     def check_stamp(self, stage: int, number: int, rank: int) -> None:
         """Check that a slot has the block that its rank has published.
@@ -188,7 +149,7 @@ class Slots:
             RuntimeError: If the slot has another block.
         """
         self._fence()  # earlier reads come before the read of the stamp
-        found = self._counters[rank][self._stamp(stage, number)] - 1
+        found = self.numbers[rank][self._stamp(stage, number)] - 1
         if found != number:
             raise RuntimeError(
                 f"the slot of rank {self._names[rank]} has block {found} where block {number} was announced: this "
@@ -201,4 +162,5 @@ class Slots:
 
     def free(self) -> None:
         """Drop this rank's references to the memory."""
-        self._counters, self._data = [], []
+        super().free()
+        self._data = []
