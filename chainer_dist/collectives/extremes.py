@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
     from chainer_dist.collectives.group import Group
 
-__all__ = ["MOST_NUMBERS", "extremes", "raise_elsewhere"]
+__all__ = ["MOST_NUMBERS", "arrive", "extremes", "raise_elsewhere"]
 
 MOST_NUMBERS = ROOM - 2
 
@@ -42,15 +42,40 @@ def extremes(comm: Group, kind: Kind, *numbers: int) -> tuple[Sequence[int], Seq
     if count > MOST_NUMBERS:
         raise ValueError(f"there are {count} numbers, expected {MOST_NUMBERS} or fewer")
     with Operation(kind, comm):
-        if comm.size == 1:
-            return numbers, numbers
-        most, least = comm.extremes((_checksum(kind.name), count, *numbers))
-        if most[0] != least[0] or most[1] != least[1]:
-            outer = outermost(comm)
-            within = "" if outer.kind is kind else f" in its {kind.name}"
-            text = f"{outer.describe()}{within} ({count} number{'s' * (count != 1)})"
-            raise_elsewhere(comm, outer.number, text)
-        return most[2:], least[2:]
+        return (numbers, numbers) if comm.size == 1 else _compare(comm, kind, numbers)
+
+
+def arrive(comm: Group) -> None:
+    """Raise on every rank if ranks have come to different operations, where that takes no message. Collective.
+
+    It is for operations that begin with a message of MPI whose size or kind is not that of a comparison.
+
+    Args:
+        comm: The communicator of the operation that this thread is in.
+
+    Raises:
+        RankMismatchError: See :func:`extremes`.
+    """
+    if comm.size > 1 and comm.compares_freely:
+        _compare(comm, outermost(comm).kind, ())
+
+
+def _compare(
+    comm: Group, kind: Kind, numbers: tuple[int, ...]
+) -> tuple[Sequence[int], Sequence[int]]:
+    count = len(numbers)
+    most, least = comm.extremes((_checksum(kind.name), count, *numbers))
+    if most == least:  # as nearly always
+        return numbers, numbers
+    if most[0] != least[0] or most[1] != least[1]:
+        outer = outermost(comm)
+        text = outer.describe()
+        if outer.kind is not kind:
+            text += f" in its {kind.name}"
+        if count:
+            text += f" ({count} number{'s' * (count != 1)})"
+        raise_elsewhere(comm, outer.number, text)
+    return most[2:], least[2:]
 
 
 def raise_elsewhere(comm: Group, number: int, text: str) -> NoReturn:

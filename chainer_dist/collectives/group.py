@@ -132,7 +132,12 @@ class Group:
         padding = [0] * (ROOM - count)
         values = array.array("q", [*numbers, *padding, *[-each for each in numbers], *padding])
         self.mpi_comm.Allreduce(MPI.IN_PLACE, [values, MPI.INT64_T], MPI.MAX)
-        return values[:count], [-each for each in values[ROOM : ROOM + count]]
+        return list(values[:count]), [-each for each in values[ROOM : ROOM + count]]
+
+    @property
+    def compares_freely(self) -> bool:
+        """Whether :meth:`extremes` sends no message; the same on every rank."""
+        return False
 
     @operation.collective()
     def split(self, color: int, key: int) -> Self | None:

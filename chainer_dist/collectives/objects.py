@@ -10,6 +10,7 @@ import functools
 import operator
 from typing import TYPE_CHECKING, Any
 
+from chainer_dist.collectives.extremes import arrive
 from chainer_dist.collectives.failures import together
 from chainer_dist.collectives.group import Group
 from chainer_dist.collectives.messages import (
@@ -181,6 +182,7 @@ class ObjectCommunicator(Group):
         Raises:
             Exception: On every rank, if an object cannot be pickled, unpickled or added.
         """
+        arrive(self)
         message, error = pack(self.rank, lambda: obj)
         messages = self._pkl5.gather(message, root=0)
         if messages is not None:
@@ -205,6 +207,7 @@ class ObjectCommunicator(Group):
 
     def _bcast(self, make: Callable[[], Any], root: int) -> Any:
         """Return root's object; None on root itself."""
+        arrive(self)
         if self.rank != root:
             return self._settled([self._pkl5.bcast(None, root=root)], None)[0]
         message, error = pack(self.rank, make)
@@ -213,21 +216,25 @@ class ObjectCommunicator(Group):
         return None
 
     def _gather(self, make: Callable[[], Any], root: int) -> list[Any] | None:
+        arrive(self)
         message, error = pack(self.rank, make)
         opened = self._settled(self._pkl5.gather(message, root=root) or [], error)
         return opened if self.rank == root else None
 
     def _allgather(self, make: Callable[[], Any]) -> list[Any]:
+        arrive(self)
         message, error = pack(self.rank, make)
         return self._settled(self._pkl5.allgather(message), error)
 
     def _scatter(self, make: Callable[[], Sequence[Any]], root: int) -> Any:
+        arrive(self)
         messages, error = None, None
         if self.rank == root:
             messages, error = pack_each(self.rank, self.size, make)
         return self._settled([self._pkl5.scatter(messages, root=root)], error)[0]
 
     def _alltoall(self, make: Callable[[], Sequence[Any]]) -> list[Any]:
+        arrive(self)
         messages, error = pack_each(self.rank, self.size, make)
         return self._settled(self._pkl5.alltoall(messages), error)
 

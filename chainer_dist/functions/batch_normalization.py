@@ -19,6 +19,7 @@ from chainer import functions as F
 from chainer.functions.normalization.batch_normalization import _compute_axis
 
 from chainer_dist.collectives.agreement import digest, raise_mismatch
+from chainer_dist.collectives.extremes import arrive
 from chainer_dist.collectives.failures import raise_together
 from chainer_dist.collectives.operation import collective
 from chainer_dist.kernels import channels
@@ -320,6 +321,7 @@ def merge_over_ranks(
 def _allreduce(comm: CommunicatorBase, moments: Array) -> None:
     from mpi4py import MPI
 
+    arrive(comm)
     datatype, op = _mpi_type_and_op()
     comm.mpi_comm.Allreduce(MPI.IN_PLACE, [moments, len(moments), datatype], op)
 

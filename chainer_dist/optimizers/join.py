@@ -14,6 +14,7 @@ import chainer
 import numpy as np
 
 from chainer_dist.collectives.agreement import raise_mismatch
+from chainer_dist.collectives.extremes import arrive
 from chainer_dist.collectives.operation import WAITING, Kind, Operation
 from chainer_dist.links.batch_normalization import MultiNodeBatchNormalization
 from chainer_dist.optimizers.call import Call
@@ -165,6 +166,7 @@ class Join:
             intent = 2 * intent + postponed
         intents = np.empty(self._comm.size, dtype=np.int64)
         with Operation(_INTENTS, self._comm):
+            arrive(self._comm)
             self._comm.mpi_comm.Allgather(np.array([intent], dtype=np.int64), intents)
         active = [int(each) for each in intents if each not in (_STANDS_BY, _CANNOT_REPEAT)]
         if len(set(active)) > 1:

@@ -22,6 +22,7 @@ from chainer_dist.collectives.failures import together
 from chainer_dist.collectives.operation import WAITING, Kind
 from chainer_dist.datasets import shard_array
 from chainer_dist.extensions import ObservationAggregator
+from chainer_dist.links import MultiNodeBatchNormalization
 
 KIND = Kind("comparison of a test", WAITING)
 X, T = np.ones((2, 3), np.float32), np.zeros(2, np.int32)
@@ -135,6 +136,53 @@ def test_one_rank_in_an_update(act, tmp_path):
     with pytest.raises(RankMismatchError, match=r"^rank 1: operation \d+ is ") as caught:
         program()
     assert str(caught.value).count(__file__) == 2
+
+
+def normalize(comm):
+    """Compute means and variances of all ranks' samples."""
+    with chainer.using_config("train", value=True):
+        MultiNodeBatchNormalization(2, comm)(np.ones((3, 2), np.float32))
+
+
+def stand_by(comm):
+    """Take part in the updates of others, as a rank without data does."""
+    optimizer = chainer_dist.create_multi_node_optimizer(chainer.optimizers.SGD(), comm)
+    optimizer.actual_optimizer.setup(L.Linear(3, 2))
+    chainer_dist.Join(optimizer).stand_by()
+
+
+# Operations that begin with a message of MPI, whose size or kind is that of no comparison; and one that compares.
+OPERATIONS = {
+    "batch normalization": normalize,
+    "meeting of joined ranks": stand_by,
+    "bcast_obj": lambda comm: comm.bcast_obj(1),
+    "gather_obj": lambda comm: comm.gather_obj(1),
+    "allgather_obj": lambda comm: comm.allgather_obj(1),
+    "scatter_obj": lambda comm: comm.scatter_obj([1] * comm.size),
+    "allreduce_obj": lambda comm: comm.allreduce_obj(1),
+    "alltoall": lambda comm: comm.alltoall([np.ones(1)] * comm.size),
+    "agreement": compare_one,
+}
+
+
+@pytest.mark.parametrize("name", OPERATIONS)
+def test_one_rank_in_an_operation_of_mpi(name):
+    """Where comparing takes no message, all raise the same, which names both operations and both lines."""
+    comm = chainer_dist.create_communicator("shared_memory")
+    only_with_others(comm)
+    comm.mean_arrays([np.ones(3, np.float32)])
+    if not comm.compares_freely:
+        pytest.skip("ranks on several nodes would need a message")
+    other = "bcast_obj" if name == "agreement" else "agreement"
+    with pytest.raises(RankMismatchError) as caught:
+        OPERATIONS[name if comm.rank == 1 else other](comm)
+    message = str(caught.value)
+    its_text, _, text = message.partition("; expected ")
+    assert its_text.startswith("rank 1: operation ")
+    assert name in its_text
+    assert other in text
+    assert message.count(__file__) == 2
+    assert set(comm.allgather_obj(message)) == {message}
 
 
 NUMBERS = st.integers(-(2**63) + 1, 2**63 - 1)

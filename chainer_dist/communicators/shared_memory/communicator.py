@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
     from chainer_dist._typing import Array
     from chainer_dist.communicators.shared_memory.between_nodes import Codec
+    from chainer_dist.communicators.shared_memory.comparison import Comparison
     from chainer_dist.communicators.shared_memory.layout import Tuning
 
 
@@ -45,12 +46,21 @@ class SharedMemoryCommunicator(CommunicatorBase):
             transport = self._transport = Transport(self, patient=self._patient)
         return transport
 
-    def extremes(self, numbers: Sequence[int]) -> tuple[Sequence[int], Sequence[int]]:
-        """See :meth:`Group.extremes`. On one node no message is sent, once an exchange has made shared memory."""
+    @property
+    def _comparison(self) -> Comparison | None:
+        """The way to compare numbers without messages: on one node, once an exchange has made shared memory."""
         transport: Transport | None = self.__dict__.get("_transport")
-        if transport is None or transport.comparison is None:
-            return super().extremes(numbers)
-        return transport.comparison.extremes(numbers)
+        return None if transport is None else transport.comparison
+
+    @property
+    def compares_freely(self) -> bool:
+        """See :attr:`Group.compares_freely`."""
+        return self._comparison is not None
+
+    def extremes(self, numbers: Sequence[int]) -> tuple[Sequence[int], Sequence[int]]:
+        """See :meth:`Group.extremes`."""
+        comparison = self._comparison
+        return super().extremes(numbers) if comparison is None else comparison.extremes(numbers)
 
     def background(self) -> Self:
         """See :meth:`CommunicatorBase.background`."""
