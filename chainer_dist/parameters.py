@@ -130,9 +130,11 @@ class ParameterSet:
 
     def fill_zeros(self) -> None:
         """Give initialized parameters without a gradient one of zeros."""
-        for param in self.without_grad():
+        missing = self.without_grad()
+        for param in missing:
             param.grad = np.zeros_like(param.array)
-        self.look_at_grads()
+        if missing:
+            self.look_at_grads()
 
     @property
     def grads(self) -> list[Array | None]:

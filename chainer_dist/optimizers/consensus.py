@@ -76,6 +76,9 @@ class Report(NamedTuple):
     clean: int = 0
 
 
+_SAME = Report(*[1] * len(Report._fields))  # what ranks find out nearly always
+
+
 class Settings:
     """All that must be the same on every rank for an update to be the same.
 
@@ -128,7 +131,9 @@ class Settings:
         if not self._are_alike:
             return self._base
         counts = [rule.t for rule in rules if rule is not None]
-        return digest((self._base, counts[:1] if len({*counts}) == 1 else counts))
+        if len({*counts}) == 1:
+            return self._base + int(counts[0])
+        return digest((self._base, counts))
 
     def lines(
         self, options: Lines, optimizer: chainer.Optimizer, parameters: ParameterSet
@@ -237,6 +242,8 @@ def compare(
         RankMismatchError: On every rank, if ranks differ in what they cannot make equal.
     """
     most, least = extremes(comm, kind, *report)
+    if most == least:
+        return _SAME
     same = Report(*map(operator.eq, most, least))
     if not same.t:
         subject = "optimizer.t (was a snapshot loaded on some ranks only?)"

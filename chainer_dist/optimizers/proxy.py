@@ -73,7 +73,7 @@ class OptimizerProxy:
         return now != [(name, param.array is not None) for name, param in previous_params]
 
     def _check_set_up(self) -> None:
-        if self.target is None:
+        if self.actual_optimizer.target is None:
             raise RuntimeError(
                 "update() was called before setup(): call optimizer.setup(model) first, on every rank"
             )

@@ -176,11 +176,12 @@ class Pipeline:
         slots, index, number = self._slots, self._summed, self._first + self._summed
         if index == self._packed or len(self._on_the_way) >= max(1, self._in_flight):
             return False
-        out = self._sums.slot(index)
         is_blank = index in self._blank
-        is_summed = self._sources is not None and out.size > 0 and not is_blank
+        is_summed = self._sources is not None and not is_blank
         if is_summed and not slots.has_reached(PACKED, number + 1, slots.ranks):
             return False
+        out = self._sums.slot(index)
+        is_summed = is_summed and out.size > 0
         is_across = self._layout.across and out.size > 0
         if self._on_the_way and not (is_summed or is_across):  # blocks are delivered in order
             return False

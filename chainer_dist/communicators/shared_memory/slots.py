@@ -84,6 +84,7 @@ class Slots(Counters):
         data, counters = np.split(shared, [ranks * data_bytes])
         super().__init__(comm, counters)
         self._data = list(data.reshape(ranks, -1))
+        self._views: dict[np.dtype[Any], list[Array]] = {}
         self.scratch = np.empty(self.block_bytes, dtype=np.uint8)
 
     def occupy(self) -> None:
@@ -111,7 +112,9 @@ class Slots(Counters):
 
     def views(self, dtype: np.dtype[Any]) -> list[Array]:
         """Return the slots of each rank of the node as an array of shape ``(depth, n)``."""
-        return [each.view(dtype).reshape(self.depth, -1) for each in self._data]
+        if dtype not in self._views:
+            self._views[dtype] = [each.view(dtype).reshape(self.depth, -1) for each in self._data]
+        return self._views[dtype]
 
     def fail(self, number: int) -> None:
         """Record that a block failed on this rank. Other ranks see that together with the next published counter.
@@ -163,4 +166,4 @@ class Slots(Counters):
     def free(self) -> None:
         """Drop this rank's references to the memory."""
         super().free()
-        self._data = []
+        self._data, self._views = [], {}

@@ -43,11 +43,16 @@ class FusedChunks:
         self._chunks = chunks
         self._gathers_grads = grad is None
         ends = list(itertools.accumulate(chunk.array.size for chunk in chunks))
-        self._inside = [slice(end - chunk.array.size, end) for chunk, end in zip(chunks, ends)]
         self._array = np.empty(ends[-1], chunks[0].array.dtype)
+        self._views = np.split(self._array, ends[:-1])
         self._grad = np.empty_like(self._array) if grad is None else grad
-        self._state = {key: np.empty_like(self._array) for key in chunks[0].state}
-        self._whole = Chunk(chunks[0].whole, slice(None), self._state)
+        self._grads = np.split(self._grad, ends[:-1])
+        state = {key: np.empty_like(self._array) for key in chunks[0].state}
+        self._states = [
+            (array, np.split(array, ends[:-1]), [chunk.state[key] for chunk in chunks])
+            for key, array in state.items()
+        ]
+        self._whole = Chunk(chunks[0].whole, slice(None), state)
         self._whole.bind(self._array)
         self._whole.take_grad(self._grad)
 
@@ -58,17 +63,19 @@ class FusedChunks:
                 chunk.update(hooks)
             return
         np.concatenate([chunk.array for chunk in self._chunks], out=self._array)
-        for key, array in self._state.items():
-            np.concatenate([chunk.state[key] for chunk in self._chunks], out=array)
+        for array, _, owns in self._states:
+            np.concatenate(owns, out=array)
         if self._gathers_grads:
             np.concatenate([chunk.param.grad for chunk in self._chunks], out=self._grad)
         self._whole.update(hooks)
-        for chunk, inside in zip(self._chunks, self._inside):
-            chunk.array[...] = self._array[inside]
-            for key, own in chunk.state.items():
-                own[...] = self._state[key][inside]
-            if self._gathers_grads and hooks:
-                chunk.param.grad[...] = self._grad[inside]
+        for chunk, view in zip(self._chunks, self._views):
+            chunk.array[...] = view
+        for _, views, owns in self._states:
+            for own, view in zip(owns, views):
+                own[...] = view
+        if self._gathers_grads and hooks:
+            for chunk, view in zip(self._chunks, self._grads):
+                chunk.param.grad[...] = view
 
     def _do_the_same(self) -> bool:
         """Return whether the rules of all chunks would do the same to an element. Local.

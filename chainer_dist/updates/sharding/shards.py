@@ -119,6 +119,7 @@ class Shards:
                 chunk.take_state()
         self.states.attach()
         self._placement.attach()
+        self._flat = [array.reshape(-1) for array in self._placement.arrays]
 
     @property
     def _chunks(self) -> Iterable[Chunk]:
@@ -204,6 +205,7 @@ class Shards:
             for index, array in enumerate(arrays):
                 if array is not known[index]:
                     self._placement.follow(index, array, self.layout)
+                    self._flat[index] = known[index].reshape(-1)
 
     def _pass(
         self,
@@ -225,7 +227,7 @@ class Shards:
             return
         arrays = None
         if is_last:
-            arrays = [self._placement.arrays[index].reshape(-1) for index in group.indices]
+            arrays = [self._flat[index] for index in group.indices]
         targets = arrays if self._placement.are_copied else None
         from_nodes = arrays if self._across_nodes else None
         results = from_nodes or targets
