@@ -34,6 +34,7 @@ _FAMILIES = (
     "add",
     "batch_normalization",
     "checks",
+    "concat",
     "convolution",
     "dropout",
     "embed_id",

@@ -149,9 +149,9 @@ def _given(geometry: Geometry) -> Layout:
 
 def _input(x: Array) -> tuple[Array, bool]:
     """Return an array that oneDNN can read, and whether it is C-contiguous instead of channels last. Local."""
-    if layouts.is_channels_last(x):
-        return x, False
-    return np.ascontiguousarray(x), True
+    if x.flags.c_contiguous and not layouts.is_channels_last(x):
+        return x, True
+    return layouts.channels_last(x), False
 
 
 def _is_product(

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from chainer_dist.kernels import onednn
+from chainer_dist.kernels.shared_library import n_threads
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -81,8 +82,29 @@ def channels_last(array: Array) -> Array:
     if array.flags.c_contiguous and array.size >= _MANY and is_suitable(array):
         onednn.reorder(array, copy)
     else:
-        copy[...] = array
+        copy_channels(array, copy)
     return copy
+
+
+def copy_channels(source: Array, target: Array) -> None:
+    """Copy to an array of the same shape, by all threads if both have channels last in memory. Local.
+
+    There may be gaps between the channels of one position and those of the next.
+    """
+    are_many = source.size >= _MANY and n_threads() > 1  # one thread of NumPy is as fast
+    if are_many and is_suitable(source, target) and _have_gaps_only(source, target):
+        onednn.reorder(source, target)
+    else:
+        target[...] = source
+
+
+def _have_gaps_only(*arrays: Array) -> bool:
+    """Return whether arrays have channels last in memory, where gaps may be between positions. Local."""
+    for array in map(to_last, arrays):
+        outer = zip(array.strides, array.strides[1:], array.shape[1:])
+        if array.strides[-1] != array.itemsize or any(a < n * b for a, b, n in outer):
+            return False
+    return True
 
 
 def in_memory_order(array: Array) -> Array | None:

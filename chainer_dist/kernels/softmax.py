@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import TYPE_CHECKING, Any
 
 import chainer
@@ -14,7 +15,7 @@ from chainer.functions.loss.softmax_cross_entropy import (
     _SoftmaxCrossEntropyGrad_NoDoubleBackprop,
 )
 
-from chainer_dist.kernels import layouts, replacements
+from chainer_dist.kernels import layouts, onednn, replacements
 from chainer_dist.kernels.cache import kept
 from chainer_dist.kernels.onednn import (
     DIFF_DST,
@@ -158,26 +159,64 @@ def _log_softmax_backward(chainers: Any, self: Any, inputs: tuple[Array, Array])
     return (_softmax_gradient(_LOG_SOFTMAX, y, gy, self.axis),)
 
 
+def _softmax_of_images(x: Array) -> tuple[Array, Array]:
+    """Return the softmax over channels, and the logarithm of the sum of exponentials at each position. Local.
+
+    Args:
+        x: C-contiguous array of shape ``(n, channels, positions)``, float32.
+
+    Returns:
+        New C-contiguous arrays of shape ``(n, channels, positions)`` and ``(n, 1, positions)``, float32.
+    """
+    y = np.empty_like(x)
+    log_sums = np.empty((len(x), 1, x.shape[2]), np.float32)
+    for image, block in itertools.product(range(len(x)), _blocks(x.shape[2], x.shape[1])):
+        given, out = x[image, :, block], y[image, :, block]
+        largest = given.max(axis=0)
+        np.subtract(given, largest, out=out)
+        np.exp(out, out=out)
+        sums = out.sum(axis=0)
+        np.divide(out, sums, out=out)
+        np.log(sums, out=sums)
+        np.add(largest, sums, out=log_sums[image, 0, block])
+    return y, log_sums
+
+
+def _images(x: Array) -> Array:
+    """Return an array as ``(n, channels, positions)``, C-contiguous: a view or a copy. Local."""
+    if replacements.uses_onednn() and layouts.is_channels_last(x):
+        x, last = np.empty(x.shape, np.float32), x
+        onednn.reorder(last, x)
+    return np.ascontiguousarray(x).reshape(*x.shape[:2], -1)
+
+
 @replaces(SoftmaxCrossEntropy, "forward_cpu", needs_onednn=False)
 def _cross_entropy(chainers: Any, self: Any, inputs: tuple[Array, Array]) -> Any:
     x, t = inputs
     if (
         x.size < layouts.FEW
         or self.class_weight is not None
-        or x.ndim != 2  # noqa: PLR2004 - a matrix
-        or t.shape != x.shape[:1]
+        or x.ndim < 2  # noqa: PLR2004 - a matrix, or images
         or not self.cache_score
         or not layouts.is_suitable(x)
         or not isinstance(t, np.ndarray)
+        or t.shape != (*x.shape[:1], *x.shape[2:])
     ):
         return chainers(self, inputs)
     self.retain_inputs((0, 1))
     if chainer.is_debug():
         _check_input_values(x, t, self.ignore_label)
-    self.y, log_sums = softmax_rows(x)
     counts = t != self.ignore_label
-    rows = np.arange(len(t))
-    log_p = (x[rows, t * counts] - log_sums[:, 0]) * counts
+    labels = t * counts
+    if x.ndim == 2:  # noqa: PLR2004 - a matrix
+        self.y, log_sums = softmax_rows(x)
+        chosen = x[np.arange(len(t)), labels]
+    else:
+        images = _images(x)
+        y, log_sums = _softmax_of_images(images)
+        self.y = y.reshape(x.shape)
+        chosen = np.take_along_axis(images, labels.reshape(log_sums.shape), axis=1)
+    log_p = (chosen.reshape(t.shape) - log_sums.reshape(t.shape)) * counts
     if self.reduce != "mean":
         return (-log_p,)
     count = counts.sum() if self.normalize else len(x)
@@ -194,7 +233,7 @@ def _cross_entropy_gradient(chainers: Any, self: Any, inputs: tuple[Array, Array
         or self.soft_target
         or self.class_weight is not None
         or self.y is None
-        or x.ndim != 2  # noqa: PLR2004 - a matrix
+        or not self.y.flags.c_contiguous
         or gloss.dtype != np.float32
         or gloss.shape != (t.shape if self.coeff is None else ())
         or not layouts.is_suitable(x, self.y)
@@ -203,8 +242,19 @@ def _cross_entropy_gradient(chainers: Any, self: Any, inputs: tuple[Array, Array
     counts = (t != self.ignore_label).astype(np.float32)
     scale = gloss if self.coeff is None else gloss * np.float32(self.coeff)
     factors = np.broadcast_to(scale * counts, t.shape)
+    labels = t * (t != self.ignore_label)
     gx = np.empty(self.y.shape, np.float32)
-    for block in _blocks(*x.shape):
-        np.multiply(self.y[block], factors[block, None], out=gx[block])
-    gx[np.arange(len(t)), t * (t != self.ignore_label)] -= factors
-    return (gx,)
+    if x.ndim == 2:  # noqa: PLR2004 - a matrix
+        for block in _blocks(*x.shape):
+            np.multiply(self.y[block], factors[block, None], out=gx[block])
+        gx[np.arange(len(t)), labels] -= factors
+        return (gx,)
+    images = gx.reshape(*x.shape[:2], -1)
+    each = factors.reshape(len(x), 1, -1)
+    np.multiply(self.y.reshape(images.shape), each, out=images)
+    places = labels.reshape(each.shape)
+    chosen = np.take_along_axis(images, places, axis=1)
+    np.put_along_axis(images, places, chosen - each, axis=1)
+    # The functions before it get the order of their results, in which they need no copies.
+    is_last = replacements.uses_onednn() and layouts.is_channels_last(x)
+    return (layouts.channels_last(gx) if is_last else gx,)

@@ -202,10 +202,12 @@ def test_layer_normalization_of_one_gradient_only():
 
 @st.composite
 def labelled(draw):
-    """Return scores and classes, some of which are to be ignored."""
+    """Return scores, of images or not, and classes, some of which are to be ignored."""
     n, classes = draw(st.integers(1, 40)), draw(st.sampled_from([1, 2, 10, 5000]))
-    x = draw_array(draw, (n, classes), scale=draw(st.sampled_from([1.0, 50.0])))
-    t = np.random.RandomState(n).randint(-1, classes, n).astype(np.int32)
+    several = classes <= 10 and draw(st.booleans())
+    sizes = draw(st.sampled_from([(3,), (30, 40), (2, 3, 4)])) if several else ()
+    x = draw_array(draw, (n, classes, *sizes), scale=draw(st.sampled_from([1.0, 50.0])))
+    t = np.random.RandomState(n).randint(-1, classes, (n, *sizes)).astype(np.int32)
     return x, t
 
 
@@ -225,17 +227,19 @@ def test_softmax_cross_entropy(case, normalize, reduce, name):
 @pytest.mark.parametrize(
     "places", [(3, 7), (3, 0), (3, slice(None)), (slice(None), slice(1, None))]
 )
-def test_what_is_not_finite_stays_in_softmax_cross_entropy(name, value, places):
+@pytest.mark.parametrize("sizes", [(), (3, 5)])
+def test_what_is_not_finite_stays_in_softmax_cross_entropy(name, value, places, sizes):
     """NaN and infinity come out where Chainer lets them, of the label's score or another."""
-    x = np.random.RandomState(0).standard_normal((50, 90)).astype(np.float32)
-    x[places] = value
+    x = np.random.RandomState(0).standard_normal((50, 90, *sizes)).astype(np.float32)
+    x[(*places, *[1] * len(sizes))] = value
+    t = np.zeros((50, *sizes), np.int32)
     outcomes = []
     with np.errstate(all="ignore"):
         for each in ("chainer", name):
             with kernels.use(each):
                 outcomes.append(
                     outcome(
-                        lambda x: F.softmax_cross_entropy(x, np.zeros(50, np.int32), reduce="no"),
+                        lambda x: F.softmax_cross_entropy(x, t, reduce="no"),
                         [x],
                         double=False,
                     )

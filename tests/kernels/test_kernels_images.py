@@ -8,6 +8,7 @@ import chainer
 import chainer.functions as F
 import numpy as np
 import pytest
+import threadpoolctl
 from chainer.utils.conv import get_conv_outsize, get_deconv_outsize
 from hypothesis import given
 from hypothesis import strategies as st
@@ -105,6 +106,42 @@ def test_windows_of_one_position(data, transposed):
         options = {"cover_all": data.draw(st.booleans())}
     function = F.deconvolution_nd if transposed else F.convolution_nd
     assert_like_chainer(lambda *inputs: function(*inputs, stride=stride, **options), arrays)
+
+
+@given(st.data(), st.sampled_from([1, -3, 2]), st.sampled_from([1, 30]))
+def test_concatenated_and_split(data, axis, size):
+    """Channels are put together and taken apart as by Chainer, whatever part a convolution reads afterwards."""
+    counts = data.draw(st.lists(st.integers(1, 20), min_size=1, max_size=3))
+    shapes = [[2, 5, size, size] for _ in counts]
+    for shape, count in zip(shapes, counts):
+        shape[axis] = count
+    arrays = [draw_array(data.draw, shape) for shape in shapes]
+    ends = np.cumsum(counts)[:-1]
+
+    def function(*inputs):
+        parts = F.split_axis(F.concat(inputs, axis) * inputs[0].dtype.type(2), ends, axis)
+        return F.concat(parts[::-1], axis)
+
+    assert_like_chainer(function, arrays)
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("transposed", [False, True])
+def test_convolution_of_a_part_of_the_channels(threads, transposed):
+    """Input and gradient may be parts of an array with channels last, and are not copied into another order."""
+    rng = np.random.RandomState(0)
+    wide = arrange(rng.standard_normal((2, 24, 40, 40)).astype(np.float32), "channels last")
+    w = rng.standard_normal((16, 16, 2, 2)).astype(np.float32)
+    convolve = F.deconvolution_2d if transposed else F.convolution_2d
+
+    def function(part, w):
+        return F.concat([convolve(part, w, stride=2), convolve(part, w, stride=2)])
+
+    with threadpoolctl.threadpool_limits(threads):
+        assert_like_chainer(function, [wide[:, 8:], w])
+        with mock.patch.object(np, "ascontiguousarray", side_effect=np.asarray) as copies:
+            function(wide[:, 8:], w)
+    assert all(call.args[0].flags.c_contiguous for call in copies.call_args_list)
 
 
 @st.composite
