@@ -21,6 +21,7 @@ def _are_images(axis: int, *arrays: Array) -> bool:
     """Return whether arrays have channels last in memory, and an axis is that of the channels. Local."""
     return (
         layouts.is_suitable(*arrays)
+        and len({(x.shape[0], x.shape[2:]) for x in arrays}) == 1
         and arrays[0].ndim > 2  # noqa: PLR2004 - batch and channels
         and axis % arrays[0].ndim == 1
         and all(map(layouts.is_channels_last, arrays))
