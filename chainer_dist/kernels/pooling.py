@@ -13,6 +13,7 @@ from chainer.utils.conv import get_conv_outsize
 from chainer_dist.kernels import layouts
 from chainer_dist.kernels.cache import kept
 from chainer_dist.kernels.convolution import MOST_DIMENSIONS, padding_at_end
+from chainer_dist.kernels.matrices import multiply_matrices
 from chainer_dist.kernels.onednn import (
     DIFF_DST,
     DIFF_SRC,
@@ -115,6 +116,14 @@ def _backward(pooling: _Pooling) -> Operation:
     return Operation("pooling_backward", parameters, inputs, outputs)
 
 
+def _is_finite(x: Array) -> bool:
+    """Return whether no value of an array with channels last in memory is NaN or infinite. Local."""
+    rows = layouts.rows(x)
+    sums = np.empty((1, rows.shape[1]), np.float32)
+    multiply_matrices(np.ones((1, len(rows)), np.float32), rows, sums)  # by all threads
+    return bool(np.isfinite(sums).all()) or layouts.is_finite(x)  # sums may overflow
+
+
 @replaces(MaxPoolingND, "forward_cpu")
 def _max_pooling(chainers: Any, self: Any, inputs: tuple[Array]) -> Any:
     (x,) = inputs
@@ -123,7 +132,7 @@ def _max_pooling(chainers: Any, self: Any, inputs: tuple[Array]) -> Any:
         return chainers(self, inputs)
     x = layouts.channels_last(x)
     # oneDNN ignores NaN, and replaces infinity by the largest number.
-    if not layouts.is_finite(x):
+    if not _is_finite(x):
         return chainers(self, inputs)
     y = layouts.empty(pooling.y)
     # Index of each maximum within its window, which Chainer counts in the same way.

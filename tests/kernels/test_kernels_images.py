@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from chainer_dist import kernels
-from chainer_dist.kernels import group_normalization
+from chainer_dist.kernels import group_normalization, pooling
 from chainer_dist.kernels.unpooling import _axes, is_shortened
 from kernel_cases import arrange, assert_like_chainer, draw_array
 
@@ -180,6 +180,19 @@ def test_max_pooling_tells_the_same_indexes(case):
     assert_like_chainer(
         lambda x: F.max_pooling_nd(x, size, stride, pad, return_indices=True)[0], [x]
     )
+
+
+def test_maxima_of_values_whose_sum_overflows():
+    """They are finite, so oneDNN finds them."""
+    x = arrange(np.full((2, 3, 8, 8), 3e38, np.float32), "channels last")
+    x[0, 0, 0, 0] = -3e38
+    with (
+        kernels.use("onednn"),
+        mock.patch.object(pooling, "_forward", wraps=pooling._forward) as used,
+    ):
+        y = F.max_pooling_2d(x, 2).array
+    assert used.called
+    np.testing.assert_array_equal(y, np.full((2, 3, 4, 4), 3e38, np.float32))
 
 
 def test_the_first_of_equal_values_has_the_gradient():
