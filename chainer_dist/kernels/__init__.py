@@ -32,6 +32,7 @@ CHOICES = ("auto", *_NAMES)
 _FAMILIES = (
     "activation",
     "add",
+    "apply",
     "batch_normalization",
     "checks",
     "concat",
