@@ -121,11 +121,13 @@ def test_context_manager_finalizes_unless_an_error_passes():
     comm.finalize()
 
 
-def test_many_communicators_come_and_go():
+def test_many_communicators_come_and_go(comm):
     """Communicators give back what MPI has few of."""
+    if comm.size > 2:
+        pytest.skip("takes seconds, and is the same on any number of ranks")
     for _ in range(300):
-        with create_communicator("naive") as comm:
-            comm.split(0, comm.rank).finalize()
+        with create_communicator("naive") as one:
+            one.split(0, one.rank).finalize()
 
 
 def test_copies_are_the_communicator_itself(comm):
