@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import signal
 import sys
 import tempfile
 import time
@@ -93,6 +94,8 @@ def run_job(ranks, pytest_args, timeout):
 def main():
     """Run the jobs one after the other and print a table."""
     args = parse_args()
+    # Whoever ends this ends the job with it.
+    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
     results = []
     for ranks in args.ranks:
         print(f"\n==== {'one process' if ranks == 1 else f'{ranks} ranks'} ====", flush=True)

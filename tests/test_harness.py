@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -159,7 +160,12 @@ def test_job_that_does_not_end(tmp_path):
     assert job.status is None
     pids = [int(path.name) for path in tmp_path.iterdir()]
     assert len(pids) == 2
-    deadline = time.monotonic() + 10  # an orphan is there until the system collects it
+    check_ended(pids)
+
+
+def check_ended(pids):
+    """Check that ranks have ended; an orphan is there until the system collects it."""
+    deadline = time.monotonic() + 10
     while any(map(is_alive, pids)):
         assert time.monotonic() < deadline, "ranks outlived their job"
         time.sleep(0.1)
@@ -241,8 +247,33 @@ def test_runner_stops_a_job_at_the_time_limit(tmp_path):
     assert job.output.splitlines()[-1] == "0 passed, 1 failed, 0 skipped"
 
 
+def test_a_runner_that_is_terminated_ends_its_job(tmp_path):
+    """As a time limit from outside does it, or a service that cancels a run."""
+    pids = tmp_path / "pids"
+    pids.mkdir()
+    text = (
+        f"import os\ndef test():\n open(f'{pids}/{{os.getpid()}}', 'w').close()\n time.sleep(100)"
+    )
+    command, env = runner(tmp_path, text, "--ranks", "2")
+    job = subprocess.Popen(command, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.STDOUT)
+    deadline = time.monotonic() + 60
+    while len(ranks := [int(path.name) for path in pids.iterdir()]) < 2:
+        assert time.monotonic() < deadline
+        assert job.poll() is None
+        time.sleep(0.05)
+    job.terminate()
+    assert job.wait(60) == 143
+    check_ended(ranks)
+
+
 def run_runner(folder, text, *arguments, options=()):
-    """Run tests/run.py on one test file, with the project's own configuration."""
+    """Run tests/run.py on one test file, and return how it ended."""
+    command, env = runner(folder, text, *arguments, options=options)
+    return mpi_job.run(command, timeout=100, env=env)
+
+
+def runner(folder, text, *arguments, options=()):
+    """Return a call of tests/run.py on one test file, with the project's own configuration, and its environment."""
     (folder / "test_it.py").write_text(HEADER + text + "\n")
     (folder / "conftest.py").write_text("pytest_plugins = ['result_file', 'mpi_agreement']\n")
     (folder / "pytest.ini").write_text("[pytest]\n")
@@ -257,5 +288,4 @@ def run_runner(folder, text, *arguments, options=()):
         str(folder),
     ]
     command = [sys.executable, str(TESTS / "run.py"), *arguments, *rest]
-    env = mpi_job.environment(PYTHONPATH=str(TESTS / "plugins"))
-    return mpi_job.run(command, timeout=100, env=env)
+    return command, mpi_job.environment(PYTHONPATH=str(TESTS / "plugins"))
