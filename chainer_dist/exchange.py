@@ -111,10 +111,10 @@ def mean_agreed_grad(
         for name, grad in by_name().items():
             if name in means:
                 grad[...] = means[name].reshape(grad.shape)
-    elif mean is not None:
-        mean(by_name())
-    else:
+    elif mean is None:
         comm.mean_arrays(grads)
+    elif grads:
+        mean(by_name())
     check_means(parameters)
     if same_grads and zero_fill:
         parameters.fill_zeros()

@@ -6,7 +6,7 @@ import abc
 import contextlib
 import copy
 import json
-from typing import TYPE_CHECKING, Any, NamedTuple, cast
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, cast
 
 import numpy as np
 
@@ -46,7 +46,11 @@ class Compression(abc.ABC):
 
     Attributes:
         sent: Bytes that this rank gave MPI to send to other nodes in the last exchange.
+        needs_all: Whether a parameter that has no gradient on any rank takes part with zeros, as
+            arrays are kept that have a place for each number of all gradients.
     """
+
+    needs_all: ClassVar[bool] = False
 
     def __init__(self) -> None:
         self.sent = 0

@@ -202,6 +202,8 @@ class Int8(Quantized):
         ValueError: If ``block`` is not at least 1.
     """
 
+    needs_all = True
+
     def __init__(self, block: int = 1024) -> None:
         super().__init__()
         self.block = operator.index(block)

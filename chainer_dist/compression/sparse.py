@@ -64,6 +64,8 @@ class TopK(NodeCompression):
         ValueError: If one of them is out of range.
     """
 
+    needs_all = True
+
     def __init__(
         self, density: float = 0.01, *, warmup_updates: int = 0, momentum: float = 0.0
     ) -> None:

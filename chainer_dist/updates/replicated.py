@@ -74,7 +74,12 @@ class Replicated(Update):
         else:
             mean = None
             if options.compression is not None:
-                options.compression.use_loss_scale(optimizer._loss_scale or 1.0)  # noqa: SLF001 - Chainer's
+                scale = optimizer._loss_scale  # noqa: SLF001 - Chainer's
+                options.compression.use_loss_scale(scale or 1.0)
+                if options.compression.needs_all:
+                    for param in gradients.parameters.without_grad():
+                        param._loss_scale = scale  # noqa: SLF001 - Chainer's
+                    gradients.parameters.fill_zeros()
                 mean = functools.partial(options.compression.mean, comm)
             exchange.mean_agreed_grad(
                 comm,

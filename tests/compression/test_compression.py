@@ -198,6 +198,53 @@ def test_nothing_is_lost(far_apart, way):
         np.testing.assert_allclose(exchanged[name], want, atol=5e-3, err_msg=f"{way} {name}")
 
 
+@pytest.mark.parametrize("zero_fill", [True, False])
+@pytest.mark.parametrize("way", KEEPING)
+def test_nothing_is_lost_of_layers_used_now_and_then(far_apart, way, zero_fill):
+    """What is kept of a gradient stays while the parameters that have one change, loss scaling or not."""
+    comm, steps, scale = far_apart, 6, 8.0
+    model = chainer.Link()
+    with model.init_scope():
+        for name, shape in SHAPES.items():
+            setattr(model, name, chainer.Parameter(chainer.initializers.Zero(), shape))
+    optimizer = create_multi_node_optimizer(
+        optimizers.SGD(1.0), comm, zero_fill=zero_fill, compression=WAYS[way]()
+    )
+    optimizer.setup(model).set_loss_scale(scale)
+    for step in range(steps + (100 if comm.size > 1 else 0)):
+        model.cleargrads()
+        for name, grad in grads_of(comm.rank, step).items():
+            param = getattr(model, name)
+            if step >= steps:  # zeros bring the rest
+                param.grad = np.zeros_like(param.array)
+            elif step % 2 or name in "bd":
+                param.grad, param._loss_scale = np.asarray(grad * np.float32(scale)), scale
+        optimizer.update()
+    for name in SHAPES:
+        used = [step for step in range(steps) if step % 2 or name in "bd"]
+        want = -sum(exact(comm, step)[name] for step in used)
+        got = getattr(model, name).array
+        np.testing.assert_allclose(got, want, atol=5e-3, err_msg=f"{way} {name}")
+
+
+@pytest.mark.parametrize("kind", ["shared_memory", "flat"])
+@pytest.mark.parametrize("way", [*WAYS, "SparseRows"])
+def test_an_update_without_any_gradient(way, kind):
+    """It is one by zeros, as in Chainer."""
+    comm = on_nodes(kind, "a node each")
+    make = WAYS.get(way, compression.SparseRows)
+    for model in (make_model(), chainer.Chain()):
+        optimizer = create_multi_node_optimizer(optimizers.SGD(), comm, compression=make())
+        optimizer.setup(model)
+        before = [param.array.copy() for param in model.params()]
+        for _ in range(2):
+            model.cleargrads()
+            optimizer.update()
+        for param, want in zip(model.params(), before):
+            np.testing.assert_array_equal(param.array, want)
+    comm.finalize()
+
+
 def everything(value):
     """Return a change of all gradients."""
     return lambda grad: np.asarray(grad * np.float32(value))
