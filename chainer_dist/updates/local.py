@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+import chainer
 import numpy as np
 
 from chainer_dist import _chainer
@@ -71,6 +72,8 @@ class Local(Update):
         """
         comm, optimizer, *_ = self.context
         parameters = ParameterSet(optimizer.target)
+        if optimizer._loss_scaling_is_dynamic:  # noqa: SLF001 - Chainer's; the same on every rank
+            self._make_up(parameters)
         check_same(comm, self._describe(parameters))
         arrays: list[Array] = []
         for param in parameters.params:
@@ -87,6 +90,32 @@ class Local(Update):
             wide = _chainer.float32_copy(param)
             if wide is not None:
                 np.copyto(param.array, wide.array, casting="same_kind")
+
+    def _make_up(self, parameters: ParameterSet) -> None:
+        """Give rules what rules of other ranks have that had fewer overflows. Collective.
+
+        That is a float32 copy of the parameter and, if states are averaged, a first state and the most updates.
+        """
+        rules = [param.update_rule for param in parameters.params]
+        own = [
+            (0, False, False)
+            if rule is None
+            else (rule.t, _chainer.float32_copy(param) is not None, rule.state is not None)
+            for param, rule in zip(parameters.params, rules)
+        ]
+        everyone = self.context.comm.allgather_obj(own)
+        for param, rule, *others in zip(parameters.params, rules, *everyone):
+            if rule is None:
+                continue
+            t, has_copy, has_state = map(max, zip(*others))
+            wide = _chainer.float32_copy(param)
+            if has_copy and wide is None:
+                wide = chainer.Parameter(param.array.astype(np.float32), name=param.name)
+                rule._fp32_param = wide  # noqa: SLF001 - as Chainer's first update does
+            if self._schedule.average_state:
+                rule.t = t
+                if has_state:
+                    rule._init_states(param if wide is None else wide)  # noqa: SLF001 - as Chainer's first update does
 
     def _describe(self, parameters: ParameterSet) -> Lines:
         wide = [

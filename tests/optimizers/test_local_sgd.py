@@ -183,6 +183,42 @@ def test_master_copies_are_averaged(comm):
     np.testing.assert_allclose(link.w.array, want, rtol=2**-11)
 
 
+@pytest.mark.filterwarnings("ignore:Non finite number")
+@pytest.mark.parametrize("average_state", [False, True])
+@pytest.mark.parametrize("overflows_at", [0, 2])
+@pytest.mark.parametrize("dtype", [np.float16, np.float32])
+def test_overflows_on_one_rank(comm, average_state, overflows_at, dtype):
+    """It makes one update fewer than the others, and is averaged with them, also if that was to be the first."""
+    link = chainer.Link()
+    with link.init_scope():
+        link.w = chainer.Parameter(np.ones(3, dtype))
+    actual = optimizers.MomentumSGD(0.125, 0.5)
+    actual.use_fp32_update()
+    actual.loss_scaling(interval=1)  # powers of 2
+    optimizer = create_local_sgd_optimizer(actual, comm, period=1, average_state=average_state)
+    optimizer.setup(link)
+    last = comm.size - 1
+    want, momentum = np.ones(comm.size), np.zeros(comm.size)
+    for step in range(5):
+        overflows = step == overflows_at
+        for rank in range(comm.size - overflows):
+            momentum[rank] = 0.5 * momentum[rank] - 0.125 * (rank + step + 1)
+            want[rank] += momentum[rank]
+        want[:] = want.mean()
+        if average_state:
+            momentum[:] = momentum.mean()
+        scale = np.inf if overflows and comm.rank == last else actual._loss_scale
+        link.w.grad = np.full(3, scale * (comm.rank + step + 1), dtype)
+        link.w._loss_scale = actual._loss_scale
+        optimizer.update()
+        wide = link.w if dtype == np.float32 else link.w.update_rule._fp32_param
+        got = np.ones(3) if wide is None else wide.array  # a single rank has not begun
+        np.testing.assert_allclose(got, want[0], rtol=1e-5)
+        np.testing.assert_allclose(link.w.array, want[0], rtol=2**-9)
+    counts = comm.allgather_obj(link.w.update_rule.t)
+    assert counts[last] == (5 if average_state and comm.size > 1 else 4)
+
+
 def test_layers_that_appear_later(comm):
     """They are made equal; what ranks have learned since the last averaging stays theirs."""
     np.random.seed(comm.rank)
