@@ -34,6 +34,7 @@ class Accumulation:
     def __init__(self) -> None:
         self.calls = self.batches = self.own = 0
         self._sums = Kept()
+        self._scales: dict[str, float | None] = {}  # loss scales with which the sums were computed
 
     def has_grad(self, parameters: ParameterSet, *, stands_by: bool) -> list[bool]:
         """Return for each parameter whether this batch or an earlier one gave it a gradient. Local.
@@ -69,6 +70,7 @@ class Accumulation:
                 self._sums.keep(name, grad.astype(wire_dtype(grad.dtype), copy=False))
             else:
                 np.add(total, grad, out=total)
+            self._scales[name] = param._loss_scale  # noqa: SLF001 - Chainer's
             param.grad = None
 
     def finish(self, parameters: ParameterSet, size: int) -> None:
@@ -86,6 +88,8 @@ class Accumulation:
                 continue
             np.multiply(total, scale, out=total)
             param.grad = total.astype(array.dtype, copy=False)
+            if name in self._scales:  # the parameter may be new, and not in the last batch
+                param._loss_scale = self._scales[name]  # noqa: SLF001 - Chainer's
         parameters.look_at_grads()
 
     def serialize(self, serializer: chainer.AbstractSerializer) -> None:
@@ -94,6 +98,8 @@ class Accumulation:
             for name in ("calls", "batches", "own"):
                 serializer(name, getattr(self, name))
             self._sums.serialize(serializer["sums"])
+            scales = [self._scales.get(name) for name in self._sums.arrays]
+            serializer("loss_scales", np.array(scales, np.float64))  # NaN for none
 
     def load(self, sources: Sequence[chainer.AbstractSerializer], *, takes_sums: bool) -> None:
         """Replace the sums by the ones that ranks have saved.
@@ -116,3 +122,6 @@ class Accumulation:
                 for name, array in sums.arrays.items():
                     known = self._sums.get(name, array.shape)
                     self._sums.keep(name, array if known is None else known + array)
+                # Earlier versions saved none.
+                for name, scale in zip(sums.arrays, source("loss_scales", None)):
+                    self._scales[name] = None if np.isnan(scale) else float(scale)

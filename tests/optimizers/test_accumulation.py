@@ -450,6 +450,43 @@ def test_resume_in_the_middle_on_fewer_ranks(comm, out):
     comm.mpi_comm.Barrier()
 
 
+@both
+@pytest.mark.parametrize("zero_fill", [True, False])
+def test_resume_with_loss_scaling(comm, out, zero_fill):
+    """Gradients from before it are divided by their loss scale, also of layers that no batch after it uses."""
+
+    def make():
+        np.random.seed(0)
+        model = Branches()
+        model(np.zeros((1, 5)), {0, 1, 2})
+        optimizer = create_multi_node_optimizer(
+            optimizers.SGD(0.5), comm, zero_fill=zero_fill, accumulate_steps=2
+        )
+        optimizer.setup(model).set_loss_scale(64.0)
+        return {"model": model, "optimizer": optimizer}
+
+    whole, resumed = make(), make()
+    xs = [batch(comm.rank, number)[0] for number in range(2)]
+    whole["optimizer"].update(whole["model"], xs[0], {0, 1})
+    with Checkpoint(comm, out / "saved") as checkpoint:
+        checkpoint.save(whole, 1)
+        assert checkpoint.resume(resumed) == 1
+    for each in (whole, resumed):
+        each["optimizer"].update(each["model"], xs[1], {0, 2})
+    assert_same(comm, resumed["model"], whole["model"])
+    want = make()["model"]
+    want.cleargrads()
+    loss = sum(
+        want(batch(rank, number)[0], used)
+        for rank in range(comm.size)
+        for number, used in enumerate([{0, 1}, {0, 2}])
+    )
+    (loss / (2 * comm.size)).backward()
+    for param in want.params():
+        param.array -= 0.5 * param.grad
+    assert_same(comm, resumed["model"], want)
+
+
 def test_snapshots_begin_anew(comm):
     """Chainer's snapshot is that of the last update; loaded, it drops what was accumulated."""
     model = make_model(comm.rank, n_in=5)
