@@ -72,6 +72,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
             parser.error(
                 f"not installed: {'; '.join(missing)}; pip install 'chainer_dist[scaling]'"
             )
+        if all(job.kind == experiment.ACCURACY for job in experiment.jobs(plan)):
+            parser.error(
+                f"{', '.join(plan.contenders)} cannot train {', '.join(plan.workloads)}: torch is not installed, or "
+                "the workload has no attribute torch, or for torch-channels-last no true attribute images"
+            )
         return _measure(plan, args, cores, arguments)
     except (OSError, ValueError, RuntimeError) as error:
         sys.stderr.write(f"{parser.prog}: {error}\n")

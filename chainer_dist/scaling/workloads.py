@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+import numbers
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -150,7 +151,7 @@ def load(name: str) -> Workload:
             :attr:`Workload.make`. It may have the attributes ``batch``, by default 32, ``torch`` and ``images``.
 
     Raises:
-        ValueError: If there is none of this name.
+        ValueError: If there is none of this name, or its number of examples is none.
     """
     if name in WORKLOADS:
         return WORKLOADS[name]
@@ -169,11 +170,16 @@ def load(name: str) -> Workload:
     sys.path.insert(0, str(Path(path).resolve().parent))
     spec.loader.exec_module(module)
     make = getattr(module, function, None)
-    if make is None:
-        raise ValueError(f"workload {name!r}: {path!r} has no function {function!r}")
+    if not callable(make):
+        raise ValueError(  # noqa: TRY004 - as for every wrong name
+            f"workload {name!r}: {path!r} has no function {function!r}"
+        )
+    batch = getattr(make, "batch", 32)
+    if not isinstance(batch, numbers.Integral) or batch < 1:
+        raise ValueError(f"workload {name!r}: its batch is {batch!r}, expected a number from 1 up")
     return Workload(
         make,
-        getattr(make, "batch", 32),
+        int(batch),
         name,
         getattr(make, "torch", None),
         getattr(make, "images", False),

@@ -415,6 +415,29 @@ make.batch, make.torch, make.images = 8, twin, True
         assert words in capsys.readouterr().err
         assert not (tmp_path / "out").exists()
 
+    @pytest.mark.parametrize(
+        ("line", "words"),
+        [
+            ("make.batch = 0", "its batch is 0, expected a number from 1 up"),
+            ("make.batch = 'many'", "its batch is 'many', expected a number from 1 up"),
+            ("make = 3", "has no function 'make'"),
+            ("", "torch cannot train"),
+        ],
+    )
+    def test_workloads_that_cannot_be_measured(self, tmp_path, capsys, line, words):
+        """It is told before anything is measured."""
+        own = tmp_path / "own.py"
+        own.write_text(f"def make(batch, rank):\n    raise AssertionError\n{line}\n")
+        out = str(tmp_path / "out")
+        arguments = ["--workloads", f"{own}:make", "--contenders", "torch", "--accuracy", "0"]
+        try:
+            status = cli.main([*arguments, "--ranks", "1", "--out", out])
+        except SystemExit as leaving:
+            status = leaving.code
+        assert status in {1, 2}
+        assert words in capsys.readouterr().err
+        assert not (tmp_path / "out").exists()
+
     def test_a_job_that_fails(self, tmp_path):
         """Its words are shown, and the others' results stay."""
         (tmp_path / "bad.py").write_text(
