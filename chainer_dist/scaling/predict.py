@@ -166,6 +166,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     places = list(_places(parser, args))
     has_simgrid = shutil.which("smpirun") is not None
     try:
+        if args.out:
+            args.out.mkdir(parents=True, exist_ok=True)
         machine = experiment.machine()
         schedules, predictions = _predict_all(
             args.workloads, args.batch, places, actions=args.actions if has_simgrid else 0
@@ -180,7 +182,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for question, lines in found.items():
         sys.stdout.write("\n".join(["", question, *(f"  {line}" for line in lines), ""]))
     if args.out:
-        args.out.mkdir(parents=True, exist_ok=True)
         content = {
             "command": shlex.join(["chainer-dist", "predict", *arguments]),
             "machine": machine,

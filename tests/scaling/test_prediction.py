@@ -376,6 +376,15 @@ def test_the_command(tmp_path, monkeypatch, capsys):
 
 
 @pytest.mark.mpi_skip
+def test_a_folder_that_cannot_be_made(tmp_path, monkeypatch, capsys):
+    """It is told before anything is recorded."""
+    monkeypatch.setattr(predict, "record", None)
+    (tmp_path / "file").touch()
+    assert predict.main(["--out", str(tmp_path / "file")]) == 1
+    assert "File exists" in capsys.readouterr().err
+
+
+@pytest.mark.mpi_skip
 def test_a_page_without_predictions(tmp_path):
     """Nothing is made up; and a file that is none of ours is told."""
     assert predicted.section(tmp_path) == ""
