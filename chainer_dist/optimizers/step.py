@@ -272,6 +272,7 @@ class Step:
         if not has_batch:
             for param, has in zip(parameters.params, known[0]):
                 param.grad = np.zeros_like(param.array) if has else None
+                param._loss_scale = self.optimizer._loss_scale  # noqa: SLF001 - Chainer's
             parameters.look_at_grads()
         return len(set(known)) == 1
 

@@ -84,6 +84,19 @@ def test_the_mean_is_over_ranks_that_contribute(comm, make_optimizer, zero_fill)
     assert optimizer.t == max(counts) + 1
 
 
+@pytest.mark.parametrize("zero_fill", [True, False])
+def test_loss_scaling_on_a_rank_without_a_batch(comm, zero_fill):
+    """It divides the mean of the others' gradients by the loss scale that it has never seen itself."""
+    model = make_model(comm.rank, n_in=5)
+    optimizer = create_multi_node_optimizer(optimizers.SGD(0.5), comm, zero_fill=zero_fill)
+    optimizer.setup(model).set_loss_scale(64.0)
+    with Join(optimizer):
+        for step in range(3 if comm.rank == 0 else 0):
+            optimizer.update(model, *batch(0, step))
+    want = train_knowing_all([3], lambda: optimizers.SGD(0.5), lambda: make_model(n_in=5))
+    assert_same(comm, model, want)
+
+
 @given(counts=st.lists(st.integers(0, 3), min_size=4, max_size=4))
 def test_any_numbers_of_batches(comm, counts):
     """Whoever finishes first, and if nobody has a batch at all."""
