@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+import chainer
 import numpy as np
 from chainer.functions.rnn import n_step_lstm
 
-from chainer_dist.kernels import recurrent
+from chainer_dist.kernels import lstm_sequences, recurrent, replacements
 from chainer_dist.kernels.recurrent import ONE, Factors
+from chainer_dist.kernels.shared_library import n_threads
 
 if TYPE_CHECKING:
     from chainer_dist.kernels.layouts import Array
@@ -21,6 +23,33 @@ class LSTMLayer(recurrent.Layer):
     _step = staticmethod(n_step_lstm._lstm)
     of_x, of_h = Factors((2, 0, 1, 3), 0), Factors((6, 4, 5, 7), 0)
     sigmoids = range(1, 4)
+
+    def forward(self, inputs: tuple[Array, ...]) -> tuple[Array, ...]:
+        """Compute all steps, by oneDNN's primitive where it can and is faster. Called by Chainer."""
+        self._sequences = None
+        if not self._is_for_onednn():
+            return super().forward(inputs)
+        self.retain_inputs(tuple(range(len(inputs))))
+        x, states, ws, bs = self._take(inputs)
+        sizes = x.shape[1], states[0].shape[1]
+        geometry = lstm_sequences.Geometry(len(self.times), self.rows, *sizes, self._is_reversed)
+        self._sequences = lstm_sequences.Sequences(geometry, x, states, ws, bs)
+        return self._sequences.outputs
+
+    def _is_for_onednn(self) -> bool:
+        return (
+            replacements.uses_onednn()
+            and all(batch == self.rows for _, _, batch in self.times)
+            and n_threads() > 1  # one thread of NumPy is as fast, and keeps less
+        )
+
+    def backward(self, indexes: tuple[int, ...], grad_outputs: tuple[Any, ...]) -> tuple[Any, ...]:
+        """Compute the gradients, by what computed the outputs. Called by Chainer."""
+        if self._sequences is None or chainer.config.enable_backprop:
+            return super().backward(indexes, grad_outputs)
+        given = (None if each is None else each.array for each in grad_outputs)
+        gradients = self._sequences.differentiate(*given)
+        return tuple(chainer.as_variable(gradients[i]) for i in indexes)
 
     def run(
         self, gates: Array, states: list[Array], by_h: recurrent.Product, h_biases: Array

@@ -258,6 +258,11 @@ class Operation:
             self._description.handle, _EXECUTION_ARGUMENT, argument
         )
 
+    def size(self, argument: int) -> int:
+        """Return how many bytes an argument has, in the primitive's own layout. Local."""
+        wanted = Handle(self._wanted(argument))
+        return int(library().functions.dnnl_memory_desc_get_size(wanted))
+
     def __call__(self, *arrays: np.ndarray[Any, Any]) -> None:
         """Run on arrays in the order of inputs and outputs; outputs are written in place. Local.
 
