@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import operator
 from typing import TYPE_CHECKING
 
 import numpy as np
 
+from chainer_dist._counts import checked_count
 from chainer_dist.collectives.agreement import digest
 from chainer_dist.compression.compression import (
     Kept,
@@ -43,9 +43,7 @@ class PowerSGD(NodeCompression):
 
     def __init__(self, rank: int = 2) -> None:
         super().__init__()
-        self.rank = operator.index(rank)
-        if self.rank < 1:
-            raise ValueError(f"rank is {rank}, expected 1 or more")
+        self.rank = checked_count("rank", rank, 1)
         self._rights = Kept()  # the last right factors, the same on every rank
 
     @property

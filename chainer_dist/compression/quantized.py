@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import abc
-import operator
 from typing import TYPE_CHECKING
 
 import numpy as np
 
+from chainer_dist._counts import checked_count
 from chainer_dist.communicators.shared_memory.communicator import SharedMemoryCommunicator
 from chainer_dist.compression.compression import (
     Compression,
@@ -206,9 +206,7 @@ class Int8(Quantized):
 
     def __init__(self, block: int = 1024) -> None:
         super().__init__()
-        self.block = operator.index(block)
-        if self.block < 1:
-            raise ValueError(f"block is {block}, expected 1 or more")
+        self.block = checked_count("block", block, 1)
 
     def encode(self, values: Array) -> Array:
         """See :meth:`Quantized.encode`."""

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import math
-import operator
 from typing import TYPE_CHECKING
 
 import numpy as np
 
+from chainer_dist._counts import checked_count
 from chainer_dist.compression.compression import (
     Kept,
     NodeCompression,
@@ -76,9 +76,7 @@ class TopK(NodeCompression):
             raise ValueError(f"momentum is {momentum}, expected a number from 0 to below 1")
         self.density = density
         self.momentum = momentum
-        self.warmup_updates = operator.index(warmup_updates)
-        if self.warmup_updates < 0:
-            raise ValueError(f"warmup_updates is {warmup_updates}, expected 0 or more")
+        self.warmup_updates = checked_count("warmup_updates", warmup_updates, 0)
         self._updates = 0
         # Of a node; of all gradients that it exchanges, one after the other.
         self._velocity = Kept()

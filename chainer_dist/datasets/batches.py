@@ -43,9 +43,8 @@ def read_batch(dataset: Any, indices: list[int]) -> list[Any]:
     try:
         batch = _prepare(dataset, indices)
     except Exception:
-        for (
-            index
-        ) in indices:  # the error of a sample names it, and an earlier sample may have another
+        # The error of a sample names it, and an earlier sample may have another.
+        for index in indices:
             dataset[index]
         raise
     return [batch[k] for k in range(len(indices))]

@@ -5,13 +5,13 @@ from __future__ import annotations
 import bisect
 import functools
 import itertools
-import operator
 import os
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from chainer.dataset import DatasetMixin
 
+from chainer_dist._counts import checked_count
 from chainer_dist._files import open_regular
 from chainer_dist.collectives.failures import rebuild_error
 
@@ -54,9 +54,7 @@ class FilesDataset(DatasetMixin):  # type: ignore[misc]  # Chainer has no types
     ) -> None:
         self._paths = names_of(paths)
         self._open_file = open_arrays if open_file is None else open_file
-        self._max_open = operator.index(max_open)
-        if max_open < 1:
-            raise ValueError(f"max_open is {max_open}, expected 1 or more")
+        self._max_open = checked_count("max_open", max_open, 1)
         if lengths is None:
             lengths = [count_samples(path, self._open_file) for path in self._paths]
         if len(lengths) != len(self._paths):

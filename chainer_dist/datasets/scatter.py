@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import operator
 import warnings
-from typing import TYPE_CHECKING, Any, SupportsIndex
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from chainer_dist._counts import checked_count
 from chainer_dist.collectives.agreement import agreed_rank
 from chainer_dist.collectives.calls import check_call
 from chainer_dist.collectives.failures import together
@@ -137,7 +137,7 @@ def scatter_index(
     intervals = None
     with together(comm):
         if comm.rank == root:
-            n_samples = _count(n_total_samples)
+            n_samples = checked_count("n_total_samples", n_total_samples, 0)
             parts = split_evenly(n_samples, comm.size, force_equal_length=force_equal_length)
             intervals = [(part.begin, part.end) for part in parts]
     begin, end = comm.scatter_obj(intervals, root=root)
@@ -190,13 +190,6 @@ def get_epoch_trigger(
 def _n_iterations(dataset: Sized, local_batch_size: int, comm: CommunicatorBase) -> int:
     n_iterations: int = comm.bcast_obj(-(-len(dataset) // local_batch_size))
     return n_iterations
-
-
-def _count(n_total_samples: SupportsIndex) -> int:
-    n_samples = operator.index(n_total_samples)
-    if n_samples < 0:
-        raise ValueError(f"n_total_samples is {n_samples}, expected 0 or more")
-    return n_samples
 
 
 def _n_samples(dataset: Any) -> int:

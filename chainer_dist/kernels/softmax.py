@@ -239,10 +239,10 @@ def _cross_entropy_gradient(chainers: Any, self: Any, inputs: tuple[Array, Array
         or not layouts.is_suitable(x, self.y)
     ):
         return chainers(self, inputs)
-    counts = (t != self.ignore_label).astype(np.float32)
+    counts = t != self.ignore_label
     scale = gloss if self.coeff is None else gloss * np.float32(self.coeff)
-    factors = np.broadcast_to(scale * counts, t.shape)
-    labels = t * (t != self.ignore_label)
+    factors = np.broadcast_to(scale * counts.astype(np.float32), t.shape)
+    labels = t * counts
     gx = np.empty(self.y.shape, np.float32)
     if x.ndim == 2:  # noqa: PLR2004 - a matrix
         for block in _blocks(*x.shape):

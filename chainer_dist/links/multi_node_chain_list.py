@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import chainer
 
+from chainer_dist._counts import checked_count
 from chainer_dist.functions import gradient_messages
 from chainer_dist.functions._node import Ordered, checked_array, come_after, new_delegate
 from chainer_dist.functions.point_to_point_communication import (
@@ -94,10 +95,8 @@ class MultiNodeChainList(chainer.ChainList):  # type: ignore[misc]  # Chainer ha
 
     def __init__(self, comm: CommunicatorBase, *, n_micro_batches: int = 1) -> None:
         super().__init__()
-        if operator.index(n_micro_batches) < 1:
-            raise ValueError(f"n_micro_batches is {n_micro_batches}, expected 1 or more")
+        self._n_micro_batches = checked_count("n_micro_batches", n_micro_batches, 1)
         self._comm = comm
-        self._n_micro_batches = operator.index(n_micro_batches)
         self._components: tuple[Component, ...] = ()
         own = weakref.ref(self)
         self._number = register(comm, lambda: None if (it := own()) is None else it._table())  # noqa: SLF001 - of the same class

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Literal, cast
 
+from chainer_dist._counts import checked_count
 from chainer_dist.collectives.calls import check_call
 from chainer_dist.communicators.shared_memory.communicator import SharedMemoryCommunicator
 from chainer_dist.compression import Compression
@@ -13,7 +14,7 @@ from chainer_dist.optimizers.foreign import is_foreign, wrap_foreign
 from chainer_dist.optimizers.join import Join
 from chainer_dist.optimizers.local_sgd import create_local_sgd_optimizer
 from chainer_dist.optimizers.multi_node_optimizer import MultiNodeOptimizer
-from chainer_dist.updates.options import JOB, Options, checked_count
+from chainer_dist.updates.options import JOB, Options
 
 if TYPE_CHECKING:
     import chainer

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, cast
 
+from chainer_dist._counts import checked_count
 from chainer_dist.collectives.calls import check_call
 from chainer_dist.optimizers.multi_node_optimizer import MultiNodeOptimizer
 from chainer_dist.updates.local import Local
-from chainer_dist.updates.options import Options, Schedule, checked_count
+from chainer_dist.updates.options import Options, Schedule
 
 if TYPE_CHECKING:
     import chainer

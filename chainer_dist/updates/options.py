@@ -3,25 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
-import operator
-from typing import TYPE_CHECKING, NamedTuple, SupportsIndex
+from typing import TYPE_CHECKING, NamedTuple
 
 from chainer_dist.compression.quantized import as_codec
 
 if TYPE_CHECKING:
     from chainer_dist.compression import Compression, Rounded
 
-__all__ = ["JOB", "Options", "Schedule", "checked_count"]
+__all__ = ["JOB", "Options", "Schedule"]
 
 JOB = "job"  # the value of sharded_update that shards over the ranks of all nodes
-
-
-def checked_count(name: str, value: SupportsIndex, least: int) -> int:
-    """Return the value of an option as an int, or raise ValueError if it is less than ``least``. Local."""
-    number = operator.index(value)
-    if number < least:
-        raise ValueError(f"{name} is {number}, expected {least} or more")
-    return number
 
 
 @dataclasses.dataclass

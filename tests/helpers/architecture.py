@@ -20,6 +20,7 @@ LAYERS = [
         "_chainer",
         "_files",
         "_connections",
+        "_counts",
         "_environment",
         "_progress",
         "_compat",
