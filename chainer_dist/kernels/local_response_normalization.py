@@ -96,7 +96,7 @@ def _is_possible(function: Any, *arrays: Array) -> bool:
         and function.beta == _BETA
         and arrays[0].ndim == 4  # noqa: PLR2004 - images
         and layouts.is_suitable(*arrays)
-        and library().instructions.startswith("avx512")
+        and library().has_avx512()
     )
 
 

@@ -252,6 +252,19 @@ class Operation:
                     self._outputs.append((position, size, reorder))
             arguments.append((argument, wanted))
         self._primitive = _Primitive(self._description, arguments)
+        self._held: list[tuple[int, np.ndarray[Any, Any]]] = []
+
+    def hold(self, position: int, array: np.ndarray[Any, Any]) -> None:
+        """Give the input of a position for all runs, which then take the other arrays only. Local."""
+        for each in self._inputs:
+            if each[0] == position:
+                self._inputs.remove(each)
+                _, size, reorder = each
+                own = scratch(size)
+                reorder.run((array, own))
+                array = own
+                break
+        self._held.append((position, array))
 
     def _wanted(self, argument: int) -> Any:
         return library().functions.dnnl_primitive_desc_query_md(
@@ -270,14 +283,17 @@ class Operation:
             OneDNNError: If the execution fails.
         """
         placed = list(arrays)
+        for position, array in self._held:
+            placed.insert(position, array)
+        given = tuple(placed)
         for position, size, reorder in self._inputs:
             placed[position] = scratch(size)
-            reorder.run((arrays[position], placed[position]))
+            reorder.run((given[position], placed[position]))
         for position, size, _ in self._outputs:
             placed[position] = scratch(size)
         self._primitive.run(placed)
         for position, _, reorder in self._outputs:
-            reorder.run((placed[position], arrays[position]))
+            reorder.run((placed[position], given[position]))
 
 
 def address(array: np.ndarray[Any, Any]) -> int:

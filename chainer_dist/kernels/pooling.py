@@ -12,7 +12,7 @@ from chainer.utils.conv import get_conv_outsize
 
 from chainer_dist.kernels import layouts
 from chainer_dist.kernels.cache import kept
-from chainer_dist.kernels.convolution import MOST_DIMENSIONS, padding_at_end
+from chainer_dist.kernels.geometry import MOST_DIMENSIONS, padding_at_end
 from chainer_dist.kernels.matrices import multiply_matrices
 from chainer_dist.kernels.onednn import (
     DIFF_DST,

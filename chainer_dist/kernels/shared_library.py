@@ -56,6 +56,10 @@ class Library(NamedTuple):
     engine: Any
     stream: Any
 
+    def has_avx512(self) -> bool:
+        """Return whether it uses the instructions AVX-512. Local."""
+        return self.instructions.startswith("avx512")
+
 
 def candidates() -> Iterator[str]:
     """Yield the paths at which the library may be, the best one first. Local.
