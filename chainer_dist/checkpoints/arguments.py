@@ -5,6 +5,8 @@ from __future__ import annotations
 import operator
 from typing import Any
 
+from chainer_dist._counts import checked_count
+
 __all__ = ["describe_options", "valid_iteration"]
 
 
@@ -12,8 +14,7 @@ def describe_options(
     keep: Any, asynchronous: Any, on_error: Any, preemption: Any, allow_pickle: Any
 ) -> list[tuple[str, str]]:
     """Return names and values of options that are the same on all ranks, or raise what is wrong with one. Local."""
-    if operator.index(keep) < 1:
-        raise ValueError(f"keep is {keep}, expected 1 or more")
+    keep = checked_count("keep", keep, 1)
     if on_error not in ("raise", "warn"):
         raise ValueError(f"on_error is {on_error!r}, expected 'raise' or 'warn'")
     return [

@@ -11,6 +11,7 @@ import heapq
 import os
 from typing import TYPE_CHECKING, Any
 
+from chainer_dist._counts import checked_count
 from chainer_dist.collectives.agreement import check_same
 from chainer_dist.collectives.calls import check_call
 from chainer_dist.collectives.failures import together
@@ -119,8 +120,7 @@ def shard_files(
     open_file = open_arrays if open_file is None else open_file
     with together(comm):
         names = names_of(paths)
-        if max_open < 1:
-            raise ValueError(f"max_open is {max_open}, expected 1 or more")
+        max_open = checked_count("max_open", max_open, 1)
     check_same(
         comm,
         [

@@ -15,6 +15,7 @@ import numpy as np
 from chainer.serializers import npz
 from chainer.training import extension
 
+from chainer_dist._counts import checked_count
 from chainer_dist._files import read_regular
 from chainer_dist.collectives.agreement import check_same
 from chainer_dist.collectives.failures import together
@@ -91,9 +92,8 @@ def create_multi_node_checkpointer(
         raise ValueError(
             f"name is {name!r}, expected the beginning of a file name, without slashes"
         )
-    for key, value in (("cp_interval", cp_interval), ("gc_interval", gc_interval)):
-        if value < 1:
-            raise ValueError(f"{key} is {value}, expected 1 or more")
+    cp_interval = checked_count("cp_interval", cp_interval, 1)
+    gc_interval = checked_count("gc_interval", gc_interval, 1)
     return _MultiNodeCheckpointer(
         name, comm, cp_interval, gc_interval, path, allow_pickle=allow_pickle
     )
@@ -246,8 +246,7 @@ class _MultiNodeCheckpointer(extension.Extension):  # type: ignore[misc]  # Chai
     def _new_file(self, iteration: int) -> Path:
         if self.path is None:
             raise ValueError("the checkpointer has no path; give one when you create it")
-        if iteration < 0:
-            raise ValueError(f"iteration is {iteration}, expected 0 or more")
+        iteration = checked_count("iteration", iteration, 0)
         self.path.mkdir(parents=True, exist_ok=True)
         return self.path / f"{self._run}.{self.comm.rank}.{iteration}"
 

@@ -381,6 +381,8 @@ def test_arguments_of_the_wrong_kind(comm):
         shard_array(3, comm)
     with pytest.raises(ValueError, match="max_open is 0"):
         shard_files(["x.npy"], comm, max_open=0)
+    with pytest.raises(TypeError, match="float"):
+        shard_files(["x.npy"], comm, max_open=2.5 if comm.rank == comm.size - 1 else 2)
 
 
 def test_names_that_are_not_ascii(write):

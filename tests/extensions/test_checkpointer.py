@@ -469,6 +469,8 @@ def test_errors_are_raised_on_all(comm, out):
         make("run", comm).save(L.Linear(1, 1), 1)
     with pytest.raises(ValueError, match="iteration is -1"):
         checkpointer.save(L.Linear(1, 1), -1)
+    with pytest.raises(TypeError, match="float"):  # no resume would find its file
+        checkpointer.save(L.Linear(1, 1), 2.0)
     with pytest.raises(AttributeError, match="out"):
         make("run", comm).maybe_load(L.Linear(1, 1))
     if comm.size > 1:
@@ -493,3 +495,5 @@ def test_arguments_are_checked(comm):
         make("run", comm, 0)
     with pytest.raises(ValueError, match="gc_interval is 0"):
         make("run", comm, 1, 0)
+    with pytest.raises(TypeError, match="float"):
+        make("run", comm, 1, 2.5)

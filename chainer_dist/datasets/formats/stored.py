@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 from chainer.dataset import DatasetMixin
 
+from chainer_dist._counts import checked_count
 from chainer_dist.collectives.failures import rebuild_error
 
 if TYPE_CHECKING:
@@ -78,9 +79,7 @@ class StoredDataset(DatasetMixin):  # type: ignore[misc]  # Chainer has no types
             cls.reads_batches = False
 
     def __init__(self, paths: Paths, max_open: int) -> None:
-        if max_open < 1:
-            raise ValueError(f"max_open is {max_open}, expected 1 or more")
-        self._max_open = max_open
+        self._max_open = checked_count("max_open", max_open, 1)
         given = [paths] if isinstance(paths, (str, os.PathLike)) else list(paths)
         if not given:
             raise ValueError("paths is an empty list, expected one path or more")

@@ -434,6 +434,8 @@ def test_what_is_no_file_is_refused(tmp_path, name):
         open_([])
     with pytest.raises(ValueError, match="max_open is 0"):
         open_(tmp_path / "empty", max_open=0)
+    with pytest.raises(TypeError, match="float"):
+        open_(tmp_path / "empty", max_open=1.5)
 
 
 @pytest.mark.parametrize("content", [b"", b"no such format " * 100])
