@@ -6,6 +6,7 @@ import contextlib
 import copy
 from typing import TYPE_CHECKING, Any
 
+from chainer_dist._counts import checked_count
 from chainer_dist.collectives.operation import UPDATE, stage
 from chainer_dist.optimizers.accumulation import Accumulation
 from chainer_dist.optimizers.call import Call
@@ -44,15 +45,14 @@ class MultiNodeOptimizer(OptimizerProxy):
         actual_optimizer: The wrapped optimizer.
         communicator: The communicator over whose ranks gradients are averaged.
         zero_fill: Whether a gradient that is None on this rank counts as zero.
-        accumulate_steps: Number of calls of :meth:`update` that make one update; the same on every rank.
         join: Arrangement by which ranks that have run out of data take part, or None.
         options: Options of the update, the same on every rank.
         randomness: Random numbers of hooks and update rules, the same on every rank.
     """
 
-    accumulate_steps: int
     join: Arrangement | None
     options: Options
+    _accumulate_steps: int
     _state: State
     randomness: Randomness
     _postponed: bool  # whether updates are put off, in no_sync
@@ -73,6 +73,15 @@ class MultiNodeOptimizer(OptimizerProxy):
         self._postponed = False
         if actual_optimizer.target is not None:
             self._step().synchronize(has_gradients=False)
+
+    @property
+    def accumulate_steps(self) -> int:
+        """Number of calls of :meth:`update` that make one update; can be set, on every rank."""
+        return self._accumulate_steps
+
+    @accumulate_steps.setter
+    def accumulate_steps(self, accumulate_steps: int) -> None:
+        self._accumulate_steps = checked_count("accumulate_steps", accumulate_steps, 1)
 
     @property
     def alike(self) -> bool:

@@ -604,6 +604,11 @@ def test_ranks_that_differ(comm):
     """All ranks raise one error that names the rank and what it has, and none waits."""
     with pytest.raises(ValueError, match="accumulate_steps is 0, expected 1 or more"):
         create_multi_node_optimizer(optimizers.SGD(), comm, accumulate_steps=0)
+    optimizer = create_multi_node_optimizer(optimizers.SGD(), comm, accumulate_steps=2)
+    for wrong, kind in ((0, ValueError), (1.5, TypeError)):
+        with pytest.raises(kind):
+            optimizer.accumulate_steps = wrong
+    assert optimizer.accumulate_steps == 2
     if comm.size == 1:
         pytest.skip("one rank agrees with itself")
     last = comm.size - 1
