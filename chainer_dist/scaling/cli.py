@@ -77,6 +77,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 f"{', '.join(plan.contenders)} cannot train {', '.join(plan.workloads)}: torch is not installed, or "
                 "the workload has no attribute torch, or for torch-channels-last no true attribute images"
             )
+        for sentence in experiment.left_out(plan):
+            sys.stderr.write(f"{parser.prog}: {sentence}\n")
         return _measure(plan, args, cores, arguments)
     except (OSError, ValueError, RuntimeError) as error:
         sys.stderr.write(f"{parser.prog}: {error}\n")

