@@ -50,8 +50,8 @@ class ObservationAggregator(extension.Extension):  # type: ignore[misc]  # Chain
             scalar, an array in a new :class:`numpy.ndarray`, and else what it was. Summaries are
             sent, so they must be picklable. None takes the mean of all values, in double precision:
             scalars, arrays of one shape, and pairs of such a value and its weight. It is a float or
-            an array, or a Variable with that, in the dtype of the values, where Variables were
-            observed; there is none where no rank has a value.
+            an array, or a Variable with that, in the dtype of the values (float64 for integers), where
+            Variables were observed; there is none where no rank has a value, or all have weight 0.
 
     Raises:
         Exception: From calls, on every rank, what the aggregator raises.
@@ -171,16 +171,21 @@ def plain_value(value: Any) -> Any:
     return value
 
 
+def as_variable(mean: Any, dtype: Any) -> variable.Variable:
+    """Return a mean as a Variable, of the dtype of the values, unless these were integers. Local."""
+    return variable.Variable(np.asarray(mean, dtype if dtype.kind in "fc" else None))
+
+
 def mean_of_all(everyone: list[list[Any]]) -> Any:
-    """Return the mean of all ranks' values, or None if there are none."""
+    """Return the mean of all ranks' values, or None if there are none, or they all have weight 0."""
     every = [value for values in everyone for value in values]
     pairs = [value if isinstance(value, tuple) else (plain_value(value), 1) for value in every]
-    if not pairs:
+    if not sum(weight for _, weight in pairs):
         return None
     values = np.asarray([value for value, _ in pairs])
     wide = values.astype(np.result_type(values, np.float64))
     mean = np.average(wide, axis=0, weights=[weight for _, weight in pairs])
     dtypes = [value.dtype for value in every if isinstance(value, variable.Variable)]
     if dtypes:
-        return variable.Variable(np.asarray(mean, dtype=dtypes[0]))
+        return as_variable(mean, dtypes[0])
     return mean.item() if np.ndim(mean) == 0 else mean

@@ -17,7 +17,7 @@ from chainer_dist import _chainer
 from chainer_dist._files import read_regular
 from chainer_dist.collectives.calls import is_communicator
 from chainer_dist.collectives.failures import together
-from chainer_dist.extensions.observation_aggregator import mean_of_all, plain_value
+from chainer_dist.extensions.observation_aggregator import as_variable, mean_of_all, plain_value
 from chainer_dist.serialization.target import consolidate, load_npz
 from chainer_dist.training import samples
 
@@ -258,10 +258,12 @@ class _Average(extension.Extension):  # type: ignore[misc]  # Chainer has no typ
                 continue
             mean = mean_of_all([values])
             if isinstance(values[0], tuple):
+                if mean is None:  # of no weight; a NaN would make what it is added to one
+                    mean = mean_of_all([[value for value, _ in values]])
                 mean = mean, sum(weight for _, weight in values)
             dtypes = [each[name][1] for each in everyone if name in each]
             if dtypes[0] is not None:
-                mean = chainer.Variable(np.asarray(mean, dtype=dtypes[0]))
+                mean = as_variable(mean, dtypes[0])
             observation[name] = self.averaged[name] = mean
 
 

@@ -105,6 +105,13 @@ def test_the_mean_of_variables_is_a_variable(comm, shape):
     assert type(trainer.observation["mean"]) is float
 
 
+def test_the_mean_of_integer_variables_is_not_rounded(comm):
+    """A number of right answers, say, is on average no integer."""
+    trainer = trainer_at(1, {"x": chainer.Variable(np.array(comm.rank))})
+    ObservationAggregator(comm, "x")(trainer)
+    assert float(trainer.observation["x"].array) == (comm.size - 1) / 2
+
+
 def test_arrays_and_weights(comm):
     """Arrays are averaged in double precision as they were then; weighted values by weight."""
     aggregator = ObservationAggregator(comm, "x", comm_trigger=(2, "iteration"))
@@ -122,6 +129,18 @@ def test_arrays_and_weights(comm):
     aggregator(trainer)
     ranks = np.arange(comm.size)
     assert trainer.observation["x"] == np.average(ranks, weights=ranks + 1)
+
+
+def test_values_without_weight_give_no_summary(comm):
+    """A batch may have nothing that counts on any rank, such as only padding."""
+    for value, dtype in ((0.5, float), (np.ones(2), np.ndarray)):
+        trainer = trainer_at(1, {"x": (value, 0)})
+        ObservationAggregator(comm, "x", "mean")(trainer)
+        assert "mean" not in trainer.observation
+        trainer = trainer_at(1, {"x": (value, int(comm.rank == comm.size - 1))})
+        ObservationAggregator(comm, "x", "mean")(trainer)
+        np.testing.assert_array_equal(trainer.observation["mean"], value)
+        assert isinstance(trainer.observation["mean"], dtype)
 
 
 def test_rank_0s_trigger_counts(comm):

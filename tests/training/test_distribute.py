@@ -437,6 +437,30 @@ def test_reports_are_of_all_ranks(comm, out):
             assert [entry["main/loss"] for entry in json.load(file)] == got
 
 
+def test_batches_in_which_nothing_counts(comm, out):
+    """A value is reported with weight 0 by all ranks at times, as of padding: the mean is that of the others."""
+
+    class Model(L.Classifier):
+        n_calls = 0
+
+        def forward(self, *args):
+            self.n_calls += 1
+            weight = self.n_calls % 2 and comm.rank + 1
+            chainer.report({"scored": (self.n_calls + comm.rank, weight)}, self)
+            return super().forward(*args)
+
+    model = Model(make_model(lazy=False).predictor)
+    trainer = make_trainer(iterators.SerialIterator(make_data(N), 4), model, out)
+    log = extensions.LogReport(trigger=(2, "iteration"))
+    trainer.extend(log)
+    chainer_dist.distribute(trainer, comm)
+    trainer.run()
+    ranks = np.arange(comm.size)
+    for number, entry in enumerate(log.log):
+        want = np.average(2 * number + 1 + ranks, weights=ranks + 1)
+        np.testing.assert_allclose(entry["main/scored"], want)
+
+
 def test_which_ranks_call_an_extension(comm, out):
     """What says so itself, or communicates, is called on every rank, whatever else it does."""
     called = []
