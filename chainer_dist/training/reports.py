@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import chainer
 import numpy as np
-from chainer.training import extension, extensions, triggers
+from chainer.training import extension, extensions
 from chainer.training.extensions import _snapshot
 
 from chainer_dist import _chainer
@@ -20,13 +20,14 @@ from chainer_dist.collectives.failures import together
 from chainer_dist.extensions.observation_aggregator import as_variable, mean_of_all, plain_value
 from chainer_dist.serialization.target import consolidate, load_npz
 from chainer_dist.training import samples
+from chainer_dist.training.triggers import agreed, is_known
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
     from chainer_dist.communicators import CommunicatorBase
 
-__all__ = ["agreed", "prepare_extensions"]
+__all__ = ["prepare_extensions"]
 
 _AFTER_WRITERS = extension.PRIORITY_EDITOR + 0.5
 
@@ -37,16 +38,6 @@ _REPORTS = (
     extensions.VariableStatisticsPlot,
     extensions.ProgressBar,
     extensions.DumpGraph,
-)
-# They fire by what is the same on all ranks.
-_ALIKE = (
-    triggers.IntervalTrigger,
-    triggers.ManualScheduleTrigger,
-    triggers.OnceTrigger,
-    triggers.EarlyStoppingTrigger,
-    triggers.BestValueTrigger,
-    triggers.MaxValueTrigger,
-    triggers.MinValueTrigger,
 )
 # Attributes, without underscores around them, of what writes somewhere.
 _PLACES = frozenset(
@@ -98,7 +89,8 @@ def prepare_extensions(
         "extend the trainers of all ranks alike: rank 0 alone writes in any case",
     )
     for name, entry in entries.items():
-        entry.trigger = agreed(entry.trigger, comm)
+        is_early = entry.priority > _AFTER_WRITERS
+        entry.trigger = agreed(entry.trigger, comm, before_averages=is_early)
         own = entry.extension
         if isinstance(own, _snapshot._Snapshot):  # noqa: SLF001 - Chainer's
             entry.extension = _Snapshot(own, comm, before)
@@ -117,43 +109,6 @@ def prepare_extensions(
     trainer.stop_trigger = agreed(trainer.stop_trigger, comm)
     if comm.size > 1:
         _add_averages(trainer, comm)
-
-
-def agreed(trigger: Any, comm: CommunicatorBase) -> Any:
-    """Return a trigger that fires on all ranks when rank 0's does; itself, where it does so already. Local."""
-    return trigger if _fires_alike(trigger) else _RankZerosTrigger(trigger, comm)
-
-
-def _fires_alike(trigger: Any) -> bool:
-    if isinstance(trigger, _RankZerosTrigger):
-        return True
-    if type(trigger) in _ALIKE:
-        inner = (vars(trigger).get(name) for name in ("_interval_trigger", "_max_trigger"))
-        return all(each is None or _fires_alike(each) for each in inner)
-    where = getattr(trigger, "__module__", None) or type(trigger).__module__
-    # Functions and methods, of Chainer's extensions or of ours; by time, Chainer's class fires as it likes.
-    return isinstance(trigger, (types.FunctionType, types.MethodType)) and _is_known(where)
-
-
-def _is_known(module: str) -> bool:
-    return module.partition(".")[0] in ("chainer", "chainermn", "chainer_dist")
-
-
-class _RankZerosTrigger:
-    """Fires on all ranks when rank 0's trigger does; everything else is the wrapped trigger's own."""
-
-    def __init__(self, actual_trigger: Any, comm: CommunicatorBase) -> None:
-        self.actual_trigger = actual_trigger
-        self._comm = comm
-
-    def __call__(self, trainer: chainer.training.Trainer) -> bool:
-        due = bool(self.actual_trigger(trainer))
-        return bool(self._comm.bcast_obj(due))
-
-    def __getattr__(self, name: str) -> Any:
-        if name == "actual_trigger":  # while being unpickled
-            raise AttributeError(name)
-        return getattr(self.actual_trigger, name)
 
 
 class _Silent:
@@ -296,7 +251,7 @@ def _add_averages(trainer: chainer.training.Trainer, comm: CommunicatorBase) -> 
     late = order[
         order.index("chainer_dist.average") + 1 : order.index(reports[0]) if reports else 0
     ]
-    if all(_is_known(type(own[name]).__module__) for name in late):
+    if all(is_known(type(own[name]).__module__) for name in late):
         return
     priority = entries[reports[0]].priority
     trainer.extend(_Average(comm, first), name="chainer_dist.average_late", priority=priority)
@@ -318,7 +273,7 @@ def _writes(own: Any) -> bool:
     if isinstance(own, _REPORTS):
         return True
     module = own.__module__ if isinstance(own, types.FunctionType) else type(own).__module__
-    if _is_known(module):
+    if is_known(module):
         return False
     attributes = getattr(own, "__dict__", {})
     called = {*_names_in(own)}

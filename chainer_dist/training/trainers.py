@@ -123,8 +123,8 @@ def on_rank_zero(
       like among its attributes, or if its code opens or saves files, writes to TensorBoard or MLflow, or asks for
       ``trainer.out``; and otherwise on every rank, as one that changes a learning rate, or communicates itself.
       Its attribute ``on_rank_zero``, true or false, says it outright. What is called on rank 0 must not communicate.
-    - Triggers fire on all ranks in the same iteration: triggers by time, and of other classes, when rank
-      0's does. So does the stop trigger, so that ``trainer.run()`` ends on all ranks together.
+    - Triggers fire on all ranks in the same iteration: triggers by time, of other classes, and by values that are
+      not averaged yet, such as those of an evaluator, when rank 0's does. So does the stop trigger, so that ``trainer.run()`` ends on all ranks together.
 
     For example, with the same lines on every rank::
 

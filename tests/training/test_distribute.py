@@ -605,6 +605,32 @@ def test_triggers_fire_together(comm, out):
     assert all(each == fired for each in comm.allgather_obj(fired))
 
 
+@pytest.mark.parametrize("kind", ["MinValueTrigger", "MaxValueTrigger", "EarlyStoppingTrigger"])
+def test_evaluators_whose_trigger_looks_at_the_loss(comm, out, kind):
+    """They are asked before the loss is averaged, and evaluate on all ranks in the same iterations all the same."""
+    trigger = {
+        "MinValueTrigger": lambda: triggers.MinValueTrigger("main/loss", (1, "iteration")),
+        "MaxValueTrigger": lambda: triggers.MaxValueTrigger("main/accuracy", (2, "iteration")),
+        "EarlyStoppingTrigger": lambda: triggers.EarlyStoppingTrigger((1, "iteration"), patience=1),
+    }[kind]()
+    model = make_model(lazy=False)
+    trainer = make_trainer(
+        iterators.SerialIterator(make_data(N), 2), model, out, stop=(12, "iteration")
+    )
+    trainer.extend(make_evaluator(model), trigger=trigger)
+    seen = []
+
+    def look(trainer):
+        if "validation/main/loss" in trainer.observation:
+            seen.append(trainer.updater.iteration)
+
+    trainer.extend(look, trigger=(1, "iteration"))
+    chainer_dist.distribute(trainer, comm)
+    trainer.run()
+    assert seen
+    assert all(each == seen for each in comm.allgather_obj(seen))
+
+
 def test_early_stopping_and_best_values_are_of_all_ranks(comm, out):
     """A trigger that goes by the loss goes by the mean of the ranks' losses."""
     np.random.seed(3)
