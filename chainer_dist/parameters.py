@@ -128,6 +128,14 @@ class ParameterSet:
         """Return the initialized parameters that have no gradient."""
         return [param for param, has in zip(self.params, self.has_grad) if not has]
 
+    def scale_missing(self, loss_scale: float | None) -> None:
+        """Let the parameters without a gradient count as having one that was computed with a loss scale.
+
+        That is the scale of the gradients that other ranks have computed, to which zeros are added here.
+        """
+        for param in self.without_grad():
+            param._loss_scale = loss_scale  # noqa: SLF001 - Chainer's
+
     def fill_zeros(self) -> None:
         """Give initialized parameters without a gradient one of zeros."""
         missing = self.without_grad()

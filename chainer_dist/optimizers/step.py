@@ -255,8 +255,7 @@ class Step:
             exchange.check_same_grads(self.comm, parameters, same_grads=gradients.are_matched)
             return gradients
         # Gradients carry the loss scale; so must those that other ranks compute for this one.
-        for param in parameters.without_grad():
-            param._loss_scale = self.optimizer._loss_scale  # noqa: SLF001 - Chainer's
+        parameters.scale_missing(self.optimizer._loss_scale)  # noqa: SLF001 - Chainer's
         return gradients
 
     def follow(self, parameters: ParameterSet, *, has_batch: bool) -> bool:
@@ -269,10 +268,10 @@ class Step:
         """
         patterns = self.comm.allgather_obj(parameters.has_grad if has_batch else None)
         known = [pattern for pattern in patterns if pattern is not None]
-        if not has_batch:
+        if not has_batch:  # and so no gradient
+            parameters.scale_missing(self.optimizer._loss_scale)  # noqa: SLF001 - Chainer's
             for param, has in zip(parameters.params, known[0]):
                 param.grad = np.zeros_like(param.array) if has else None
-                param._loss_scale = self.optimizer._loss_scale  # noqa: SLF001 - Chainer's
             parameters.look_at_grads()
         return len(set(known)) == 1
 

@@ -77,8 +77,7 @@ class Replicated(Update):
                 scale = optimizer._loss_scale  # noqa: SLF001 - Chainer's
                 options.compression.use_loss_scale(scale or 1.0)
                 if options.compression.needs_all:
-                    for param in gradients.parameters.without_grad():
-                        param._loss_scale = scale  # noqa: SLF001 - Chainer's
+                    gradients.parameters.scale_missing(scale)
                     gradients.parameters.fill_zeros()
                 mean = functools.partial(options.compression.mean, comm)
             exchange.mean_agreed_grad(
