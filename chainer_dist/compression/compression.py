@@ -68,6 +68,13 @@ class Compression(abc.ABC):
                 Order, shapes and dtypes are the same on every rank.
         """
 
+    def belong(self) -> None:  # noqa: B027 - nothing is kept that two optimizers could mix up
+        """Note that one more optimizer uses this object. Local.
+
+        Raises:
+            ValueError: If that cannot be, as gradients of several are not kept apart.
+        """
+
     def use_loss_scale(self, scale: float) -> None:
         """Set the factor by which gradients of the next exchange are multiplied. Local.
 
@@ -142,6 +149,7 @@ class NodeCompression(Compression):
         super().__init__()
         self._residual = Residual()
         self._loss_scale = 1.0  # of what is kept
+        self._belongs = False  # whether there is an optimizer that uses it
 
     @property
     def _kept(self) -> list[Kept]:
@@ -189,6 +197,15 @@ class NodeCompression(Compression):
         if any(each.arrays for each in self._kept) and not are_finite(grads.values()):
             for each, arrays in zip(self._kept, before):
                 each.arrays = arrays
+
+    def belong(self) -> None:
+        """See :meth:`Compression.belong`."""
+        if self._belongs:
+            raise ValueError(
+                f"another optimizer has this {type(self).__name__}, which keeps what it leaves out of that one's "
+                "gradients: make one for each optimizer"
+            )
+        self._belongs = True
 
     def use_loss_scale(self, scale: float) -> None:
         """See :meth:`Compression.use_loss_scale`."""

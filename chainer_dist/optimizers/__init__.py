@@ -135,8 +135,10 @@ def create_multi_node_optimizer(
         ValueError: If ``double_buffering`` and ``compression`` are asked for together, or one of
             them (but for ``Float16`` and ``BFloat16``) with ``sharded_update=True``, or
             ``double_buffering`` with an MPI library that was not built, or not started, for several
-            threads; or one of them with a communicator that has a ``multi_node_mean_grad`` of its own; or ``overlap`` with one of them or another communicator than
-            ``shared_memory``; or if ``accumulate_steps`` is not 1 or more. From updates, if
+            threads; or one of them with a communicator that has a ``multi_node_mean_grad`` of its own;
+            or ``overlap`` with one of them or another communicator than ``shared_memory``; or if
+            ``compression`` is the object of another optimizer (``Float16``, ``BFloat16`` and
+            ``SparseRows`` may be); or if ``accumulate_steps`` is not 1 or more. From updates, if
             ``sharded_update`` is True and the update cannot be sharded.
         TypeError: If ``compression`` is something else.
         RankMismatchError: Raised by updates on every rank, if ``accumulate_steps``, ``overlap`` or

@@ -65,6 +65,8 @@ class MultiNodeOptimizer(OptimizerProxy):
         options: Options = Options(),  # noqa: B008 - a tuple
     ) -> None:
         super().__init__(actual_optimizer, communicator, zero_fill)
+        if options.compression is not None and options.code is None:
+            options.compression.belong()
         self.accumulate_steps = options.accumulate_steps
         self.join = None
         self.options = options

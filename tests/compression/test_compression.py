@@ -227,6 +227,20 @@ def test_nothing_is_lost_of_layers_used_now_and_then(far_apart, way, zero_fill):
         np.testing.assert_allclose(got, want, atol=5e-3, err_msg=f"{way} {name}")
 
 
+def test_an_object_serves_one_optimizer(comm):
+    """What it left out of the gradients of one optimizer would be added to another's, or be lost; a copy has its own."""
+    for make in (compression.TopK, compression.PowerSGD, compression.Int8):
+        way = make()
+        optimizer = create_multi_node_optimizer(optimizers.SGD(), comm, compression=way)
+        with pytest.raises(ValueError, match="another optimizer has this"):
+            create_multi_node_optimizer(optimizers.SGD(), comm, compression=way)
+        assert copy.deepcopy(optimizer).options.compression is not way
+    for make in (compression.Float16, compression.BFloat16, compression.SparseRows):
+        way = make()
+        for _ in range(2):
+            create_multi_node_optimizer(optimizers.SGD(), comm, compression=way)
+
+
 @pytest.mark.parametrize("kind", ["shared_memory", "flat"])
 @pytest.mark.parametrize("way", [*WAYS, "SparseRows"])
 def test_an_update_without_any_gradient(way, kind):
