@@ -182,12 +182,14 @@ def scatter(
 
 def _delegate_in(x: Any) -> Any:
     """Return what a rank other than root passed, if backward can go on to it, otherwise None."""
-    return x if isinstance(x, chainer.Variable) and x.requires_grad and is_float(x.dtype) else None
+    is_there = isinstance(x, chainer.Variable) and x.array is not None and x.requires_grad
+    return x if is_there and is_float(x.dtype) else None
 
 
 def _rows(xs: Any) -> Any:
     """Return the rows of a variable or array as a tuple, anything else as it is."""
-    if not isinstance(xs, (chainer.Variable, np.ndarray)) or xs.ndim == 0 or len(xs) == 0:
+    array = xs.array if isinstance(xs, chainer.Variable) else xs
+    if not isinstance(array, np.ndarray) or array.ndim == 0 or len(array) == 0:
         return xs
     return (
         tuple(F.separate(xs, axis=0))

@@ -287,12 +287,22 @@ def test_the_delegate_variable_connects_to_what_came_before(comm):
         np.testing.assert_array_equal(x.grad, [0.0])
 
 
+def test_what_ranks_pass_that_have_nothing(comm):
+    """It may be a variable that waits for its array."""
+    rows = np.arange(3.0 * comm.size).reshape(comm.size, 3)
+    for nothing in (chainer.Parameter(), chainer.Variable(), None):
+        x = chainer.Variable(rows) if comm.rank == 0 else nothing
+        np.testing.assert_array_equal(functions.bcast(comm, x).array, rows)
+        np.testing.assert_array_equal(functions.scatter(comm, x).array, rows[comm.rank])
+
+
 BAD = {
     "no array": ("bcast", lambda _: "text", TypeError, "got str"),
     "an uninitialized parameter": ("sum", lambda _: chainer.Parameter(), TypeError, "NoneType"),
     "objects": ("allgather", lambda _: np.array([None]), TypeError, "an array of object"),
     "too few": ("alltoall", lambda good: good[:-1], ValueError, r"\d arrays, one a rank, got \d"),
     "too many": ("scatter", lambda good: [*good, good[0]], ValueError, "one a rank, got"),
+    "one without an array": ("scatter", lambda _: chainer.Parameter(), TypeError, "got Parameter"),
     "nothing": ("scatter", lambda _: None, TypeError, "got NoneType"),
     "mixed dtypes": (
         "alltoall",
