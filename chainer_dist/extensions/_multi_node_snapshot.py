@@ -152,8 +152,8 @@ class _MultiNodeSnapshot(extension.Extension):  # type: ignore[misc]  # Chainer 
 
     def finalize(self) -> None:
         """Wait for writers in other threads and processes. Local."""
-        if self.is_master:
-            self.snapshot.finalize()
+        # Where nothing is written, too: a writer with a queue has a thread or process from the beginning.
+        self.snapshot.finalize()
 
     def _generations(self, out: str) -> list[str]:
         """Return this rank's snapshots, oldest first, by their names without the rank. Local."""

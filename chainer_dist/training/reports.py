@@ -177,8 +177,8 @@ class _Snapshot:
             self.actual_extension.on_error(trainer, exc, tb)
 
     def finalize(self) -> None:
-        if self._comm.rank == 0:
-            self.actual_extension.finalize()
+        # Where nothing is written, too: a writer with a queue has a thread or process from the beginning.
+        self.actual_extension.finalize()
 
     def __getattr__(self, name: str) -> Any:
         if name == "actual_extension":  # while being unpickled

@@ -269,6 +269,17 @@ def test_options_of_the_snapshot_work(comm, out):
     assert model.W.array.tolist() == [[0, 0]] * 3  # rank 0's, as the set is all ranks
 
 
+def test_writers_with_a_queue_end_on_every_rank(comm, out):
+    """Their thread begins with them, also on ranks that write nothing, and Python waits for it at its end."""
+    writer = extensions.snapshot_writers.ThreadQueueWriter()
+    try:
+        make_trainer(comm, out, 3, snapshot(writer=writer), []).run()
+        assert not writer._consumer.is_alive()
+    finally:
+        writer.finalize()
+    assert files(comm, out) == {f"at_{i}.0" for i in (1, 2, 3)}
+
+
 def test_defaults_are_those_of_the_snapshot(comm):
     """Trigger and priority are the wrapped snapshot's; a file name may be a function."""
     plain = extensions.snapshot(filename=lambda trainer: f"at_{trainer}")

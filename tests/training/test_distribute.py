@@ -706,6 +706,22 @@ def test_snapshots_are_rank_zeros_and_all_load_them(comm, out):
     np.testing.assert_array_equal(parameters(auto), parameters(whole))
 
 
+def test_writers_of_snapshots_end_on_every_rank(comm, out):
+    """That of a queue has a thread from the beginning, for which Python waits at its end."""
+    writer = extensions.snapshot_writers.ThreadQueueWriter()
+    model = make_model(lazy=False)
+    trainer = make_trainer(
+        iterators.SerialIterator(make_data(N), 4), model, out, stop=(2, "iteration")
+    )
+    trainer.extend(extensions.snapshot(writer=writer), trigger=(1, "iteration"))
+    chainer_dist.distribute(trainer, comm)
+    try:
+        trainer.run()
+        assert not writer._consumer.is_alive()
+    finally:
+        writer.finalize()
+
+
 @pytest.mark.parametrize("by", [chainer_dist.distribute, chainer_dist.on_rank_zero])
 def test_a_checkpoint_is_resumed_without_a_warning(comm, out, by):
     """What is added when the trainer runs is not there yet at the resume, and nothing begins anew for that."""
