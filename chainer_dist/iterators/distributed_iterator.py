@@ -58,7 +58,8 @@ class DistributedIterator(Iterator):  # type: ignore[misc]  # Chainer has no typ
             :mod:`chainer_dist.datasets` for files of other formats have it. Chainer's Transform-, Sub-, Concatenated-,
             Tuple- and DictDataset have their samples read so from such datasets within; functions and other
             datasets are called once for each sample, in order.
-        batch_size: Number of samples in a batch of one rank, the same on every rank.
+        batch_size: Number of samples in a batch of one rank, the same on every rank. Can be set later, as
+            ``iterator.batch_size``, for the batches from then on.
         comm: Communicator.
         shuffle: Whether to shuffle; otherwise every epoch has the order of the dataset. The same
             on every rank.
@@ -109,11 +110,21 @@ class DistributedIterator(Iterator):  # type: ignore[misc]  # Chainer has no typ
 
         self._seed: int = seed
         self.dataset = dataset
-        self.batch_size = batch_size
+        self._batch_size = batch_size
         self._shuffle = bool(shuffle)
         self.make_iterator = make_iterator
         self._rank, self._size = comm.rank, comm.size
         self.reset()
+
+    @property
+    def batch_size(self) -> int:
+        """Number of samples in a batch of one rank; can be set, on every rank."""
+        return self._batch_size
+
+    @batch_size.setter
+    def batch_size(self, batch_size: int) -> None:
+        self._batch_size = checked_integer("batch_size", batch_size, 1)
+        self.finalize()  # it has prefetched batches of the old size
 
     @property
     def epoch(self) -> int:

@@ -81,6 +81,15 @@ class DividedIterator(Iterator):  # type: ignore[misc]  # Chainer has no types
             )
         return batch[comm.rank * share : (comm.rank + 1) * share]
 
+    @property
+    def batch_size(self) -> Any:
+        """The wrapped iterator's, of all ranks together; can be set, on every rank."""
+        return self.actual_iterator.batch_size
+
+    @batch_size.setter
+    def batch_size(self, batch_size: int) -> None:
+        self.actual_iterator.batch_size = batch_size
+
     def next(self) -> Any:
         """Return this rank's share of the next batch. Collective; the same as ``next(iterator)``."""
         return self.__next__()

@@ -63,6 +63,17 @@ class MultiNodeIterator(Iterator):  # type: ignore[misc]  # Chainer has no types
         """Return the next batch. Collective; the same as ``next(iterator)``."""
         return self.__next__()
 
+    @property
+    def batch_size(self) -> Any:
+        """The master's; can be set, on every rank, where the iterator of the master takes it."""
+        return self.__getattr__("batch_size")
+
+    @batch_size.setter
+    def batch_size(self, batch_size: int) -> None:
+        if self.actual_iterator is not None:
+            self.actual_iterator.batch_size = batch_size
+        self._known["batch_size"] = batch_size
+
     def reset(self) -> None:
         """Go back to the beginning. Collective."""
         self._share(lambda: self.actual_iterator.reset())  # noqa: PLW0108 - others have none

@@ -144,6 +144,7 @@ def distribute_iterator(
         )
     iterator.finalize()
     iterator.batch_size = plan.batch_size
+    iterator._shared_by = comm.size if isinstance(serving, DividedIterator) else 1  # noqa: SLF001 - this module's own
     return _replace(iterator, _PassesOn, serving)
 
 
@@ -229,6 +230,18 @@ class _PassesOn:
     """What an iterator of Chainer's becomes."""
 
     _served_by: Any
+    _shared_by: int  # how many ranks share a batch of the iterator that serves
+
+    @property
+    def batch_size(self) -> int:
+        """Number of samples in a batch of a rank."""
+        size: int = vars(self)["batch_size"]
+        return size
+
+    @batch_size.setter
+    def batch_size(self, batch_size: int) -> None:
+        self._served_by.batch_size = batch_size * self._shared_by
+        vars(self)["batch_size"] = batch_size
 
     current_position = _passed_on("current_position")
     epoch = _passed_on("epoch")

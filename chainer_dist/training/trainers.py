@@ -50,7 +50,8 @@ def distribute(
       :class:`~chainer_dist.iterators.DistributedIterator`, shuffled if they were; an iterator of another class,
       or with an ``order_sampler`` of its own, draws alike on all ranks, which share out its batches
       (:class:`~chainer_dist.iterators.DividedIterator`). The data may be on every rank, or on rank 0 with an
-      empty list on the others. Epochs count the whole data set. What serves a rank's part already, as after
+      empty list on the others. Epochs count the whole data set; ``batch_size``, read or set, is that of a rank
+      (where ranks share out batches, the updater's iterator has that of all). What serves a rank's part already, as after
       ``scatter_dataset``, stays as it is.
     - Each evaluator gives the score of the whole set on every rank, every sample counting once. Where batches
       do not stand alone (``evaluate`` overridden, an ``eval_hook``, an iterator of another class, a model

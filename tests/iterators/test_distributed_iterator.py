@@ -110,6 +110,21 @@ def test_epochs_are_counted_as_by_chainers_iterator(alone):
             assert next(ours) == next(theirs)
 
 
+@pytest.mark.parametrize("kind", [iterators.SerialIterator, iterators.MultithreadIterator])
+def test_the_size_of_batches_may_grow(comm, kind):
+    """Batches of one size go on where those of another have ended; Chainer's iterators may have read ahead."""
+    ours = DistributedIterator(range(40), 1, comm, shuffle=False, make_iterator=kind)
+    theirs = iterators.SerialIterator(range(40), comm.size, shuffle=False)
+    for number, size in enumerate((1, 1, 3, 3, 2, 4)):
+        if number == 2:
+            with pytest.raises(ValueError, match="batch_size is 0"):
+                ours.batch_size = 0
+        if number > 1:
+            ours.batch_size, theirs.batch_size = np.int64(size), size * comm.size
+        assert [*itertools.chain(*comm.allgather_obj(next(ours)))] == next(theirs)
+        assert (ours.epoch, ours.current_position) == (theirs.epoch, theirs.current_position)
+
+
 @given(data=st.data())
 def test_a_resume_at_another_size_goes_on_with_what_is_left(comm, groups, data):
     """Whatever the sizes and batch sizes before and after, each epoch has each sample once."""

@@ -80,6 +80,17 @@ def test_any_batch_arrives_to_the_bit(comm, kind):
         iterator.next()
 
 
+def test_the_size_of_batches_may_grow(comm):
+    """It is that of the master's iterator, on which it is set."""
+    mine = iterators.SerialIterator(range(9), 2, shuffle=False) if comm.rank == 0 else None
+    iterator = create_multi_node_iterator(mine, comm)
+    assert next(iterator) == [0, 1]
+    iterator.batch_size = 3
+    assert iterator.batch_size == 3
+    assert next(iterator) == [2, 3, 4]
+    assert iterator.batch_size == 3
+
+
 @given(
     n=st.integers(1, 20),
     batch_size=st.integers(1, 25),

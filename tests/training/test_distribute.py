@@ -320,12 +320,14 @@ def test_an_iterator_of_the_script_is_divided(comm, out):
     np.testing.assert_allclose(*found, rtol=1e-9, atol=1e-12)
 
 
+def backwards(order, _):
+    """Return the samples from the last one to the first: an order sampler."""
+    return np.arange(len(order))[::-1]
+
+
 @pytest.mark.usefixtures("float64")
 def test_an_order_of_the_scripts_own(comm, out):
     """A sampler says the order; batches are of each rank, as with any other."""
-
-    def backwards(order, _):
-        return np.arange(len(order))[::-1]
 
     def run(batch_size, distributed):
         np.random.seed(3)
@@ -339,6 +341,33 @@ def test_an_order_of_the_scripts_own(comm, out):
         return parameters(model)
 
     np.testing.assert_allclose(run(4, True), run(4 * comm.size, False), rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.usefixtures("float64")
+@pytest.mark.parametrize("sampler", [None, backwards])
+@pytest.mark.parametrize("whose", ["script", "updater"])
+def test_batches_that_grow(comm, out, sampler, whose):
+    """A script may set the batch size amid training, as it may with Chainer's iterators."""
+
+    def run(batch_size, distributed):
+        np.random.seed(3)
+        data = make_data(N, dtype=np.float64)
+        order = {"shuffle": False} if sampler is None else {"order_sampler": sampler}
+        iterator = iterators.SerialIterator(data, batch_size, **order)
+        model = make_model(lazy=False)
+        trainer = make_trainer(iterator, model, out, stop=(7, "iteration"))
+
+        def grow(trainer):
+            mine = iterator if whose == "script" else trainer.updater.get_iterator("main")
+            mine.batch_size *= 2
+
+        trainer.extend(grow, trigger=(3, "iteration"))
+        if distributed:
+            chainer_dist.distribute(trainer, comm)
+        trainer.run()
+        return parameters(model)
+
+    np.testing.assert_allclose(run(2, True), run(2 * comm.size, False), rtol=1e-9, atol=1e-12)
 
 
 def test_several_iterators_and_optimizers(comm, out):
