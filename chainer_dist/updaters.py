@@ -18,22 +18,32 @@ __all__ = ["create_multi_node_updater"]
 class MultiNodeUpdater:
     """Wraps an updater for ranks whose datasets differ in length; see :func:`create_multi_node_updater`.
 
-    Epochs are its own; all other attributes are the wrapped updater's.
+    Epochs are its own; all other attributes, read and set, are the wrapped updater's.
     """
+
+    actual_updater: Any
+    communicator: CommunicatorBase
+    epoch: int  # that all ranks have finished
+    is_new_epoch: bool
+    previous_epoch_detail: float
+    _join: Join
+    _fraction: float  # of the epoch under way, on the rank that has done least
+    _is_empty: bool
+    _is_done: bool  # with the epoch under way
 
     def __init__(self, actual_updater: Any, communicator: CommunicatorBase) -> None:
         self.actual_updater = actual_updater
         self.communicator = communicator
         self._join = Join(*actual_updater.get_all_optimizers().values())
-        self.epoch = 0  # that all ranks have finished
+        self.epoch = 0
         self.is_new_epoch = False
         self.previous_epoch_detail = -1.0
-        self._fraction = 0.0  # of the epoch under way, on the rank that has done least
+        self._fraction = 0.0
         dataset: Any = getattr(actual_updater.get_iterator("main"), "dataset", None)
         self._is_empty = hasattr(dataset, "__len__") and len(dataset) == 0
         if all(communicator.allgather_obj(self._is_empty)):
             raise ValueError("no rank has any data: the datasets of all ranks are empty")
-        self._is_done = self._is_empty  # with the epoch under way
+        self._is_done = self._is_empty
 
     @property
     def epoch_detail(self) -> float:
@@ -94,6 +104,12 @@ class MultiNodeUpdater:
         if name == "actual_updater":  # while being unpickled
             raise AttributeError(name)
         return getattr(self.actual_updater, name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in MultiNodeUpdater.__annotations__:
+            super().__setattr__(name, value)
+        else:
+            setattr(self.actual_updater, name, value)
 
 
 def create_multi_node_updater(

@@ -278,6 +278,20 @@ def test_a_trainer_resumes_in_the_middle_of_an_epoch(comm, tmp_path):
     assert_same(comm, *models)
 
 
+def test_attributes_of_the_updater_can_be_set(comm, tmp_path):
+    """Such as another loss amid training; they are the wrapped updater's."""
+    updater = make_trainer(comm, [8] * comm.size, str(tmp_path)).updater
+    updater.update()
+    called = []
+    updater.loss_func = lambda *args: (
+        called.append(1) or updater.get_optimizer("main").target(*args)
+    )
+    updater.iteration = 7
+    updater.update()
+    assert (called, updater.iteration) == ([1], 8)
+    assert updater.actual_updater.iteration == 8
+
+
 def test_no_data_at_all(comm):
     """Nobody waits for ranks that will never have a batch."""
     iterator = iterators.SerialIterator([], 4)
