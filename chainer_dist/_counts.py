@@ -5,7 +5,7 @@ from __future__ import annotations
 import operator
 from typing import SupportsIndex
 
-__all__ = ["checked_count"]
+__all__ = ["checked_count", "count_property"]
 
 
 def checked_count(name: str, value: SupportsIndex, least: int) -> int:
@@ -24,3 +24,23 @@ def checked_count(name: str, value: SupportsIndex, least: int) -> int:
     if number < least:
         raise ValueError(f"{name} is {number}, expected {least} or more")
     return number
+
+
+def count_property(name: str, least: int, doc: str) -> property:
+    """Return a property for a count that is checked whenever it is set.
+
+    Args:
+        name: Name of the property; the count is the attribute of this name after an underscore.
+        least: Smallest count that is allowed.
+        doc: The property's docstring.
+    """
+    attribute = f"_{name}"
+
+    def get(owner: object) -> int:
+        number: int = getattr(owner, attribute)
+        return number
+
+    def set_checked(owner: object, value: SupportsIndex) -> None:
+        setattr(owner, attribute, checked_count(name, value, least))
+
+    return property(get, set_checked, doc=doc)

@@ -6,7 +6,7 @@ import contextlib
 import copy
 from typing import TYPE_CHECKING, Any
 
-from chainer_dist._counts import checked_count
+from chainer_dist._counts import count_property
 from chainer_dist.collectives.operation import UPDATE, stage
 from chainer_dist.optimizers.accumulation import Accumulation
 from chainer_dist.optimizers.call import Call
@@ -76,14 +76,11 @@ class MultiNodeOptimizer(OptimizerProxy):
         if actual_optimizer.target is not None:
             self._step().synchronize(has_gradients=False)
 
-    @property
-    def accumulate_steps(self) -> int:
-        """Number of calls of :meth:`update` that make one update; can be set, on every rank."""
-        return self._accumulate_steps
-
-    @accumulate_steps.setter
-    def accumulate_steps(self, accumulate_steps: int) -> None:
-        self._accumulate_steps = checked_count("accumulate_steps", accumulate_steps, 1)
+    accumulate_steps = count_property(
+        "accumulate_steps",
+        1,
+        "Number of calls of :meth:`update` that make one update; can be set, on every rank.",
+    )
 
     @property
     def alike(self) -> bool:
