@@ -118,3 +118,9 @@ def _(dataset: datasets.ConcatenatedDataset) -> Mask | None:
         ]
     )
     return filled
+
+
+def hides_duplicates(dataset: Any) -> bool:
+    """Tell whether a user's own dataset holds one with duplicates, that it may yield. Local."""
+    held = getattr(dataset, "__dict__", {}).values()
+    return own_samples(dataset) is None and any(own_samples(each) is not None for each in held)

@@ -15,7 +15,7 @@ from chainer.training.extensions.evaluator import _IteratorProgressBar
 from chainer_dist import _chainer
 from chainer_dist.collectives.calls import check_call
 from chainer_dist.collectives.failures import together
-from chainer_dist.datasets.scattered import own_samples
+from chainer_dist.datasets.scattered import hides_duplicates, own_samples
 from chainer_dist.extensions.generic_multi_node_evaluator import (
     GenericMultiNodeEvaluator,
     call_with,
@@ -75,8 +75,8 @@ def create_multi_node_evaluator(
 
     Two cases are less exact. A class that overrides ``evaluate()`` has its local means weighted
     by the local number of samples, duplicates taken into its means. With an iterator that is none
-    of Chainer's, duplicates are not recognized, and count twice, after a warning;
-    scatter with ``force_equal_length=False`` then.
+    of Chainer's, or a dataset class of your own around the scattered one, duplicates are not
+    recognized, and count twice, after a warning; scatter with ``force_equal_length=False`` then.
 
     Every evaluation is collective: all ranks call the evaluator at the same time, which an
     extension of a Trainer does. A progress bar is shown on rank 0 only.
@@ -163,10 +163,13 @@ def _evaluate_batches(evaluator: Evaluator, means: _WeightedMeans) -> None:
 
 def _own_batches(iterator: Any, evaluator: Evaluator) -> Iterator[tuple[Any, int]]:
     """Yield batches without duplicates of other ranks' samples, and how many samples count."""
-    own = own_samples(getattr(iterator, "dataset", None))
+    dataset = getattr(iterator, "dataset", None)
+    own = own_samples(dataset)
     if own is not None and not _keeps_order(iterator):
         own = None
         _warn_of_duplicates(evaluator, iterator)
+    elif hides_duplicates(dataset):
+        _warn_of_duplicates(evaluator, dataset)
     if own is not None and _chainer.order_of(iterator) is not None:
         own = own[_chainer.order_of(iterator)]
     done = 0
@@ -194,12 +197,12 @@ def _keeps_order(iterator: Any) -> bool:
     )
 
 
-def _warn_of_duplicates(evaluator: Evaluator, iterator: Any) -> None:
+def _warn_of_duplicates(evaluator: Evaluator, source: Any) -> None:
     if getattr(evaluator, "_mn_warned_of_duplicates", False):
         return
     evaluator._mn_warned_of_duplicates = True  # noqa: SLF001 - this module's own
     warnings.warn(
-        f"the order of samples in a {type(iterator).__qualname__} is not known, so samples that "
+        f"the order of samples in a {type(source).__qualname__} is not known, so samples that "
         "scatter_dataset gave to two ranks count twice; scatter the evaluation set with "
         "force_equal_length=False",
         UserWarning,

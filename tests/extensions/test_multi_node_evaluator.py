@@ -270,11 +270,30 @@ class OwnIterator(iterators.SerialIterator):
         return super().__next__()[::-1]
 
 
-def test_an_unknown_order_is_warned_of_once(comm):
+class OwnDataset(chainer.dataset.DatasetMixin):
+    """A user's dataset around another."""
+
+    def __init__(self, base):
+        self.base = base
+
+    def __len__(self):
+        return len(self.base)
+
+    def get_example(self, i):
+        """Return the i-th example from the end."""
+        return self.base[len(self.base) - 1 - i]
+
+
+@pytest.mark.parametrize(
+    ("iterator_type", "dataset_type"),
+    [(OwnIterator, lambda part: part), (iterators.SerialIterator, OwnDataset)],
+    ids=["iterator", "dataset"],
+)
+def test_an_unknown_order_is_warned_of_once(iterator_type, dataset_type, comm):
     """Duplicates that cannot be told count, with one warning that says what to do."""
     whole, _ = samples(2 * comm.size + 1)
     part = scatter_dataset(whole, comm)
-    iterator = OwnIterator(part, 2, repeat=False, shuffle=False)
+    iterator = iterator_type(dataset_type(part), 2, repeat=False, shuffle=False)
     evaluator = create_multi_node_evaluator(Evaluator(iterator, Regressor()), comm)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
