@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import importlib.util
 import os
 
@@ -30,12 +31,23 @@ hypothesis.settings.load_profile("ranks")
 
 
 def pytest_collection_modifyitems(config, items):
-    """Leave out what needs torch or MLflow where it is not installed, and count it as deselected."""
-    for name in ("torch", "mlflow"):
-        if not importlib.util.find_spec(name):
-            without = [item for item in items if item.get_closest_marker(name)]
-            config.hook.pytest_deselected(items=without)
-            items[:] = [item for item in items if item not in without]
+    """Leave out, and count as deselected, what needs torch or MLflow where it is not installed.
+
+    So are tests for one process on several ranks.
+    """
+    missing = [name for name in ("torch", "mlflow") if not importlib.util.find_spec(name)]
+    if RANKS > 1:
+        missing.append("mpi_skip")
+    left_out = [item for item in items if any(map(item.get_closest_marker, missing))]
+    config.hook.pytest_deselected(items=left_out)
+    left_out = set(left_out)
+    items[:] = [item for item in items if item not in left_out]
+
+
+def pytest_collection_finish():
+    """Let the garbage collector never look at what stays until the end: thousands of tests, and all modules."""
+    gc.collect()
+    gc.freeze()
 
 
 # All but those that do the same on one node, of which grouped_kinds takes care, and one that does nothing.
@@ -90,6 +102,10 @@ NODES = {
     "odd and even": lambda rank: rank % 2,
     "one and the rest": lambda rank: min(rank, 1),
 }
+# Those that differ: the first and the rest of two ranks are the odd and the even one.
+LAYOUTS = [
+    *{tuple(map(node, range(RANKS))): name for name, node in reversed(NODES.items())}.values()
+]
 
 
 def on_nodes(kind, layout):
@@ -123,7 +139,7 @@ def small_blocks(monkeypatch):
     monkeypatch.setattr(slots, "BLOCK_BYTES", 1024)
 
 
-@pytest.fixture(params=NODES)
+@pytest.fixture(params=LAYOUTS)
 def grouped(request):
     """Return a shared_memory communicator whose real ranks are taken to be on several nodes."""
     communicator = on_nodes("shared_memory", request.param)
@@ -132,7 +148,7 @@ def grouped(request):
 
 
 @pytest.fixture(
-    params=[(kind, layout) for kind in KINDS_THAT_KNOW_NODES for layout in NODES], ids="-".join
+    params=[(kind, layout) for kind in KINDS_THAT_KNOW_NODES for layout in LAYOUTS], ids="-".join
 )
 def grouped_kinds(request):
     """Return a communicator of each kind that knows nodes, with its ranks on several of them."""

@@ -12,7 +12,7 @@ import chainer.links as L
 import numpy as np
 import pytest
 from chainer import optimizers
-from conftest import NODES, on_nodes
+from conftest import LAYOUTS, on_nodes
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -46,7 +46,7 @@ PRECISION = {"float16": 2**-10, "bfloat16": 2**-7, "int8": 0.02}
 SHAPES = {"a": (7, 9), "b": (5,), "c": (3, 4, 6), "d": (), "e": (0, 2)}
 
 
-@pytest.fixture(params=NODES)
+@pytest.fixture(params=LAYOUTS)
 def comm(request):
     """Return a communicator whose real ranks are taken to be on several nodes."""
     communicator = on_nodes("shared_memory", request.param)

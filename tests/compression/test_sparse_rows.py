@@ -8,7 +8,7 @@ import chainer.links as L
 import numpy as np
 import pytest
 from chainer import optimizers
-from conftest import NODES, on_nodes
+from conftest import LAYOUTS, on_nodes
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -17,7 +17,7 @@ from chainer_dist import compression, create_communicator, create_multi_node_opt
 SHAPES = {"embedding": (300, 6), "table": (200, 3, 2), "dense": (40, 7), "vector": (9,), "n": ()}
 
 
-@pytest.fixture(params=NODES)
+@pytest.fixture(params=LAYOUTS)
 def comm(request):
     """Return a communicator whose real ranks are taken to be on several nodes."""
     communicator = on_nodes("shared_memory", request.param)

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from chainer import optimizer_hooks as hooks
 from chainer import serializers
-from conftest import NODES, on_nodes
+from conftest import LAYOUTS, on_nodes
 from test_sharding import Branches, assert_same, batch, everywhere, mlp, prepared, saved, train
 
 from chainer_dist import (
@@ -72,7 +72,7 @@ def test_same_bits_as_the_replicated_update(nodes, name):
 
 
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
-@pytest.mark.parametrize("layout", NODES)
+@pytest.mark.parametrize("layout", LAYOUTS)
 def test_on_any_nodes(layout, options):
     """Nodes of different numbers of ranks, and the other options, come to the same."""
     with on_nodes("shared_memory", layout) as comm:
@@ -120,7 +120,7 @@ def copy_and_clip(optimizer):
 
 
 @pytest.mark.parametrize("share_parameters", [False, True])
-@pytest.mark.parametrize("layout", NODES)
+@pytest.mark.parametrize("layout", LAYOUTS)
 def test_the_model_is_whole_at_any_time(layout, share_parameters):
     """Every batch sees parameters that are those of the replicated update, whatever comes between."""
     with on_nodes("shared_memory", layout) as comm:
@@ -153,7 +153,7 @@ def test_the_model_is_whole_at_any_time(layout, share_parameters):
         assert everywhere(comm, saved(one.target))
 
 
-@pytest.mark.parametrize("layout", NODES)
+@pytest.mark.parametrize("layout", LAYOUTS)
 def test_numbers_are_rounded_once(layout):
     """With Float16 gradients are sent as such, but for those that stay on a node, and parameters as they are."""
     with on_nodes("shared_memory", layout) as comm:
