@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import importlib.util
 import os
+import zlib
 
 import hypothesis
 import pytest
@@ -30,18 +31,47 @@ hypothesis.settings.register_profile(
 hypothesis.settings.load_profile("ranks")
 
 
+def pytest_addoption(parser):
+    """Add a way to ask for all cases of all tests."""
+    parser.addoption(
+        "--all-cases", action="store_true", help="share no cases out between 3 and 4 ranks"
+    )
+
+
 def pytest_collection_modifyitems(config, items):
     """Leave out, and count as deselected, what needs torch or MLflow where it is not installed.
 
-    So are tests for one process on several ranks.
+    So are tests for one process on several ranks, and on 3 and on 4 ranks the cases of the other number.
     """
     missing = [name for name in ("torch", "mlflow") if not importlib.util.find_spec(name)]
     if RANKS > 1:
         missing.append("mpi_skip")
-    left_out = [item for item in items if any(map(item.get_closest_marker, missing))]
+    share = RANKS in {3, 4} and not config.getoption("--all-cases")
+    left_out = [
+        item
+        for item in items
+        if any(map(item.get_closest_marker, missing)) or (share and not is_for(RANKS, item))
+    ]
     config.hook.pytest_deselected(items=left_out)
     left_out = set(left_out)
     items[:] = [item for item in items if item not in left_out]
+
+
+def is_for(ranks, item):
+    """Return whether a case of a test is for 3 or for 4 ranks; one process and 2 ranks have all cases.
+
+    Every case is for one of the two, and both have every value of each of several parameters. Both have all cases
+    where they differ most: on several nodes, and of each kind of communicator.
+    """
+    indices = dict(item.callspec.indices) if hasattr(item, "callspec") else {}
+    for mark in item.iter_markers("parametrize"):
+        names = mark.args[0].split(",") if isinstance(mark.args[0], str) else mark.args[0]
+        for name in names[1:]:  # they change with the first one
+            indices.pop(name.strip(), None)
+    if indices.keys() <= {"any_comm"} or any(layout in item.name for layout in NODES):
+        return True
+    # Which of them has the first value is another one for each test.
+    return (sum(indices.values()) + zlib.crc32(item.originalname.encode())) % 2 == ranks % 2
 
 
 def pytest_collection_finish():

@@ -7,9 +7,12 @@ import re
 import subprocess
 import sys
 import time
+from itertools import product
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+from conftest import is_for
 
 import mpi_job
 
@@ -264,6 +267,31 @@ def test_a_runner_that_is_terminated_ends_its_job(tmp_path):
     job.terminate()
     assert job.wait(60) == 143
     check_ended(ranks)
+
+
+@pytest.mark.parametrize("name", ["test_it", "test_other"])
+def test_three_and_four_ranks_share_cases(name):
+    """Each case is run on one of the two numbers of ranks, and both run every value of every parameter."""
+    marks = [SimpleNamespace(args=("first, beside",)), SimpleNamespace(args=(["second"],))]
+
+    def case(first, second, layout="", **fixtures):
+        indices = {"first": first, "beside": first, "second": second, **fixtures}
+        return SimpleNamespace(
+            name=f"{name}[{first}-{second}-{layout}]",
+            originalname=name,
+            callspec=SimpleNamespace(indices=indices),
+            iter_markers=lambda _: marks,
+        )
+
+    cases = [*product(range(2), range(3))]
+    of_3, of_4 = ([each for each in cases if is_for(ranks, case(*each))] for ranks in (3, 4))
+    assert sorted(of_3 + of_4) == cases
+    for firsts, seconds in (zip(*of_3), zip(*of_4)):
+        assert {*firsts} == {0, 1}
+        assert {*seconds} == {0, 1, 2}
+    kinds = [case(0, 0), case(0, 0, any_comm=1)]
+    assert is_for(3, kinds[0]) != is_for(3, kinds[1])
+    assert all(is_for(ranks, case(*each, "a node each")) for ranks in (3, 4) for each in cases)
 
 
 def run_runner(folder, text, *arguments, options=()):
