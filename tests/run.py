@@ -59,6 +59,11 @@ def parse_args():
     parser.add_argument(
         "--timeout", type=float, default=3600, help="seconds a job may take (default: 3600)"
     )
+    parser.add_argument(
+        "--outcomes",
+        type=Path,
+        help="folder that keeps outcomes; tests that no job runs are looked for in all that is there",
+    )
     parser.add_argument("pytest_args", nargs="*", metavar="-- PYTEST_ARGS")
     args = parser.parse_args()
     if min(args.ranks) < 1:
@@ -91,6 +96,26 @@ def run_job(ranks, pytest_args, timeout):
     return Result(ranks, outcomes, time.monotonic() - started)
 
 
+def run_by_none(results, folder):
+    """Return the tests that were skipped on every number of ranks, if there are results of each.
+
+    Those of earlier calls are in the folder, if one is given, and these are added.
+    """
+    jobs = {result.ranks: result.outcomes for result in results}
+    if folder is not None:
+        folder.mkdir(parents=True, exist_ok=True)
+        for ranks, outcomes in jobs.items():
+            (folder / f"{ranks}.json").write_text(json.dumps(outcomes), encoding="utf-8")
+        jobs = {
+            int(file.stem): json.loads(file.read_text(encoding="utf-8"))
+            for file in folder.glob("*.json")
+        }
+    if not set(jobs) >= set(ALL_RANKS):
+        return []
+    ran = {test for each in jobs.values() for test, how in each.items() if how != "skipped"}
+    return sorted({test for each in jobs.values() for test in each} - ran)
+
+
 def main():
     """Run the jobs one after the other and print a table."""
     args = parse_args()
@@ -110,11 +135,9 @@ def main():
         for test, outcome in result.outcomes.items():
             if outcome == "failed":
                 print(f"failed on {result.ranks}: {test}")
-    if set(args.ranks) >= set(ALL_RANKS):
-        ran = {t for result in results for t, how in result.outcomes.items() if how != "skipped"}
-        for test in sorted({test for result in results for test in result.outcomes} - ran):
-            print(f"skipped in every job, which counts as failed: {test}")
-            total["failed"] += 1
+    for test in run_by_none(results, args.outcomes):
+        print(f"skipped in every job, which counts as failed: {test}")
+        total["failed"] += 1
     print(f"{total['passed']} passed, {total['failed']} failed, {total['skipped']} skipped")
     return int(total["failed"] > 0 or total["passed"] == 0)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import subprocess
@@ -204,6 +205,21 @@ def test_never(): pytest.skip("always")
     assert rot.startswith("skipped in every job, which counts as failed: ")
     assert "test_never" in rot
     assert last == "7 passed, 3 failed, 7 skipped"
+
+
+def test_runners_that_share_the_numbers_of_ranks(tmp_path):
+    """With the outcomes of the others, one finds what no job runs."""
+    outcomes = tmp_path / "outcomes"
+    outcomes.mkdir()
+    for ranks in (2, 3, 4):
+        found = {"a test": "skipped", "another": "passed" if ranks == 3 else "skipped"}
+        (outcomes / f"{ranks}.json").write_text(json.dumps(found))
+    job = run_runner(tmp_path, "def test(): pass", "--ranks", "1", "--outcomes", str(outcomes))
+    assert job.status == 1, job.output
+    *_, rot, last = job.output.splitlines()
+    assert rot == "skipped in every job, which counts as failed: a test"
+    assert last == "1 passed, 1 failed, 0 skipped"
+    assert [*json.loads((outcomes / "1.json").read_text()).values()] == ["passed"]
 
 
 @pytest.mark.parametrize(
