@@ -19,7 +19,7 @@ import numpy as np
 from chainer_dist.kernels import layouts
 from chainer_dist.kernels.cache import kept
 from chainer_dist.kernels.geometry import Geometry, Window
-from chainer_dist.kernels.matrices import multiply
+from chainer_dist.kernels.matrices import multiply, multiply_matrices
 from chainer_dist.kernels.onednn import DST, SRC, WEIGHTS, Layout, Operation
 
 if TYPE_CHECKING:
@@ -68,6 +68,7 @@ _G = np.array(
 )
 # Columns come before rows in the transformed values of a tile.
 _TO_WEIGHTS = np.einsum("jb,ia->jiab", _G, _G).reshape(_N_PRODUCTS, -1).astype(np.float32)
+_TO_FLIPPED_WEIGHTS = np.ascontiguousarray(_TO_WEIGHTS[:, ::-1])
 _TO_OUTPUT = np.einsum("jb,ia->abji", _A, _A).reshape(-1, _N_PRODUCTS).astype(np.float32)
 
 # Values of the input that are transformed together: with the results, they should fit into the cache.
@@ -223,13 +224,16 @@ def transposed(
         x_sizes: Height and width of the output.
         pad: Rows and columns that the output lacks on each side, at most 2.
     """
-    weights = _transformed_weights(w, _TO_WEIGHTS[:, ::-1])
+    weights = _transformed_weights(w, _TO_FLIPPED_WEIGHTS)
     return _convolve(y, weights, b, x_sizes, [_WINDOW - 1 - each for each in pad])
 
 
 def _transformed_weights(w: Array, matrix: Array) -> Array:
     """Return weights of shape ``(36, w.shape[0], w.shape[1])``. Local."""
-    return multiply(matrix, w.reshape(-1, _WINDOW**2).T).reshape(_N_PRODUCTS, *w.shape[:2])
+    weights = np.empty((_N_PRODUCTS, *w.shape[:2]), np.float32)
+    values = np.ascontiguousarray(w).reshape(-1, _WINDOW**2)
+    multiply_matrices(matrix, values.T, weights.reshape(_N_PRODUCTS, -1))
+    return weights
 
 
 def _convolve(
@@ -264,14 +268,24 @@ def gradient_of_weights(x: Array, y: Array, pad: Sequence[int]) -> Array | None:
         y: Gradient with respect to its output, of shape ``(n, out_c, height, width)``, likewise.
         pad: Rows and columns of zeros around the input, at most 2.
     """
-    (n, out_c, *y_sizes), c = y.shape, x.shape[1]
-    tiles = _tiles(y_sizes)
+    out_c, c = y.shape[1], x.shape[1]
+    tiles = _tiles(y.shape[2:])
     images, gradients = layouts.to_last(x), layouts.to_last(y)
-    total = np.zeros((_N_PRODUCTS, out_c, c), np.float32)
     with np.errstate(over="ignore", invalid="ignore"):
-        for block in _blocks(n, tiles, max(c, out_c)):
-            inputs = _transform(images, _OF_INPUT, block, tiles[1], pad)
-            outputs = _transform(gradients, _OF_GRADIENT, block, tiles[1], (0, 0))
-            total += multiply(outputs.transpose(0, 2, 1), inputs)
+        products = _products(images, gradients, tiles, pad)
+        total = next(products)
+        for product in products:
+            total += product
         w = multiply(total.reshape(_N_PRODUCTS, -1).T, _TO_WEIGHTS)
         return w.reshape(out_c, c, _WINDOW, _WINDOW) if np.isfinite(w.sum()) else None
+
+
+def _products(
+    images: Array, gradients: Array, tiles: tuple[int, int], pad: Sequence[int]
+) -> Iterator[Array]:
+    """Yield the products of transformed gradients by transformed inputs, ``(36, out_c, c)``, of each block. Local."""
+    channels = max(images.shape[-1], gradients.shape[-1])
+    for block in _blocks(len(images), tiles, channels):
+        inputs = _transform(images, _OF_INPUT, block, tiles[1], pad)
+        outputs = _transform(gradients, _OF_GRADIENT, block, tiles[1], (0, 0))
+        yield multiply(outputs.transpose(0, 2, 1), inputs)
