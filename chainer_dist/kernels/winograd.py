@@ -80,6 +80,8 @@ _FEWEST_CHANNELS = 56
 _FEWEST_CHANNELS_OF_GRADIENT = 32
 # The fewest positions of the output for which the same is true of the transformation of the weights.
 _FEWEST_POSITIONS = 512
+# Most pairs of channels, whose transformed weights take 150 MB.
+_MOST_PAIRS = 1 << 20
 
 
 class _Block(NamedTuple):
@@ -178,7 +180,7 @@ def suits(
         window: Stride, padding, dilation and groups.
         gradient: Whether the gradient with respect to the weights is meant.
     """
-    if tuple(w[2:]) != (_WINDOW, _WINDOW) or window.groups != 1:
+    if tuple(w[2:]) != (_WINDOW, _WINDOW) or window.groups != 1 or w[0] * w[1] > _MOST_PAIRS:
         return False
     if {*window.stride, *window.dilate} != {1} or max(window.pad) >= _WINDOW:
         return False
