@@ -121,6 +121,8 @@ def main():
     args = parse_args()
     # Whoever ends this ends the job with it.
     signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
+    # What a shell starts in the background ignores it, and so would the jobs that tests interrupt.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     results = []
     for ranks in args.ranks:
         print(f"\n==== {'one process' if ranks == 1 else f'{ranks} ranks'} ====", flush=True)
