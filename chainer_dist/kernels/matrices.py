@@ -25,6 +25,8 @@ _FEW_FOR_THREADS = 1 << 16
 _FEW_ROWS = 12
 # From so many rows and columns of the product on it is faster in one thread, too.
 _MANY_ROWS, _MANY_COLUMNS = 128, 2048
+# Each size of a product of a transposed first matrix from which OpenBLAS is faster in one thread without AVX-512.
+_LARGE_WITHOUT_AVX512 = 256
 
 
 @kept
@@ -49,7 +51,9 @@ def multiply(a: Array, b: Array, bias: Array | None = None) -> Array:
     """
     a, b = _matrices(a), _matrices(b)
     y = np.empty((*a.shape[:-1], b.shape[-1]), np.float32)
-    if a.ndim == 2 and _is_for_sgemm(a, b, bias):  # noqa: PLR2004 - matrices
+    if a.ndim == 2 and bias is None and _is_for_openblas(a, y):  # noqa: PLR2004 - matrices
+        np.matmul(a, b, out=y)
+    elif a.ndim == 2 and _is_for_sgemm(a, b, bias):  # noqa: PLR2004 - matrices
         if bias is not None:
             y[...] = bias
         multiply_matrices(a, b, y, adds=bias is not None)
@@ -57,6 +61,12 @@ def multiply(a: Array, b: Array, bias: Array | None = None) -> Array:
         biases = () if bias is None else (np.ascontiguousarray(bias),)
         _multiply(Layout.of(a), Layout.of(b), bias is not None)(a, b, *biases, y)
     return y
+
+
+def _is_for_openblas(a: Array, y: Array) -> bool:
+    """Return whether NumPy's BLAS multiplies two matrices faster than oneDNN, which is slow for the transposed. Local."""
+    is_large = min(*y.shape, a.shape[1]) >= _LARGE_WITHOUT_AVX512 and matrix_order(a)[0] == b"T"
+    return is_large and n_threads() == 1 and not library().has_avx512()
 
 
 def _is_for_sgemm(a: Array, b: Array, bias: Array | None) -> bool:
