@@ -8,21 +8,27 @@ from typing import SupportsIndex
 __all__ = ["checked_count", "count_property"]
 
 
-def checked_count(name: str, value: SupportsIndex, least: int) -> int:
+def checked_count(name: str, value: SupportsIndex, least: int, end: int | None = None) -> int:
     """Return a count as an int. Local.
 
     Args:
         name: Name of the parameter, for the error.
         value: An integer of Python or NumPy.
         least: Smallest count that is allowed.
+        end: Smallest count that is too large; None for no limit.
 
     Raises:
         TypeError: If ``value`` is no integer.
-        ValueError: If it is less than ``least``.
+        ValueError: If it is less than ``least``, or not below ``end``.
     """
-    number = operator.index(value)
-    if number < least:
-        raise ValueError(f"{name} is {number}, expected {least} or more")
+    try:
+        number = operator.index(value)
+    except TypeError:
+        kind = type(value).__name__
+        raise TypeError(f"{name} is {value!r}, expected an integer, got {kind}") from None
+    if number < least or (end is not None and number >= end):
+        limits = f"{least} or more" if end is None else f"{least} to {end - 1}"
+        raise ValueError(f"{name} is {number}, expected {limits}")
     return number
 
 

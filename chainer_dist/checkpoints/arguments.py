@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import operator
 from typing import Any
 
 from chainer_dist._counts import checked_count
 
-__all__ = ["describe_options", "valid_iteration"]
+__all__ = ["describe_options"]
 
 
 def describe_options(
@@ -24,14 +23,3 @@ def describe_options(
         ("preemption", str(bool(preemption))),
         ("allow_pickle", str(bool(allow_pickle))),
     ]
-
-
-def valid_iteration(value: Any) -> int:
-    """Return a number of updates as an int, or raise what is wrong with it. Local."""
-    try:
-        number = operator.index(value)
-    except TypeError:
-        raise TypeError(f"iteration is {value!r}, expected an integer") from None
-    if number < 0:
-        raise ValueError(f"iteration is {number}, expected 0 or more")
-    return number

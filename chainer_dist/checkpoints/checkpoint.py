@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Any
 from chainer.training import extension
 
 from chainer_dist._chainer import extension_entries
+from chainer_dist._counts import checked_count
 from chainer_dist.checkpoints.agreed_trigger import AgreedTrigger
-from chainer_dist.checkpoints.arguments import describe_options, valid_iteration
+from chainer_dist.checkpoints.arguments import describe_options
 from chainer_dist.checkpoints.attributes import Attributes
 from chainer_dist.checkpoints.history import History
 from chainer_dist.checkpoints.meetings import Meetings
@@ -322,7 +323,7 @@ class Checkpoint(extension.Extension):  # type: ignore[misc]  # Chainer has no t
     def _agree_on(self, iteration: Any) -> int:
         """Return an iteration that is the same valid one on every rank. Collective."""
         with together(self.comm):
-            number = valid_iteration(iteration)
+            number = checked_count("iteration", iteration, 0)
         check_same(self.comm, [("iteration", str(number))])
         return number
 

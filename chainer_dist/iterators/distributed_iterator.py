@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import operator
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from chainer import iterators
 from chainer.dataset import Iterator
 
+from chainer_dist._counts import checked_count
 from chainer_dist.collectives.agreement import check_same
 from chainer_dist.collectives.calls import check_call
 from chainer_dist.collectives.failures import together
@@ -93,10 +93,10 @@ class DistributedIterator(Iterator):  # type: ignore[misc]  # Chainer has no typ
     ) -> None:
         check_call("DistributedIterator(dataset, batch_size, comm)", comm, dataset, batch_size)
         with together(comm):
-            self._n_samples = checked_integer("the length of the dataset", len(dataset), 1)
-            batch_size = checked_integer("batch_size", batch_size, 1)
+            self._n_samples = checked_count("the length of the dataset", len(dataset), 1)
+            batch_size = checked_count("batch_size", batch_size, 1)
             if seed is not None:
-                seed = checked_integer("seed", seed, 0, _SEEDS)
+                seed = checked_count("seed", seed, 0, _SEEDS)
             lines = [
                 ("the length of the dataset", str(self._n_samples)),
                 ("batch_size", str(batch_size)),
@@ -123,7 +123,7 @@ class DistributedIterator(Iterator):  # type: ignore[misc]  # Chainer has no typ
 
     @batch_size.setter
     def batch_size(self, batch_size: int) -> None:
-        self._batch_size = checked_integer("batch_size", batch_size, 1)
+        self._batch_size = checked_count("batch_size", batch_size, 1)
         self.finalize()  # it has prefetched batches of the old size
 
     @property
@@ -261,15 +261,3 @@ class _OwnOrder:
                 permutation = random.permutation(self._n_samples)
                 order[epochs == epoch] = permutation[order[epochs == epoch]]
         return order
-
-
-def checked_integer(name: str, value: Any, least: int, end: int | None = None) -> int:
-    """Return ``value`` as an int if it is one from ``least`` on, and below ``end``."""
-    try:
-        number = operator.index(value)
-    except TypeError:
-        raise TypeError(f"{name} is {value!r}, expected an integer") from None
-    if number < least or (end is not None and number >= end):
-        limits = f"{least} or more" if end is None else f"{least} to {end - 1}"
-        raise ValueError(f"{name} is {number}, expected {limits}")
-    return number

@@ -10,9 +10,9 @@ from collections.abc import Sized
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from chainer_dist import _progress
+from chainer_dist._counts import checked_count
 from chainer_dist.collectives.calls import check_call
 from chainer_dist.errors import FailedItem
-from chainer_dist.iterators.distributed_iterator import checked_integer
 from chainer_dist.parallel import dealing
 from chainer_dist.parallel.dealing import Dealer
 from chainer_dist.parallel.items import Block, Chunk, attempt
@@ -102,11 +102,11 @@ def pmap(
 
     def describe() -> list[tuple[str, str]]:
         nonlocal n_ahead
-        size = checked_integer("chunksize", chunksize, 1)
+        size = checked_count("chunksize", chunksize, 1)
         dealing.check_on_error(on_error)
         n_ahead = _CHUNKS_A_RANK * comm.size
         if buffersize is not None:
-            n_ahead = max(1, checked_integer("buffersize", buffersize, 1) // size)
+            n_ahead = max(1, checked_count("buffersize", buffersize, 1) // size)
         if comm.rank == 0:
             iter(items)  # type: ignore[arg-type]  # raises what is wrong with it
             if progress:

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 from chainer.dataset import convert
 
 from chainer_dist import _progress
+from chainer_dist._counts import checked_count
 from chainer_dist.collectives.calls import check_call
-from chainer_dist.iterators.distributed_iterator import checked_integer
 from chainer_dist.parallel import dealing
 from chainer_dist.parallel.batch_prediction import BatchPrediction
 from chainer_dist.parallel.dealing import Dealer
@@ -110,9 +110,9 @@ def predict(
 
     def describe() -> list[tuple[str, str]]:
         nonlocal per_file
-        size = checked_integer("batchsize", batchsize, 1)
+        size = checked_count("batchsize", batchsize, 1)
         wanted = 1 if samples_per_file is None else samples_per_file
-        per_file = size * -(-checked_integer("samples_per_file", wanted, 1) // size)
+        per_file = size * -(-checked_count("samples_per_file", wanted, 1) // size)
         dealing.check_on_error(on_error)
         prediction.prepare()
         if comm.rank == 0:
