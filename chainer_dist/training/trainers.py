@@ -51,8 +51,8 @@ def distribute(
       or with an ``order_sampler`` of its own, draws alike on all ranks, which share out its batches
       (:class:`~chainer_dist.iterators.DividedIterator`). The data may be on every rank, or on rank 0 with an
       empty list on the others. Epochs count the whole data set; ``batch_size``, read or set, is that of a rank
-      (where ranks share out batches, the updater's iterator has that of all). What serves a rank's part already, as after
-      ``scatter_dataset``, stays as it is.
+      (where ranks share out batches, the updater's iterator has that of all). What serves a rank's part
+      already, as after ``scatter_dataset``, stays as it is.
     - Each evaluator gives the score of the whole set on every rank, every sample counting once. Where batches
       do not stand alone (``evaluate`` overridden, an ``eval_hook``, an iterator of another class, a model
       with a ``reset_state``), every rank evaluates all of it. Running statistics, such as the ones of
@@ -125,7 +125,8 @@ def on_rank_zero(
       ``trainer.out``; and otherwise on every rank, as one that changes a learning rate, or communicates itself.
       Its attribute ``on_rank_zero``, true or false, says it outright. What is called on rank 0 must not communicate.
     - Triggers fire on all ranks in the same iteration: triggers by time, of other classes, and by values that are
-      not averaged yet, such as those of an evaluator, when rank 0's does. So does the stop trigger, so that ``trainer.run()`` ends on all ranks together.
+      not averaged yet, such as those of an evaluator, when rank 0's does. So does the stop trigger, so that
+      ``trainer.run()`` ends on all ranks together.
 
     For example, with the same lines on every rank::
 
