@@ -9,13 +9,18 @@ import chainer
 import numpy as np
 
 from chainer_dist import exchange
+from chainer_dist._counts import checked_count
+from chainer_dist.collectives import operation
 from chainer_dist.collectives.agreement import check_same
 from chainer_dist.collectives.arrays import ArrayCommunicator
+from chainer_dist.collectives.failures import together
 
 if TYPE_CHECKING:
     from typing_extensions import Self
 
     from chainer_dist._typing import Array
+
+_END = 1 << 31  # of the integers that MPI takes
 
 
 class CommunicatorBase(ArrayCommunicator):
@@ -40,6 +45,29 @@ class CommunicatorBase(ArrayCommunicator):
     @batched_copy.setter
     def batched_copy(self, value: bool) -> None:
         self.set_config("batched_copy", value)
+
+    @operation.collective()
+    def split(self, color: int, key: int) -> Self | None:
+        """Split the ranks into one communicator for each color. Collective.
+
+        Args:
+            color: Integer from 0 up; ranks of equal color get one communicator. ``MPI.UNDEFINED`` leaves this rank out.
+            key: Integer by which the ranks are ordered in the new communicator; equal ones keep their order.
+
+        Returns:
+            A new communicator of the same kind and configuration, or None where left out.
+
+        Raises:
+            TypeError: On every rank, if a number of any rank is no integer.
+            ValueError: On every rank, if a number of any rank is out of range.
+        """
+        from mpi4py import MPI
+
+        with together(self):
+            if color != MPI.UNDEFINED:
+                color = checked_count("color", color, 0, _END)
+            key = checked_count("key", key, -_END, _END)
+        return super().split(color, key)
 
     def background(self) -> Self:
         """Return a communicator over the same ranks for a thread beside the main one. Collective."""

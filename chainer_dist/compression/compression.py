@@ -75,6 +75,9 @@ class Compression(abc.ABC):
             ValueError: If that cannot be, as gradients of several are not kept apart.
         """
 
+    def forget(self) -> None:  # noqa: B027 - nothing is kept
+        """Drop what is kept from one exchange to the next, as the model is another one. Local."""
+
     def use_loss_scale(self, scale: float) -> None:
         """Set the factor by which gradients of the next exchange are multiplied. Local.
 
@@ -206,6 +209,11 @@ class NodeCompression(Compression):
                 "gradients: make one for each optimizer"
             )
         self._belongs = True
+
+    def forget(self) -> None:
+        """See :meth:`Compression.forget`."""
+        for each in self._kept:
+            each.arrays = {}
 
     def use_loss_scale(self, scale: float) -> None:
         """See :meth:`Compression.use_loss_scale`."""

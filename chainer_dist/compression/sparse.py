@@ -85,6 +85,11 @@ class TopK(NodeCompression):
     def _kept(self) -> list[Kept]:
         return [*super()._kept, self._velocity]
 
+    def forget(self) -> None:
+        """See :meth:`Compression.forget`."""
+        super().forget()
+        self._updates = 0
+
     def mean(self, comm: CommunicatorBase, grads: dict[str, Array]) -> None:
         """See :meth:`Compression.mean`."""
         super().mean(comm, grads)

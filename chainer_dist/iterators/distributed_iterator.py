@@ -109,12 +109,27 @@ class DistributedIterator(Iterator):  # type: ignore[misc]  # Chainer has no typ
             seed = comm.bcast_obj(int(drawn))
 
         self._seed: int = seed
-        self.dataset = dataset
+        self._dataset = dataset
         self._batch_size = batch_size
         self._shuffle = bool(shuffle)
         self.make_iterator = make_iterator
         self._rank, self._size = comm.rank, comm.size
         self.reset()
+
+    @property
+    def dataset(self) -> Any:
+        """The dataset; another one of equal length can be set, on every rank, for the batches from then on."""
+        return self._dataset
+
+    @dataset.setter
+    def dataset(self, dataset: Any) -> None:
+        if len(dataset) != self._n_samples:
+            raise ValueError(
+                f"the dataset has {len(dataset)} samples, and the one of this iterator has {self._n_samples}: "
+                "make another iterator"
+            )
+        self._dataset = dataset
+        self.finalize()  # it has prefetched samples of the other one
 
     @property
     def batch_size(self) -> int:

@@ -101,6 +101,8 @@ class MultiNodeOptimizer(OptimizerProxy):
     def setup(self, link: chainer.Link) -> Self:
         """Set the target link, and make its parameters equal to rank 0's. Collective."""
         self._state.plan.drop()
+        if self.options.compression is not None:
+            self.options.compression.forget()
         self.actual_optimizer.setup(link)
         self._state.accumulation = Accumulation()
         self._state.phase = Phase.NEW

@@ -66,6 +66,25 @@ def test_split_leaves_out(comm):
     assert (part is None) == (comm.rank != 0)
 
 
+@pytest.mark.parametrize(
+    ("color", "key", "error", "text"),
+    [
+        (-1, 0, ValueError, "color is -1, expected 0 to 2147483647"),
+        (1 << 31, 0, ValueError, "color is 2147483648"),
+        ("red", 0, TypeError, "color is 'red', expected an integer"),
+        (0, 0.5, TypeError, "key is 0.5, expected an integer"),
+    ],
+)
+def test_split_by_what_is_no_number(any_comm, color, key, error, text):
+    """A bad number of one rank is an error on all of them, and nobody waits."""
+    bad = any_comm.rank == any_comm.size - 1
+    with pytest.raises(error, match=text):
+        any_comm.split(color if bad else 0, key if bad else 0)
+    part = any_comm.split(np.int64(0), np.int64(any_comm.rank))
+    assert part.size == any_comm.size
+    part.finalize()
+
+
 def test_config(comm):
     """Known names are set and read; unknown ones raise and name the known ones."""
     assert comm.get_config("batched_copy") is True

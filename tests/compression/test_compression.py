@@ -241,6 +241,22 @@ def test_an_object_serves_one_optimizer(comm):
             create_multi_node_optimizer(optimizers.SGD(), comm, compression=way)
 
 
+@pytest.mark.parametrize("way", WAYS)
+def test_another_model(far_apart, way):
+    """Nothing that was left out of the gradients of one model is added to those of the next."""
+
+    def train(optimizer):
+        model = make_model()
+        optimizer.setup(model)
+        for step in range(3):
+            x = np.random.RandomState(step).rand(4, 12).astype(np.float32)
+            optimizer.update(model, x + far_apart.rank, np.array([0, 1, 0, 1], np.int32))
+        return [each.array.tobytes() for each in model.params()]
+
+    optimizer = create_multi_node_optimizer(optimizers.SGD(), far_apart, compression=WAYS[way]())
+    assert train(optimizer) == train(optimizer)
+
+
 @pytest.mark.parametrize("kind", ["shared_memory", "flat"])
 @pytest.mark.parametrize("way", [*WAYS, "SparseRows"])
 def test_an_update_without_any_gradient(way, kind):

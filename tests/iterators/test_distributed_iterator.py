@@ -125,6 +125,19 @@ def test_the_size_of_batches_may_grow(comm, kind):
         assert (ours.epoch, ours.current_position) == (theirs.epoch, theirs.current_position)
 
 
+@pytest.mark.parametrize("kind", [iterators.SerialIterator, iterators.MultithreadIterator])
+def test_another_dataset(comm, kind):
+    """Batches are of the dataset that was set last, in the same order; Chainer's iterators may have read ahead."""
+    iterator = DistributedIterator(range(40), 2, comm, shuffle=False, make_iterator=kind)
+    next(iterator)
+    iterator.dataset = range(100, 140)
+    assert iterator.dataset == range(100, 140)
+    start = 100 + 2 * (comm.size + comm.rank)
+    assert next(iterator) == [start, start + 1]
+    with pytest.raises(ValueError, match="the dataset has 3 samples, and the one of this iterator has 40"):
+        iterator.dataset = range(3)
+
+
 @given(data=st.data())
 def test_a_resume_at_another_size_goes_on_with_what_is_left(comm, groups, data):
     """Whatever the sizes and batch sizes before and after, each epoch has each sample once."""
