@@ -25,8 +25,12 @@ _FEW_FOR_THREADS = 1 << 16
 _FEW_ROWS = 12
 # From so many rows and columns of the product on it is faster in one thread, too.
 _MANY_ROWS, _MANY_COLUMNS = 128, 2048
-# Each size of a product of a transposed first matrix from which OpenBLAS is faster in one thread without AVX-512.
-_LARGE_WITHOUT_AVX512 = 256
+# Without AVX-512, oneDNN takes up to two and a half times as long as OpenBLAS where it multiplies up to so many rows by
+# matrices whose rows are a multiple of so many values apart, and so conflict in the cache; it does not copy them first.
+_NOT_COPIED, _CONFLICT = 512, 256
+# Nor does it copy transposed matrices, unless the product is large, in which case few summands do not pay for OpenBLAS's
+# copies. Of many summands, both are as fast.
+_LARGE, _FEW_SUMMANDS, _MANY_SUMMANDS = 512, 256, 8192
 
 
 @kept
@@ -51,7 +55,7 @@ def multiply(a: Array, b: Array, bias: Array | None = None) -> Array:
     """
     a, b = _matrices(a), _matrices(b)
     y = np.empty((*a.shape[:-1], b.shape[-1]), np.float32)
-    if a.ndim == 2 and bias is None and _is_for_openblas(a, y):  # noqa: PLR2004 - matrices
+    if a.ndim == 2 and bias is None and _is_for_openblas(a, b):  # noqa: PLR2004 - matrices
         np.matmul(a, b, out=y)
     elif a.ndim == 2 and _is_for_sgemm(a, b, bias):  # noqa: PLR2004 - matrices
         if bias is not None:
@@ -63,10 +67,16 @@ def multiply(a: Array, b: Array, bias: Array | None = None) -> Array:
     return y
 
 
-def _is_for_openblas(a: Array, y: Array) -> bool:
-    """Return whether NumPy's BLAS multiplies two matrices faster than oneDNN, which is slow for the transposed. Local."""
-    is_large = min(*y.shape, a.shape[1]) >= _LARGE_WITHOUT_AVX512 and matrix_order(a)[0] == b"T"
-    return is_large and n_threads() == 1 and not library().has_avx512()
+def _is_for_openblas(a: Array, b: Array) -> bool:
+    """Return whether NumPy's BLAS multiplies two matrices faster than oneDNN. Local."""
+    if n_threads() > 1 or library().has_avx512():
+        return False
+    m, k = a.shape
+    if matrix_order(a)[0] == b"T":
+        is_large = min(m, b.shape[1]) >= _LARGE
+        return bool((_FEW_SUMMANDS if is_large else 0) <= k < _MANY_SUMMANDS)
+    kind, step = matrix_order(b)
+    return kind == b"N" and step % _CONFLICT == 0 and m <= _NOT_COPIED
 
 
 def _is_for_sgemm(a: Array, b: Array, bias: Array | None) -> bool:
@@ -86,8 +96,11 @@ def multiply_into(a: Array, b: Array, y: Array, *, adds: bool = False) -> None:
         adds: Whether the product is added to the values of ``y``.
     """
     if replacements.uses_onednn() and are_many(a, b):
-        multiply_matrices(_matrices(a), _matrices(b), y, adds=adds)
-    elif adds:
+        a, b = _matrices(a), _matrices(b)
+        if not _is_for_openblas(a, b):
+            multiply_matrices(a, b, y, adds=adds)
+            return
+    if adds:
         y += a @ b
     else:
         np.matmul(a, b, out=y)

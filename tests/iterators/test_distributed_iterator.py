@@ -134,7 +134,9 @@ def test_another_dataset(comm, kind):
     assert iterator.dataset == range(100, 140)
     start = 100 + 2 * (comm.size + comm.rank)
     assert next(iterator) == [start, start + 1]
-    with pytest.raises(ValueError, match="the dataset has 3 samples, and the one of this iterator has 40"):
+    with pytest.raises(
+        ValueError, match="the dataset has 3 samples, and the one of this iterator has 40"
+    ):
         iterator.dataset = range(3)
 
 

@@ -35,10 +35,9 @@ def test_products(stack, m, k, n, data):
     many = data.draw(
         st.sampled_from([1, 1 << 20])
     )  # a product of many rows and columns, or of fewer
-    few = mock.patch.multiple(
-        matrices, _MANY_ROWS=many, _MANY_COLUMNS=many, _LARGE_WITHOUT_AVX512=many
-    )
-    with few:
+    few = mock.patch.multiple(matrices, _MANY_ROWS=many, _MANY_COLUMNS=many)
+    for_openblas = mock.patch.object(matrices, "_is_for_openblas", return_value=many == 1)
+    with few, for_openblas:
         found = matrices.multiply(a, b, bias)
     np.testing.assert_allclose(found, expected, 1e-4, 1e-4)
     assert found.flags.c_contiguous
