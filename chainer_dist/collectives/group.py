@@ -1,4 +1,4 @@
-"""A group of ranks: their numbers and nodes, how the group is split, and how it is finalized."""
+"""A group of ranks: their numbers and nodes, its configuration, and how it is finalized."""
 
 from __future__ import annotations
 
@@ -138,32 +138,6 @@ class Group:
     def compares_freely(self) -> bool:
         """Whether :meth:`extremes` sends no message; the same on every rank."""
         return False
-
-    @operation.collective()
-    def split(self, color: int, key: int) -> Self | None:
-        """Split the group into one communicator for each color. Collective.
-
-        Args:
-            color: Color of this rank; ranks of equal color get one communicator. ``MPI.UNDEFINED`` leaves this
-                rank out.
-            key: Number by which the ranks are ordered in the new group; equal ones keep their order.
-
-        Returns:
-            A new communicator of the same kind and configuration, or None where left out.
-        """
-        from mpi4py import MPI
-
-        part = self.mpi_comm.Split(color, key)
-        if part == MPI.COMM_NULL:
-            return None
-        if type(self).__init__ is Group.__init__:
-            child = type(self).__new__(type(self))
-            child._adopt(cast("MPI.Intracomm", part))  # noqa: SLF001 - of the same class
-        else:  # a user's class may set more attributes; ChainerMN calls its constructor in this way
-            child = type(self)(mpi_comm=cast("MPI.Intracomm", part))
-            part.Free()
-        child._configs.update(self._configs)  # noqa: SLF001 - of the same class
-        return child
 
     def derived(self, name: str, make: Callable[[], Made], free: Callable[[Made], object]) -> Made:
         """Return an object that belongs to this group, and is made by the first call. Collective at first.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import chainer
 import numpy as np
@@ -67,7 +67,17 @@ class CommunicatorBase(ArrayCommunicator):
             if color != MPI.UNDEFINED:
                 color = checked_count("color", color, 0, _END)
             key = checked_count("key", key, -_END, _END)
-        return super().split(color, key)
+        part = self.mpi_comm.Split(color, key)
+        if part == MPI.COMM_NULL:
+            return None
+        if type(self).__init__ is CommunicatorBase.__init__:
+            child = type(self).__new__(type(self))
+            child._adopt(cast("MPI.Intracomm", part))  # noqa: SLF001 - of the same class
+        else:  # a user's class may set more attributes; ChainerMN calls its constructor in this way
+            child = type(self)(mpi_comm=cast("MPI.Intracomm", part))
+            part.Free()
+        child._configs.update(self._configs)  # noqa: SLF001 - of the same class
+        return child
 
     def background(self) -> Self:
         """Return a communicator over the same ranks for a thread beside the main one. Collective."""

@@ -39,15 +39,14 @@ def python(program, **environment):
     return done.stdout
 
 
-# Functions by which images, rows and sequences go, along every axis and in both orders of memory.
+# Functions by which images and rows go, along every axis and in both orders of memory.
 _COMMON = """
 import chainer, chainer.functions as F, numpy as np
-import chainer_dist.kernels as kernels
+import chainer_dist
 
 rng = np.random.RandomState(0)
 images = rng.standard_normal((4, 21, 40, 40)).astype("f")
 w, row = rng.standard_normal((9, 21, 3, 3)).astype("f"), np.ones(21, "f")
-kernels.use("onednn")
 for x in (images, np.ascontiguousarray(images.transpose(0, 2, 3, 1)).transpose(0, 3, 1, 2), images.reshape(84, -1)):
     functions = [F.relu, F.leaky_relu, F.elu, F.sigmoid, F.tanh]
     for axis in range(x.ndim):
@@ -58,7 +57,7 @@ for x in (images, np.ascontiguousarray(images.transpose(0, 2, 3, 1)).transpose(0
     for function in functions:
         variable = chainer.Variable(x)
         y = function(variable)
-        y.grad = x[tuple(map(slice, y.shape))].copy() if y.shape != x.shape else x
+        y.grad = np.ones_like(y.array)
         y.backward()
 """
 
