@@ -62,15 +62,14 @@ def _backward_data(geometry: Geometry) -> Operation:
 
 @kept
 def _backward_weights(geometry: Geometry) -> Operation:
-    x, y = Layout.channels_last(geometry.x), Layout.channels_last(geometry.y)
-    weights = Layout.dense(geometry.weights())
-    inputs, outputs = [(SRC, _given(geometry)), (DIFF_DST, y)], [(DIFF_WEIGHTS, weights)]
+    inputs = [(SRC, _given(geometry)), (DIFF_DST, Layout.channels_last(geometry.y))]
+    outputs = [(DIFF_WEIGHTS, Layout.dense(geometry.weights()))]
     # With channels last, it takes up to four times as long on processors without AVX-512.
     any_layouts = geometry.window.groups == 1 and not library().has_avx512()
-    if any_layouts:
-        x, y = x.anyhow(), y.anyhow()
-    forward = Description("convolution_forward", geometry.forward(any_layouts=any_layouts))
-    parameters = [DIRECT, x, weights.anyhow(), None, y, *geometry.sizes(), forward]
+    forward = geometry.forward(any_layouts=any_layouts)
+    _, algorithm, x, weights, _, y, *sizes = forward
+    hint = Description("convolution_forward", forward)
+    parameters = [algorithm, x, weights, None, y, *sizes, hint]
     return Operation("convolution_backward_weights", parameters, inputs, outputs)
 
 
@@ -126,12 +125,10 @@ def convolve(
         rows = multiply(seen, w.reshape(w.shape[:2]).T, b)
         product: Array = layouts.to_second(rows.reshape(len(x), *y_sizes, len(w)))
         return product
-    y_shape = (x.shape[0], w.shape[0], *y_sizes)
-    if not is_dense and winograd.suits(x.shape, w.shape, y_shape, window):
-        finite = winograd.convolve(x, w, b, y_sizes, window.pad)
-        if finite is not None:
-            return finite
-    y = layouts.empty(y_shape)
+    y = None if is_dense else winograd.convolve(x, w, b, y_sizes, window)
+    if y is not None:
+        return y
+    y = layouts.empty((x.shape[0], w.shape[0], *y_sizes))
     geometry = Geometry(x.shape, w.shape, y.shape, window, is_dense)
     bias = () if b is None else (np.ascontiguousarray(b),)
     _forward(geometry, b is not None)(x, np.ascontiguousarray(w), *bias, y)
@@ -155,20 +152,18 @@ def transposed(
         window: Stride, padding, dilation and groups.
     """
     y = layouts.channels_last(y)
+    x = winograd.transposed(y, w, b, x_sizes, window)
+    if x is not None:
+        return x
     if _is_product(window, x_sizes, w.shape[2:], y.shape[2:]):
         rows = multiply(layouts.rows(y), w.reshape(w.shape[:2]))
-        x: Array = layouts.to_second(rows.reshape(len(y), *y.shape[2:], w.shape[1]))
+        x = layouts.to_second(rows.reshape(len(y), *y.shape[2:], w.shape[1]))
         if x.shape[2:] != tuple(x_sizes):
             product = layouts.to_last(x)
             x = layouts.to_second(np.zeros((len(y), *x_sizes, w.shape[1]), np.float32))
             _seen(x, y.shape[2:], window)[...] = product
     else:
-        x_shape = (y.shape[0], w.shape[1] * window.groups, *x_sizes)
-        if winograd.suits(x_shape, w.shape, y.shape, window):
-            finite = winograd.transposed(y, w, b, x_sizes, window.pad)
-            if finite is not None:
-                return finite
-        x = layouts.empty(x_shape)
+        x = layouts.empty((y.shape[0], w.shape[1] * window.groups, *x_sizes))
         geometry = Geometry(x.shape, w.shape, y.shape, window)
         _backward_data(geometry)(y, np.ascontiguousarray(w), x)
     if b is not None:
@@ -195,12 +190,10 @@ def gradient_of_weights(
     if not is_dense and _is_product(window, x.shape[2:], w_sizes, y.shape[2:]):
         seen = _seen(x, y.shape[2:], window).reshape(-1, x.shape[1])
         return multiply(layouts.rows(y).T, seen).reshape(y.shape[1], x.shape[1], *w_sizes)
-    w_shape = (y.shape[1], x.shape[1] // window.groups, *w_sizes)
-    if not is_dense and winograd.suits(x.shape, w_shape, y.shape, window, gradient=True):
-        finite = winograd.gradient_of_weights(x, y, window.pad)
-        if finite is not None:
-            return finite
-    w = np.empty(w_shape, np.float32)
+    w = None if is_dense else winograd.gradient_of_weights(x, y, w_sizes, window)
+    if w is not None:
+        return w
+    w = np.empty((y.shape[1], x.shape[1] // window.groups, *w_sizes), np.float32)
     geometry = Geometry(x.shape, w.shape, y.shape, window, is_dense)
     _backward_weights(geometry)(x, y, w)
     return w

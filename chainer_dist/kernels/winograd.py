@@ -168,8 +168,14 @@ def _transform(
     return values.reshape(_N_PRODUCTS, -1, channels)
 
 
-def suits(
-    x: Sequence[int], w: Sequence[int], y: Sequence[int], window: Window, *, gradient: bool = False
+def _tiles(sizes: Sequence[int]) -> tuple[int, int]:
+    """Return how many rows and columns of tiles cover an output of some height and width. Local."""
+    height, width = sizes
+    return -(-height // _TILE), -(-width // _TILE)
+
+
+def _suits(
+    x: Sequence[int], w: Sequence[int], y: Sequence[int], window: Window, *, fewest: int
 ) -> bool:
     """Return whether a convolution can be computed in this way, and is faster so. Local.
 
@@ -178,7 +184,7 @@ def suits(
         w: Shape of the weights, ``(out_c, c, height, width)``.
         y: Shape of the output.
         window: Stride, padding, dilation and groups.
-        gradient: Whether the gradient with respect to the weights is meant.
+        fewest: The fewest channels for which it is faster.
     """
     if tuple(w[2:]) != (_WINDOW, _WINDOW) or window.groups != 1 or w[0] * w[1] > _MOST_PAIRS:
         return False
@@ -187,47 +193,46 @@ def suits(
     if any(b != a + 2 * pad - _WINDOW + 1 for a, b, pad in zip(x[2:], y[2:], window.pad)):
         return False
     (rows, columns), positions = _tiles(y[2:]), y[2] * y[3]
-    fewest = _FEWEST_CHANNELS_OF_GRADIENT if gradient else _FEWEST_CHANNELS
     are_many = w[0] * w[1] * positions >= fewest * (w[0] + w[1]) * rows * columns * _TILE**2
     return are_many and y[0] * positions >= _FEWEST_POSITIONS
 
 
-def _tiles(sizes: Sequence[int]) -> tuple[int, int]:
-    """Return how many rows and columns of tiles cover an output of some height and width. Local."""
-    height, width = sizes
-    return -(-height // _TILE), -(-width // _TILE)
-
-
 def convolve(
-    x: Array, w: Array, b: Array | None, y_sizes: Sequence[int], pad: Sequence[int]
+    x: Array, w: Array, b: Array | None, y_sizes: Sequence[int], window: Window
 ) -> Array | None:
-    """Return a convolution as a new array with channels last in memory, or None if it is not finite. Local.
+    """Return a convolution as a new array with channels last, or None if it is to be computed directly. Local.
 
     Args:
-        x: Input of shape ``(n, c, height, width)``, float32, with channels last in memory.
-        w: Weights of shape ``(out_c, c, 3, 3)``, float32.
+        x: Input of shape ``(n, c, sizes...)``, float32, with channels last in memory.
+        w: Weights of shape ``(out_c, c / groups, sizes...)``, float32.
         b: Biases of shape ``(out_c,)``, float32; None for zeros.
-        y_sizes: Height and width of the output.
-        pad: Rows and columns of zeros around the input, at most 2.
+        y_sizes: Sizes of the output, without batch and channels.
+        window: Stride, padding, dilation and groups.
     """
+    y_shape = (x.shape[0], w.shape[0], *y_sizes)
+    if not _suits(x.shape, w.shape, y_shape, window, fewest=_FEWEST_CHANNELS):
+        return None
     weights = _transformed_weights(w, _TO_WEIGHTS)
-    return _convolve(x, weights.transpose(0, 2, 1), b, y_sizes, pad)
+    return _convolve(x, weights.transpose(0, 2, 1), b, y_sizes, window.pad)
 
 
 def transposed(
-    y: Array, w: Array, b: Array | None, x_sizes: Sequence[int], pad: Sequence[int]
+    y: Array, w: Array, b: Array | None, x_sizes: Sequence[int], window: Window
 ) -> Array | None:
-    """Return a transposed convolution as a new array with channels last, or None if it is not finite. Local.
+    """Return a transposed convolution, likewise. Local.
 
     Args:
-        y: Input of shape ``(n, c, height, width)``, float32, with channels last in memory.
-        w: Weights of shape ``(c, out_c, 3, 3)``, float32.
+        y: Input of shape ``(n, c, sizes...)``, float32, with channels last in memory.
+        w: Weights of shape ``(c, out_c / groups, sizes...)``, float32.
         b: Biases of shape ``(out_c,)``, float32; None for zeros.
-        x_sizes: Height and width of the output.
-        pad: Rows and columns that the output lacks on each side, at most 2.
+        x_sizes: Sizes of the output, without batch and channels.
+        window: Stride, padding, dilation and groups.
     """
+    x_shape = (y.shape[0], w.shape[1] * window.groups, *x_sizes)
+    if not _suits(x_shape, w.shape, y.shape, window, fewest=_FEWEST_CHANNELS):
+        return None
     weights = _transformed_weights(w, _TO_FLIPPED_WEIGHTS)
-    return _convolve(y, weights, b, x_sizes, [_WINDOW - 1 - each for each in pad])
+    return _convolve(y, weights, b, x_sizes, [_WINDOW - 1 - each for each in window.pad])
 
 
 def _transformed_weights(w: Array, matrix: Array) -> Array:
@@ -241,7 +246,7 @@ def _transformed_weights(w: Array, matrix: Array) -> Array:
 def _convolve(
     x: Array, weights: Array, b: Array | None, y_sizes: Sequence[int], pad: Sequence[int]
 ) -> Array | None:
-    """Return what :func:`convolve` does, by transformed weights of shape ``(36, c, out_c)``. Local."""
+    """Return a convolution by transformed weights of shape ``(36, c, out_c)``, or None if it is not finite. Local."""
     n, (_, c, out_c) = len(x), weights.shape
     tiles = _tiles(y_sizes)
     images, y = layouts.to_last(x), np.empty((n, *y_sizes, out_c), np.float32)
@@ -262,24 +267,27 @@ def _convolve(
         return layouts.to_second(y) if np.isfinite(y.sum()) else None
 
 
-def gradient_of_weights(x: Array, y: Array, pad: Sequence[int]) -> Array | None:
-    """Return the gradient with respect to the weights, C-contiguous, or None if it is not finite. Local.
+def gradient_of_weights(x: Array, y: Array, w_sizes: Sequence[int], window: Window) -> Array | None:
+    """Return the gradient with respect to the weights, C-contiguous, or None if it is to be computed directly. Local.
 
     Args:
-        x: Input of the convolution, of shape ``(n, c, height, width)``, float32, with channels last in memory.
-        y: Gradient with respect to its output, of shape ``(n, out_c, height, width)``, likewise.
-        pad: Rows and columns of zeros around the input, at most 2.
+        x: Input of the convolution, of shape ``(n, c, sizes...)``, float32, with channels last in memory.
+        y: Gradient with respect to its output, of shape ``(n, out_c, sizes...)``, likewise.
+        w_sizes: Sizes of the weights, without channels.
+        window: Stride, padding, dilation and groups.
     """
-    out_c, c = y.shape[1], x.shape[1]
+    shape = (y.shape[1], x.shape[1] // window.groups, *w_sizes)
+    if not _suits(x.shape, shape, y.shape, window, fewest=_FEWEST_CHANNELS_OF_GRADIENT):
+        return None
     tiles = _tiles(y.shape[2:])
     images, gradients = layouts.to_last(x), layouts.to_last(y)
     with np.errstate(over="ignore", invalid="ignore"):
-        products = _products(images, gradients, tiles, pad)
+        products = _products(images, gradients, tiles, window.pad)
         total = next(products)
         for product in products:
             total += product
         w = multiply(total.reshape(_N_PRODUCTS, -1).T, _TO_WEIGHTS)
-        return w.reshape(out_c, c, _WINDOW, _WINDOW) if np.isfinite(w.sum()) else None
+        return w.reshape(shape) if np.isfinite(w.sum()) else None
 
 
 def _products(
