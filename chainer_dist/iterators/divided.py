@@ -22,7 +22,7 @@ class DividedIterator(Iterator):  # type: ignore[misc]  # Chainer has no types
 
     For iterators that have an order of their own, such as streams of a text whose states go on from batch
     to batch. Side by side, in the order of rank, the shares are the batch. Epochs and all other
-    attributes are the wrapped iterator's.
+    attributes are the wrapped iterator's, of whose batches all ranks together have one. They can be set, on every rank.
 
     Args:
         actual_iterator: Yields equal batches on all ranks, each a list.
@@ -32,6 +32,11 @@ class DividedIterator(Iterator):  # type: ignore[misc]  # Chainer has no types
     Raises:
         ValueError: Raised by ``next()`` on every rank, if a batch cannot be shared out equally, or differs.
     """
+
+    actual_iterator: Any
+    is_drawing: bool  # whether the wrapped iterator is being asked
+    _comm: CommunicatorBase
+    _fingerprint: Callable[[Any], str]
 
     def __init__(
         self,
@@ -43,7 +48,7 @@ class DividedIterator(Iterator):  # type: ignore[misc]  # Chainer has no types
         self.actual_iterator = actual_iterator
         self._comm = comm
         self._fingerprint = fingerprint
-        self.is_drawing = False  # whether the wrapped iterator is being asked
+        self.is_drawing = False
 
     def __next__(self) -> Any:
         """Return this rank's share of the next batch. Collective."""
@@ -81,15 +86,6 @@ class DividedIterator(Iterator):  # type: ignore[misc]  # Chainer has no types
             )
         return batch[comm.rank * share : (comm.rank + 1) * share]
 
-    @property
-    def batch_size(self) -> Any:
-        """The wrapped iterator's, of all ranks together; can be set, on every rank."""
-        return self.actual_iterator.batch_size
-
-    @batch_size.setter
-    def batch_size(self, batch_size: int) -> None:
-        self.actual_iterator.batch_size = batch_size
-
     def next(self) -> Any:
         """Return this rank's share of the next batch. Collective; the same as ``next(iterator)``."""
         return self.__next__()
@@ -112,3 +108,9 @@ class DividedIterator(Iterator):  # type: ignore[misc]  # Chainer has no types
         if name == "actual_iterator":  # while being unpickled
             raise AttributeError(name)
         return getattr(self.actual_iterator, name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in DividedIterator.__annotations__:
+            super().__setattr__(name, value)
+        else:
+            setattr(self.actual_iterator, name, value)

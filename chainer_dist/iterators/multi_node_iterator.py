@@ -39,14 +39,20 @@ class MultiNodeIterator(Iterator):  # type: ignore[misc]  # Chainer has no types
     communication, and whatever a rank has loaded, from the next batch on it is where the master is.
     """
 
+    communicator: CommunicatorBase
+    rank_master: int
+    actual_iterator: Any  # None on all ranks but the master
+    _known: dict[str, Any]  # on the other ranks: attributes, "epoch_size", "order"
+    _sent_order: Any  # on the master: the order that the others have
+
     def __init__(
         self, actual_iterator: Any, communicator: CommunicatorBase, rank_master: int
     ) -> None:
         self.communicator = communicator
         self.rank_master = rank_master
-        self.actual_iterator: Any = actual_iterator if communicator.rank == rank_master else None
-        self._known: dict[str, Any] = {}  # on the other ranks: attributes, "epoch_size", "order"
-        self._sent_order: Any = _NOT_SENT  # on the master: the order that the others have
+        self.actual_iterator = actual_iterator if communicator.rank == rank_master else None
+        self._known = {}
+        self._sent_order = _NOT_SENT
         self._share(self._check)
 
     def _check(self) -> None:
@@ -62,17 +68,6 @@ class MultiNodeIterator(Iterator):  # type: ignore[misc]  # Chainer has no types
     def next(self) -> Any:
         """Return the next batch. Collective; the same as ``next(iterator)``."""
         return self.__next__()
-
-    @property
-    def batch_size(self) -> Any:
-        """The master's; can be set, on every rank, where the iterator of the master takes it."""
-        return self.__getattr__("batch_size")
-
-    @batch_size.setter
-    def batch_size(self, batch_size: int) -> None:
-        if self.actual_iterator is not None:
-            self.actual_iterator.batch_size = batch_size
-        self._known["batch_size"] = batch_size
 
     def reset(self) -> None:
         """Go back to the beginning. Collective."""
@@ -170,6 +165,14 @@ class MultiNodeIterator(Iterator):  # type: ignore[misc]  # Chainer has no types
             else name
         )
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in MultiNodeIterator.__annotations__:
+            super().__setattr__(name, value)
+        elif self.actual_iterator is not None:
+            setattr(self.actual_iterator, name, value)
+        elif name in _ATTRIBUTES:
+            self._known[name] = value
+
 
 def create_multi_node_iterator(
     actual_iterator: Any, communicator: CommunicatorBase, rank_master: int = 0
@@ -184,7 +187,7 @@ def create_multi_node_iterator(
     arrays of any dtype and shape, or whatever else can be pickled. ``epoch``,
     ``current_position``, ``epoch_detail``, ``previous_epoch_detail``, ``is_new_epoch``,
     ``batch_size`` and ``repeat`` are the master's on all ranks. Anything else the iterator has is
-    on the master alone.
+    on the master alone. An attribute that is set, on every rank, is set on the master's iterator.
 
     ``next()`` and ``reset()`` are collective: all ranks call them in step, as they do with a
     Trainer. ``serialize()`` and ``finalize()`` are local. Any rank can save: in a snapshot of the

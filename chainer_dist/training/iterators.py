@@ -243,6 +243,16 @@ class _PassesOn:
         self._served_by.batch_size = batch_size * self._shared_by
         vars(self)["batch_size"] = batch_size
 
+    @property
+    def dataset(self) -> Any:
+        """The whole dataset."""
+        return vars(self)["dataset"]
+
+    @dataset.setter
+    def dataset(self, dataset: Any) -> None:
+        self._served_by.dataset = dataset
+        vars(self)["dataset"] = dataset
+
     current_position = _passed_on("current_position")
     epoch = _passed_on("epoch")
     epoch_detail = _passed_on("epoch_detail")

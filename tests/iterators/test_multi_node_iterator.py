@@ -91,6 +91,16 @@ def test_the_size_of_batches_may_grow(comm):
     assert iterator.batch_size == 3
 
 
+def test_another_dataset(comm):
+    """What is set is set on the master's iterator, and is no attribute of the others."""
+    mine = iterators.SerialIterator(range(4), 2, shuffle=False) if comm.rank == 0 else None
+    iterator = create_multi_node_iterator(mine, comm)
+    assert next(iterator) == [0, 1]
+    iterator.dataset = range(10, 14)
+    assert next(iterator) == [12, 13]
+    assert hasattr(iterator, "dataset") == (comm.rank == 0)
+
+
 @given(
     n=st.integers(1, 20),
     batch_size=st.integers(1, 25),

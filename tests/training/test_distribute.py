@@ -349,6 +349,27 @@ def test_an_order_of_the_scripts_own(comm, out):
 def test_batches_that_grow(comm, out, sampler, whose):
     """A script may set the batch size amid training, as it may with Chainer's iterators."""
 
+    def grow(iterator):
+        iterator.batch_size *= 2
+
+    assert_changed_alike(comm, out, sampler, whose, grow)
+
+
+@pytest.mark.usefixtures("float64")
+@pytest.mark.parametrize("sampler", [None, backwards])
+@pytest.mark.parametrize("whose", ["script", "updater"])
+def test_another_dataset(comm, out, sampler, whose):
+    """So it may the dataset."""
+
+    def change(iterator):
+        iterator.dataset = [(-x, t) for x, t in iterator.dataset]
+
+    assert_changed_alike(comm, out, sampler, whose, change)
+
+
+def assert_changed_alike(comm, out, sampler, whose, change):
+    """Change the iterator amid training, and compare the parameters with those of one process."""
+
     def run(batch_size, distributed):
         np.random.seed(3)
         data = make_data(N, dtype=np.float64)
@@ -356,12 +377,12 @@ def test_batches_that_grow(comm, out, sampler, whose):
         iterator = iterators.SerialIterator(data, batch_size, **order)
         model = make_model(lazy=False)
         trainer = make_trainer(iterator, model, out, stop=(7, "iteration"))
-
-        def grow(trainer):
-            mine = iterator if whose == "script" else trainer.updater.get_iterator("main")
-            mine.batch_size *= 2
-
-        trainer.extend(grow, trigger=(3, "iteration"))
+        trainer.extend(
+            lambda trainer: change(
+                iterator if whose == "script" else trainer.updater.get_iterator("main")
+            ),
+            trigger=(3, "iteration"),
+        )
         if distributed:
             chainer_dist.distribute(trainer, comm)
         trainer.run()
