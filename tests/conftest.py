@@ -32,9 +32,13 @@ hypothesis.settings.load_profile("ranks")
 
 
 def pytest_addoption(parser):
-    """Add a way to ask for all cases of all tests."""
+    """Add a way to ask for all cases of all tests, or for fewer."""
     parser.addoption(
-        "--all-cases", action="store_true", help="share no cases out between 3 and 4 ranks"
+        "--cases-of",
+        type=int,
+        default=RANKS,
+        metavar="RANKS",
+        help="run the cases that this number of ranks has, of which 3 and 4 share them (1 or 2: all)",
     )
 
 
@@ -43,14 +47,14 @@ def pytest_collection_modifyitems(config, items):
 
     So are tests for one process on several ranks, and on 3 and on 4 ranks the cases of the other number.
     """
+    cases_of = config.getoption("--cases-of")
     missing = [name for name in ("torch", "mlflow") if not importlib.util.find_spec(name)]
     if RANKS > 1:
         missing.append("mpi_skip")
-    share = RANKS in {3, 4} and not config.getoption("--all-cases")
     left_out = [
         item
         for item in items
-        if any(map(item.get_closest_marker, missing)) or (share and not is_for(RANKS, item))
+        if any(map(item.get_closest_marker, missing)) or not is_for(cases_of, item)
     ]
     config.hook.pytest_deselected(items=left_out)
     left_out = set(left_out)
@@ -58,11 +62,13 @@ def pytest_collection_modifyitems(config, items):
 
 
 def is_for(ranks, item):
-    """Return whether a case of a test is for 3 or for 4 ranks; one process and 2 ranks have all cases.
+    """Return whether a number of ranks has a case of a test; one process and 2 ranks have all, 3 and 4 share them.
 
-    Every case is for one of the two, and both have every value of each of several parameters. Both have all cases
+    Every case is for one of these two, and both have every value of each of several parameters. Both have all cases
     where they differ most: on several nodes, and of each kind of communicator.
     """
+    if ranks not in {3, 4}:
+        return True
     indices = dict(item.callspec.indices) if hasattr(item, "callspec") else {}
     for mark in item.iter_markers("parametrize"):
         names = mark.args[0].split(",") if isinstance(mark.args[0], str) else mark.args[0]

@@ -308,6 +308,7 @@ def test_three_and_four_ranks_share_cases(name):
     kinds = [case(0, 0), case(0, 0, any_comm=1)]
     assert is_for(3, kinds[0]) != is_for(3, kinds[1])
     assert all(is_for(ranks, case(*each, "a node each")) for ranks in (3, 4) for each in cases)
+    assert all(is_for(ranks, case(*each)) for ranks in (1, 2, 5) for each in cases)
 
 
 def run_runner(folder, text, *arguments, options=()):
