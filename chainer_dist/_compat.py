@@ -8,6 +8,7 @@ it, because ``chainer_dist.pth`` loads it by its location (see ``_startup.py``).
 from __future__ import annotations
 
 import atexit
+import builtins
 import contextlib
 import importlib
 import json
@@ -91,6 +92,7 @@ def prepare_chainer() -> None:
     stub.check = lambda: None  # type: ignore[attr-defined]
     sys.modules[stub.__name__] = stub
     restore_numpy_names()
+    _import_scipy_later()
 
 
 def _forget_failed_import() -> None:
@@ -117,8 +119,43 @@ def restore_numpy_names() -> None:
     )
 
 
+class _Later(ModuleType):
+    """SciPy or a module of it, in Chainer's modules, which is imported when one of its names is used."""
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        if self.__name__ == "scipy":
+            return _Later(f"scipy.{name}")
+        return getattr(importlib.import_module(self.__name__), name)
+
+
+def _import_scipy_later() -> None:
+    """Leave SciPy out of Chainer's import, half of whose time it takes, where few programs use it."""
+    from importlib import util
+
+    python = builtins.__import__
+    if "scipy" in sys.modules or not util.find_spec("scipy") or python.__module__ == __name__:
+        return
+
+    def import_but_scipy(name: str, variables: Any = None, *args: Any, **kwargs: Any) -> Any:
+        importer = variables.get("__name__") if variables else None
+        if name.partition(".")[0] == "scipy" and str(importer).startswith("chainer."):
+            return _Later("scipy")
+        return python(name, variables, *args, **kwargs)
+
+    import_but_scipy.__wrapped__ = python  # type: ignore[attr-defined]
+    builtins.__import__ = import_but_scipy  # type: ignore[assignment]
+
+
+def _import_at_once() -> None:
+    if builtins.__import__.__module__ == __name__:
+        builtins.__import__ = builtins.__import__.__wrapped__  # type: ignore[attr-defined]
+
+
 def patch_chainer(chainer: Any) -> None:
     """Replace what imports but does not run (``Categorical.log_prob`` on NumPy 2), or does not end."""
+    _import_at_once()
     if _numpy_version() >= (2, 0):
         chainer.distributions.Categorical.log_prob = _categorical_log_prob
     _raise_errors_of_workers(chainer.iterators.multiprocess_iterator)

@@ -129,6 +129,59 @@ assert "mpi4py.MPI" not in sys.modules
 
 
 @pytest.mark.mpi_skip
+def test_scipy_is_imported_when_it_is_used(installed):
+    """Chainer's import leaves SciPy out; the functions that need it find it, and it is SciPy's own."""
+    pytest.importorskip("scipy")
+    installed.check(
+        """
+        import builtins, sys
+        python = builtins.__import__
+        import chainer, numpy as np
+        import chainer.functions as F
+        assert builtins.__import__ is python
+        assert not [name for name in sys.modules if name.partition(".")[0] == "scipy"]
+        x = np.linspace(0.1, 0.9, 5)
+        found = [function(x).array for function in (F.erfinv, F.erfcx, F.ndtri, F.lgamma)]
+        scale = np.array([[[2, 0], [1, 3]]], np.float32)
+        mean, at = np.zeros((1, 2), np.float32), np.ones((1, 2), np.float32)
+        likelihood = chainer.distributions.MultivariateNormal(mean, scale_tril=scale).log_prob(at).array
+        sparse = chainer.utils.to_coo(np.eye(3, dtype=np.float32))
+        product = F.sparse_matmul(sparse, np.full((3, 2), 2, np.float32)).array
+        assert chainer.datasets.svhn._scipy_available
+        from scipy import special, stats
+        assert type(sys.modules["scipy"]) is type(sys)
+        for function, values in zip((special.erfinv, special.erfcx, special.ndtri, special.gammaln), found):
+            np.testing.assert_array_equal(values, function(x))
+        covariance = scale[0] @ scale[0].T
+        expected = stats.multivariate_normal(np.zeros(2), covariance).logpdf(np.ones(2))
+        np.testing.assert_allclose(likelihood, [expected], rtol=1e-5)
+        np.testing.assert_array_equal(product, np.full((3, 2), 2))
+        """
+    )
+
+
+@pytest.mark.mpi_skip
+def test_without_scipy(installed):
+    """Chainer's own words say so, and SciPy that is there already is taken as it is."""
+    code = """
+        import sys
+        {first}
+        import chainer.functions as F, numpy as np
+        from chainer.functions.math import erfinv
+        try:
+            F.erfinv(np.zeros(1))
+        except ImportError as error:
+            print("missing:", error)
+        else:
+            print(erfinv.special is sys.modules["scipy.special"])
+    """
+    missing = installed.check(code.format(first='sys.modules["scipy"] = None'))
+    assert missing.startswith("missing: SciPy is not available")
+    pytest.importorskip("scipy")
+    assert installed.check(code.format(first="import scipy")) == "True\n"
+
+
+@pytest.mark.mpi_skip
 def test_chainer_dist_first(installed, bare):
     """``import chainer_dist`` repairs Chainer with the .pth file and without it."""
     for interpreter in (installed, bare):
