@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from chainer_dist._proxy import Proxy
 from chainer_dist.collectives.calls import check_call
 from chainer_dist.optimizers.join import Join
 
@@ -15,7 +16,7 @@ if TYPE_CHECKING:
 __all__ = ["create_multi_node_updater"]
 
 
-class MultiNodeUpdater:
+class MultiNodeUpdater(Proxy, wraps="actual_updater"):
     """Wraps an updater for ranks whose datasets differ in length; see :func:`create_multi_node_updater`.
 
     Epochs are its own; all other attributes, read and set, are the wrapped updater's.
@@ -99,17 +100,6 @@ class MultiNodeUpdater:
         self.previous_epoch_detail = float(own("previous_epoch_detail", self.previous_epoch_detail))
         self._fraction = float(own("fraction", self._fraction))
         self._is_done = bool(own("is_done", self._is_done))
-
-    def __getattr__(self, name: str) -> Any:
-        if name == "actual_updater":  # while being unpickled
-            raise AttributeError(name)
-        return getattr(self.actual_updater, name)
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        if name in MultiNodeUpdater.__annotations__:
-            super().__setattr__(name, value)
-        else:
-            setattr(self.actual_updater, name, value)
 
 
 def create_multi_node_updater(

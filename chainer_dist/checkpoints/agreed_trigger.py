@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from chainer.training import triggers
 
+from chainer_dist._proxy import Proxy
 from chainer_dist.collectives.agreement import agree, digest
 from chainer_dist.serialization.target import RANK_FREE_ITERATORS
 from chainer_dist.updaters import MultiNodeUpdater
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
 __all__ = ["AgreedTrigger"]
 
 
-class AgreedTrigger:
+class AgreedTrigger(Proxy, wraps="actual_trigger"):
     """Wraps a trigger, and changes nothing but when it fires. Creating it is collective.
 
     Where the triggers of all ranks are known to fire together, it fires as they do. Triggers by time, or by
@@ -33,6 +34,11 @@ class AgreedTrigger:
         meet: Collective function that is called in each iteration with whether the trigger of this rank has
             fired. It returns, the same on every rank, whether rank 0's has, and whether to fire in any case.
     """
+
+    actual_trigger: Any
+    _meet: Callable[[bool], tuple[bool, bool]]
+    _wanted: bool
+    _exact: bool
 
     def __init__(
         self,
@@ -56,11 +62,6 @@ class AgreedTrigger:
         if agreed:
             self._wanted = False
         return (due and self._exact) or agreed or always
-
-    def __getattr__(self, name: str) -> Any:
-        if name == "actual_trigger":  # while being unpickled
-            raise AttributeError(name)
-        return getattr(self.actual_trigger, name)
 
 
 def _describe(trigger: Any, updater: Any) -> str | None:

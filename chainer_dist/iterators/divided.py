@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from chainer.dataset import Iterator
 
+from chainer_dist._proxy import Proxy
 from chainer_dist.collectives.agreement import agree, digest
 from chainer_dist.collectives.failures import describe_error, raise_first
 
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
 __all__ = ["DividedIterator"]
 
 
-class DividedIterator(Iterator):  # type: ignore[misc]  # Chainer has no types
+class DividedIterator(Proxy, Iterator, wraps="actual_iterator"):  # type: ignore[misc]  # Chainer has no types
     """Draws each batch on all ranks, and yields this rank's share of it.
 
     For iterators that have an order of their own, such as streams of a text whose states go on from batch
@@ -103,14 +104,3 @@ class DividedIterator(Iterator):  # type: ignore[misc]  # Chainer has no types
 
     def _name(self) -> str:
         return type(self.actual_iterator).__qualname__
-
-    def __getattr__(self, name: str) -> Any:
-        if name == "actual_iterator":  # while being unpickled
-            raise AttributeError(name)
-        return getattr(self.actual_iterator, name)
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        if name in DividedIterator.__annotations__:
-            super().__setattr__(name, value)
-        else:
-            setattr(self.actual_iterator, name, value)

@@ -11,6 +11,7 @@ from chainer import serializer as serializers
 from chainer.dataset import Iterator
 
 from chainer_dist import _chainer
+from chainer_dist._proxy import Proxy
 from chainer_dist.collectives.agreement import check_same
 from chainer_dist.collectives.calls import check_call
 from chainer_dist.collectives.failures import together
@@ -65,12 +66,15 @@ class SynchronizedSampler:
         return order
 
 
-class SynchronizedIterator(Iterator):  # type: ignore[misc]  # Chainer has no types
+class SynchronizedIterator(Proxy, Iterator, wraps="actual_iterator"):  # type: ignore[misc]  # Chainer has no types
     """Wraps an iterator; everything but the few names below is the wrapped iterator's own."""
 
+    actual_iterator: Any
+    communicator: CommunicatorBase
+
     def __init__(self, actual_iterator: Any, communicator: CommunicatorBase) -> None:
-        super().__setattr__("actual_iterator", actual_iterator)
-        super().__setattr__("communicator", communicator)
+        self.actual_iterator = actual_iterator
+        self.communicator = communicator
 
     def __next__(self) -> Any:
         return next(self.actual_iterator)
@@ -102,16 +106,6 @@ class SynchronizedIterator(Iterator):  # type: ignore[misc]  # Chainer has no ty
                     # The iterator loads the order into this array, or into a copy of it.
                     sampler.seed, sampler.resets, order.number = seed, resets, (resets, epochs)
         self.actual_iterator.serialize(serializer)
-
-    def __getattr__(self, name: str) -> Any:
-        try:
-            actual = self.__dict__["actual_iterator"]
-        except KeyError:  # while being unpickled
-            raise AttributeError(name) from None
-        return getattr(actual, name)
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        setattr(self.actual_iterator, name, value)
 
 
 def create_synchronized_iterator(

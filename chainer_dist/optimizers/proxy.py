@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import copy
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any
 
+from chainer_dist._proxy import Proxy
 from chainer_dist.optimizers.replicas import Replicas
 from chainer_dist.parameters import ParameterSet
 
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
 __all__ = ["OptimizerProxy"]
 
 
-class OptimizerProxy:
+class OptimizerProxy(Proxy, wraps="actual_optimizer"):
     """Passes all attributes read and set, but for its own, on to the optimizer that it wraps.
 
     Args:
@@ -37,15 +38,6 @@ class OptimizerProxy:
     communicator: CommunicatorBase | None
     zero_fill: bool
     _replicas: Replicas
-
-    # What is set on this object; every class declares its attributes, so that none is forgotten here.
-    _own: ClassVar[frozenset[str]] = frozenset()
-
-    def __init_subclass__(cls, **kwargs: Any) -> None:
-        super().__init_subclass__(**kwargs)
-        for kind in cls.__mro__:
-            declared = {*getattr(kind, "__annotations__", ()), *_settable(kind)}
-            cls._own = cls._own.union(declared)
 
     def __init__(
         self, actual_optimizer: Any, communicator: CommunicatorBase, zero_fill: bool
@@ -91,19 +83,6 @@ class OptimizerProxy:
             )
         return self.communicator
 
-    def __getattr__(self, name: str) -> Any:
-        try:
-            actual = self.__dict__["actual_optimizer"]
-        except KeyError:  # while being copied or unpickled
-            raise AttributeError(name) from None
-        return getattr(actual, name)
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        if name in self._own:
-            super().__setattr__(name, value)
-        else:
-            setattr(self.actual_optimizer, name, value)
-
     def __dir__(self) -> list[str]:
         return sorted({*super().__dir__(), *dir(self.actual_optimizer)})
 
@@ -128,12 +107,3 @@ class OptimizerProxy:
         state = self._copied_state()
         twin.__dict__.update({key: copy_one(value) for key, value in state.items()})
         return twin
-
-
-def _settable(kind: type) -> list[str]:
-    """Return the properties of a class that can be set."""
-    return [
-        name
-        for name, value in vars(kind).items()
-        if isinstance(value, property) and value.fset is not None
-    ]

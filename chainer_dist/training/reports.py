@@ -15,6 +15,7 @@ from chainer.training.extensions import _snapshot
 
 from chainer_dist import _chainer
 from chainer_dist._files import read_regular
+from chainer_dist._proxy import Proxy
 from chainer_dist.collectives.calls import is_communicator
 from chainer_dist.collectives.failures import together
 from chainer_dist.extensions.observation_aggregator import as_variable, mean_of_all, plain_value
@@ -111,8 +112,11 @@ def prepare_extensions(
         _add_averages(trainer, comm)
 
 
-class _Silent:
-    """An extension that another rank calls; its attributes can still be read."""
+class _Silent(Proxy, wraps="actual_extension"):
+    """An extension that another rank calls; its attributes are there as on that rank."""
+
+    actual_extension: Any
+    name: str
 
     def __init__(self, actual_extension: Any, name: str) -> None:
         self.actual_extension = actual_extension
@@ -130,14 +134,13 @@ class _Silent:
     def finalize(self) -> None:
         pass
 
-    def __getattr__(self, name: str) -> Any:
-        if name == "actual_extension":  # while being unpickled
-            raise AttributeError(name)
-        return getattr(self.actual_extension, name)
 
-
-class _Snapshot:
+class _Snapshot(Proxy, wraps="actual_extension"):
     """A snapshot that rank 0 saves, and that all ranks load; its names are as in one process."""
+
+    actual_extension: Any
+    _comm: CommunicatorBase
+    _before: Callable[[], None]
 
     def __init__(
         self, actual_extension: Any, comm: CommunicatorBase, before: Callable[[], None]
@@ -179,11 +182,6 @@ class _Snapshot:
     def finalize(self) -> None:
         # Where nothing is written, too: a writer with a queue has a thread or process from the beginning.
         self.actual_extension.finalize()
-
-    def __getattr__(self, name: str) -> Any:
-        if name == "actual_extension":  # while being unpickled
-            raise AttributeError(name)
-        return getattr(self.actual_extension, name)
 
 
 class _Average(extension.Extension):  # type: ignore[misc]  # Chainer has no types

@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 from chainer.training import triggers
 
+from chainer_dist._proxy import Proxy
+
 if TYPE_CHECKING:
     import chainer
 
@@ -57,8 +59,11 @@ def is_known(module: str) -> bool:
     return module.partition(".")[0] in ("chainer", "chainermn", "chainer_dist")
 
 
-class _RankZerosTrigger:
+class _RankZerosTrigger(Proxy, wraps="actual_trigger"):
     """Fires on all ranks when rank 0's trigger does; everything else is the wrapped trigger's own."""
+
+    actual_trigger: Any
+    _comm: CommunicatorBase
 
     def __init__(self, actual_trigger: Any, comm: CommunicatorBase) -> None:
         self.actual_trigger = actual_trigger
@@ -67,8 +72,3 @@ class _RankZerosTrigger:
     def __call__(self, trainer: chainer.training.Trainer) -> bool:
         due = bool(self.actual_trigger(trainer))
         return bool(self._comm.bcast_obj(due))
-
-    def __getattr__(self, name: str) -> Any:
-        if name == "actual_trigger":  # while being unpickled
-            raise AttributeError(name)
-        return getattr(self.actual_trigger, name)

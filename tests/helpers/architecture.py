@@ -23,6 +23,7 @@ LAYERS = [
         "_counts",
         "_environment",
         "_progress",
+        "_proxy",
         "_compat",
         "_startup",
         "_typing",

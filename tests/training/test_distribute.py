@@ -6,6 +6,7 @@ import io
 import json
 import random
 import warnings
+from pathlib import Path
 
 import chainer
 import chainer.functions as F
@@ -389,6 +390,38 @@ def assert_changed_alike(comm, out, sampler, whose, change):
         return parameters(model)
 
     np.testing.assert_allclose(run(2, True), run(2 * comm.size, False), rtol=1e-9, atol=1e-12)
+
+
+def test_extensions_are_set_as_ever(comm, out):
+    """What a script sets on a snapshot and on a trigger amid training counts, on rank 0 and on the others."""
+    trainer = make_trainer(
+        iterators.SerialIterator(make_data(N), 4), make_model(), out, stop=(4, "iteration")
+    )
+    trainer.extend(extensions.snapshot(filename="old"), name="snapshot", trigger=(4, "iteration"))
+    seen = []
+    due = SimpleTrigger()
+    trainer.extend(lambda trainer: seen.append(trainer.updater.iteration), name="seen", trigger=due)
+
+    def change(trainer):
+        trainer.get_extension("snapshot").filename = "new"
+        trainer._extensions["seen"].trigger.at = 4
+
+    trainer.extend(change, trigger=(2, "iteration"), priority=1000)
+    chainer_dist.distribute(trainer, comm)
+    trainer.run()
+    assert seen == [1, 4]
+    assert (Path(out) / "new").is_file()
+    assert not (Path(out) / "old").exists()
+
+
+class SimpleTrigger:
+    """Fires at one iteration, which can be set."""
+
+    at = 1
+
+    def __call__(self, trainer):
+        """Return whether it is time."""
+        return trainer.updater.iteration == self.at
 
 
 def test_several_iterators_and_optimizers(comm, out):
