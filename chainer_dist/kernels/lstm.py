@@ -10,10 +10,15 @@ from chainer.functions.rnn import n_step_lstm
 
 from chainer_dist.kernels import lstm_sequences, recurrent, replacements
 from chainer_dist.kernels.recurrent import ONE, Factors
-from chainer_dist.kernels.shared_library import n_threads
+from chainer_dist.kernels.shared_library import library, n_threads
 
 if TYPE_CHECKING:
     from chainer_dist.kernels.layouts import Array
+
+
+# Most sequences, and most units, for which oneDNN's primitive is faster than NumPy in one thread without AVX-512. It is
+# not for a single sequence, whose products are no slower in NumPy.
+_MOST_ROWS, _MOST_UNITS = 32, 512
 
 
 class LSTMLayer(recurrent.Layer):
@@ -27,21 +32,23 @@ class LSTMLayer(recurrent.Layer):
     def forward(self, inputs: tuple[Array, ...]) -> tuple[Array, ...]:
         """Compute all steps, by oneDNN's primitive where it can and is faster. Called by Chainer."""
         self._sequences = None
-        if not self._is_for_onednn():
-            return super().forward(inputs)
-        self.retain_inputs(tuple(range(len(inputs))))
         x, states, ws, bs = self._take(inputs)
         sizes = x.shape[1], states[0].shape[1]
+        if not self._is_for_onednn(*sizes):
+            return super().forward(inputs)
+        self.retain_inputs(tuple(range(len(inputs))))
         geometry = lstm_sequences.Geometry(len(self.times), self.rows, *sizes, self._is_reversed)
         self._sequences = lstm_sequences.Sequences(geometry, x, states, ws, bs)
         return self._sequences.outputs
 
-    def _is_for_onednn(self) -> bool:
-        return (
-            replacements.uses_onednn()
-            and all(batch == self.rows for _, _, batch in self.times)
-            and n_threads() > 1  # one thread of NumPy is as fast, and keeps less
-        )
+    def _is_for_onednn(self, *sizes: int) -> bool:
+        """Return whether oneDNN can compute all steps, and is faster, so that what it keeps pays. Local."""
+        if not replacements.uses_onednn() or any(batch != self.rows for _, _, batch in self.times):
+            return False
+        if n_threads() > 1:
+            return True
+        is_small = 1 < self.rows <= _MOST_ROWS and max(sizes) <= _MOST_UNITS
+        return is_small and not library().has_avx512()
 
     def backward(self, indexes: tuple[int, ...], grad_outputs: tuple[Any, ...]) -> tuple[Any, ...]:
         """Compute the gradients, by what computed the outputs. Called by Chainer."""

@@ -310,6 +310,16 @@ def test_embedding(case, ignore_label, name):
     assert_like_chainer(function, [w], name=name)
 
 
+@pytest.mark.parametrize("n_words", [1, 3, 300, 5000])
+@pytest.mark.parametrize("skew", [1, 4])
+def test_embedding_of_large_vectors(n_words, skew):
+    """Of some words there is one vector, of some a few, and of some there are hundreds."""
+    rng = np.random.RandomState(0)
+    ids = (n_words * rng.uniform(size=(4, 250)) ** skew).astype(np.int32)
+    w = rng.standard_normal((n_words, 64)).astype(np.float32)
+    assert_like_chainer(lambda w: F.embed_id(ids, w, 0), [w], name="numpy", tolerance=1e-4)
+
+
 def test_embedding_of_words_counted_from_the_end():
     """Negative numbers of words mean the same as in Chainer."""
     ids = np.array([-1, 2, -1, 4], np.int32)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import chainer
 import chainer.functions as F
 import chainer.links as L
@@ -102,11 +104,24 @@ def test_otherwise_numpy(which, lengths, used):
     assert not used
 
 
-@pytest.mark.parametrize(("threads", "expected"), [(1, 0), (2, LAYERS)])
-def test_one_thread(threads, expected, used, monkeypatch):
-    """In one thread, NumPy computes."""
+@pytest.mark.parametrize("avx512", [False, True])
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize(("batch", "is_small"), [(1, False), (2, True), (32, True), (33, False)])
+def test_one_thread(threads, avx512, batch, is_small, used, monkeypatch):
+    """In one thread NumPy computes, but for several sequences, and not many, without AVX-512."""
     monkeypatch.setattr(lstm, "n_threads", lambda: threads)
-    Network(L.NStepLSTM, batch=1).outcome("onednn")
+    has_avx512 = SimpleNamespace(has_avx512=lambda: avx512)
+    monkeypatch.setattr(lstm, "library", lambda: has_avx512)
+    Network(L.NStepLSTM, batch=batch).outcome("onednn")
+    assert len(used) == (LAYERS if threads > 1 or (is_small and not avx512) else 0)
+
+
+@pytest.mark.parametrize(("size", "units", "expected"), [(3, 512, 1), (3, 513, 0), (513, 3, 0)])
+def test_large_weights(size, units, expected, used, monkeypatch):
+    """In one thread they are left to NumPy."""
+    monkeypatch.setattr(lstm, "n_threads", lambda: 1)
+    monkeypatch.setattr(lstm, "library", lambda: SimpleNamespace(has_avx512=lambda: False))
+    L.NStepLSTM(1, size, units, 0.0)(None, None, [np.ones((1, size), np.float32)] * 2)
     assert len(used) == expected
 
 
