@@ -138,14 +138,14 @@ def _import_scipy_later() -> None:
     if "scipy" in sys.modules or not util.find_spec("scipy") or python.__module__ == __name__:
         return
 
-    def import_but_scipy(name: str, variables: Any = None, *args: Any, **kwargs: Any) -> Any:
-        importer = variables.get("__name__") if variables else None
+    def import_but_scipy(name: str, globals: Any = None, *args: Any, **kwargs: Any) -> Any:  # noqa: A002 - its name
+        importer = globals.get("__name__") if globals else None
         if name.partition(".")[0] == "scipy" and str(importer).startswith("chainer."):
             return _Later("scipy")
-        return python(name, variables, *args, **kwargs)
+        return python(name, globals, *args, **kwargs)
 
     import_but_scipy.__wrapped__ = python  # type: ignore[attr-defined]
-    builtins.__import__ = import_but_scipy  # type: ignore[assignment]
+    builtins.__import__ = import_but_scipy
 
 
 def _import_at_once() -> None:
