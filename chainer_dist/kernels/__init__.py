@@ -17,9 +17,10 @@ from __future__ import annotations
 
 import importlib
 import os
+import warnings
 from typing import NamedTuple
 
-from chainer_dist.kernels import replacements
+from chainer_dist.kernels import replacements, shared_library
 from chainer_dist.kernels.shared_library import OneDNNError, forbid_after_fork, library
 
 __all__ = ["OneDNNError", "Status", "status", "use"]
@@ -141,7 +142,8 @@ def use_default() -> None:
     """Choose the implementation that the environment asks for, or else the fastest one available. Local.
 
     ``CHAINER_DIST_KERNELS`` takes the names that :func:`use` takes. ``CHAINER_USE_IDEEP=never``, by which scripts ask
-    Chainer for its own code, means ``chainer``.
+    Chainer for its own code, means ``chainer``. A library that ``CHAINER_DIST_ONEDNN`` names and that cannot be used is
+    a RuntimeWarning.
 
     Raises:
         ValueError: If ``CHAINER_DIST_KERNELS`` has another value.
@@ -150,6 +152,16 @@ def use_default() -> None:
         _choose(asked_for())
     except ValueError as error:
         raise ValueError(f"{VARIABLE}: {error}") from None
+    if (
+        asked_for() == "auto"
+        and status().name == "numpy"
+        and os.environ.get(shared_library.VARIABLE)
+    ):
+        warnings.warn(
+            f"{shared_library.VARIABLE} is of no use here: {status().text}",
+            RuntimeWarning,
+            stacklevel=2,
+        )
 
 
 def asked_for() -> str:

@@ -133,14 +133,18 @@ def test_a_wrong_choice_is_refused():
 
 @pytest.mark.parametrize("content", [None, "this is no library\n", "libm"])
 def test_a_library_that_cannot_be_used(tmp_path, content):
-    """NumPy then computes, the reason is told, and who insists is refused."""
+    """NumPy then computes, with a warning, the reason is told, and who insists is refused."""
     path = tmp_path / "libdnnl.so.3"
     if content == "libm":
         path = "libm.so.6"
     elif content:
         path.write_text(content)
     program = f"""{COMPUTE}
-import chainer_dist
+import warnings
+with warnings.catch_warnings(record=True) as caught:
+    warnings.simplefilter("always")
+    import chainer_dist
+print(*[each.message for each in caught if "CHAINER_DIST_ONEDNN" in str(each.message)])
 print(*chainer_dist.kernels.status())
 print(compute().sum())
 try:
@@ -148,7 +152,9 @@ try:
 except chainer_dist.kernels.OneDNNError as error:
     print("refused", error)
 """
-    status, _, refused = python(program, CHAINER_DIST_ONEDNN=str(path)).splitlines()
+    told = python(program, CHAINER_DIST_ONEDNN=str(path)).splitlines()
+    warning, status, _, refused = told
+    assert warning == f"CHAINER_DIST_ONEDNN is of no use here: {status.partition(' ')[2]}"
     assert status.startswith("numpy NumPy, as oneDNN cannot be used")
     assert str(path) in status
     assert refused.startswith("refused")
