@@ -321,6 +321,36 @@ def test_an_iterator_of_the_script_is_divided(comm, out):
     np.testing.assert_allclose(*found, rtol=1e-9, atol=1e-12)
 
 
+class Windows(Stream):
+    """An iterator that draws from numpy.random, and yields arrays of all samples."""
+
+    def __next__(self):
+        self.iteration += 1
+        xs, ts = zip(*(self.dataset[i] for i in np.random.permutation(N)[: self.batch_size]))
+        return np.stack(xs), np.stack(ts)
+
+
+@pytest.mark.usefixtures("float64")
+def test_an_iterator_that_draws_at_random(comm, out):
+    """It draws on all ranks what it draws in one process, though dropout would draw apart."""
+
+    def run(distributed):
+        model = make_model(lazy=False)
+        iterator = Windows(make_data(N, dtype=np.float64), 12)
+        trainer = make_trainer(iterator, model, out)
+        trainer.updater.converter = lambda batch, _: batch
+        if distributed:
+            chainer_dist.distribute(trainer, comm)
+        np.random.seed(7)
+        trainer.run()
+        return parameters(model)
+
+    np.random.seed(3)
+    one = run(distributed=True)
+    np.random.seed(3)
+    np.testing.assert_allclose(one, run(distributed=False), rtol=1e-9, atol=1e-12)
+
+
 def backwards(order, _):
     """Return the samples from the last one to the first: an order sampler."""
     return np.arange(len(order))[::-1]
