@@ -49,12 +49,8 @@ class DividedIterator(Proxy, Iterator, wraps="actual_iterator"):  # type: ignore
     is_drawing: bool  # whether the wrapped iterator is being asked
     _comm: CommunicatorBase
     _fingerprint: Callable[[Any], str]
-    _random: (
-        Any  # states of the random numbers of the wrapped iterator; None before the first batch
-    )
-    _has_arrays: (
-        bool | None
-    )  # whether batches are tuples or dicts of arrays; None before the first one
+    _random: Any  # states from which the wrapped iterator draws; None before the first batch
+    _has_arrays: bool | None  # whether batches are tuples or dicts of arrays; None before the first
 
     def __init__(
         self,
@@ -101,7 +97,9 @@ class DividedIterator(Proxy, Iterator, wraps="actual_iterator"):  # type: ignore
         own = self._share(len(parts[0]), parts)
         if parts[0] is batch:
             return own[0]
-        return dict(zip(batch, own)) if isinstance(batch, dict) else tuple(own)
+        if isinstance(batch, dict):
+            return dict(zip(batch, own))
+        return getattr(batch, "_make", tuple)(own)  # a named tuple stays one
 
     def _share(self, n_samples: int, parts: list[Any]) -> list[Any]:
         """Return this rank's share of the parts of a batch. Local."""
@@ -146,7 +144,8 @@ class DividedIterator(Proxy, Iterator, wraps="actual_iterator"):  # type: ignore
             # A sample is a row of each array, or a value of the tuple: whichever there are batch_size of.
             size = getattr(self, "batch_size", len(batch))
             has_arrays = isinstance(batch, dict) or rows == {size}
-            if has_arrays != (not isinstance(batch, dict) and len(batch) == size):
+            has_samples = isinstance(batch, tuple) and len(batch) == size
+            if has_arrays != has_samples:
                 self._has_arrays = has_arrays
         if self._has_arrays is None or (self._has_arrays and not has_rows):
             raise TypeError(

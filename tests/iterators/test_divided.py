@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from typing import Any, NamedTuple
 
 import chainer
 import numpy as np
@@ -30,12 +31,20 @@ def divided(comm, make, batch_size, **options):
     return DividedIterator(Batches(make, batch_size, **options), comm, fingerprint=fingerprint)
 
 
+class Pair(NamedTuple):
+    """Arrays of all samples."""
+
+    x: Any
+    t: Any
+
+
 MAKERS = {
     "list": list,
     "tuple of samples": lambda n: tuple((each, -each) for each in n),
     "tuple of vectors": lambda n: tuple(each * np.ones(5) for each in n),
     "array": lambda n: n[:, None] * np.ones(3),
     "tuple of arrays": lambda n: (n, n[:, None] * np.ones(3)),
+    "named tuple": lambda n: Pair(n[:, None] * np.ones(3), n),
     "one array": lambda n: (n,),
     "dict": lambda n: {"x": n[:, None] * np.ones(3), "t": n},
 }
@@ -105,7 +114,7 @@ def test_fewer_samples_are_filled_up(comm, kind):
         make = iterator.make
         iterator.make = lambda n, missing=missing, make=make: make(n[:-missing])
         share = next(iterator)
-        of_arrays = kind in ("tuple of arrays", "one array", "dict")
+        of_arrays = kind in ("tuple of arrays", "named tuple", "one array", "dict")
         parts = [*(share.values() if kind == "dict" else share)] if of_arrays else [share]
         n = 4 * comm.size - missing
         each = -(-n // comm.size)
