@@ -131,7 +131,7 @@ class _Later(ModuleType):
 
 
 def _import_scipy_later() -> None:
-    """Leave SciPy out of Chainer's import, half of whose time it takes, where few programs use it."""
+    """Leave SciPy, which few programs use, out of Chainer's import, of whose time it takes a third."""
     from importlib import util
 
     python = builtins.__import__
