@@ -96,18 +96,17 @@ def test_environment_variables_are_written_once():
 
 
 def test_modules_stay_small():
-    """A module that grows beyond 350 lines has a second subject, which belongs to a module of its own."""
+    """A module that grows to 350 lines has a second subject, which belongs to a module of its own."""
     lines = {
         name: len(path.read_text(encoding="utf-8").splitlines()) for name, path in MODULES.items()
     }
-    assert {name: number for name, number in lines.items() if number > 350} == {}
+    assert {name: number for name, number in lines.items() if number >= 350} == {}
 
 
-@pytest.mark.parametrize("package", ["optimizers", "updates"])
-def test_classes_stay_small(package):
-    """A class that grows beyond these limits does a second thing, which belongs to a class of its own."""
+def test_classes_stay_small():
+    """A class that grows beyond these limits does a second thing, or says in its docstring why not."""
     large = []
-    for path in sorted((ROOT / package).rglob("*.py")):
+    for path in MODULES.values():
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if isinstance(node, ast.ClassDef):
                 methods = {each.name for each in node.body if isinstance(each, ast.FunctionDef)}
@@ -117,7 +116,13 @@ def test_classes_stay_small(package):
                     if isinstance(each, ast.Attribute) and isinstance(each.ctx, ast.Store)
                     if isinstance(each.value, ast.Name) and each.value.id == "self"
                 }
-                if len(methods) > 15 or len(attributes) > 10:
+                reason = (ast.get_docstring(node) or "").partition("More than ")[2]
+                reason = reason.partition(":")[0]
+                limits = {
+                    "fifteen methods": len(methods) > 15,
+                    "ten attributes": len(attributes) > 10,
+                }
+                if any(is_exceeded != (limit in reason) for limit, is_exceeded in limits.items()):
                     large.append(
                         f"{node.name}: {len(methods)} methods, {len(attributes)} attributes"
                     )

@@ -106,6 +106,8 @@ class Checkpoint(extension.Extension):  # type: ignore[misc]  # Chainer has no t
     included. A second signal changes nothing. Signals that the program has arranged something for, or
     that are ignored, are left alone.
 
+    More than fifteen methods: those that a script calls, those that a Trainer calls, and what these share.
+
     Args:
         comm: Communicator.
         directory: Which all ranks share, for this run alone; made where missing.

@@ -28,6 +28,8 @@ class Collector(serializers.Serializer):  # type: ignore[misc]  # Chainer has no
     targets, unless the optimizer averages only now and then. Persistent values of links, such as the
     running mean of an ordinary batch normalization, are not.
 
+    More than ten attributes: four are what was sorted, and the others tell what belongs where.
+
     Args:
         target: Object that is saved.
         comm: Communicator whose ranks save.

@@ -31,6 +31,8 @@ class Group:
     Creating one is collective over ``mpi_comm``, which is duplicated: messages of this
     communicator never meet messages of user code, and errors are raised rather than fatal.
 
+    More than fifteen methods: nearly all are properties that ChainerMN's communicators have, and special methods.
+
     Args:
         mpi_comm: mpi4py intracommunicator.
     """

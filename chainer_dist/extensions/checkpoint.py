@@ -100,7 +100,10 @@ def create_multi_node_checkpointer(
 
 
 class _MultiNodeCheckpointer(extension.Extension):  # type: ignore[misc]  # Chainer has no types
-    """The extension; see :func:`create_multi_node_checkpointer`."""
+    """The extension; see :func:`create_multi_node_checkpointer`.
+
+    More than ten attributes: half are its options, by ChainerMN's names, and half what it knows of its files.
+    """
 
     # As that of Chainer's snapshot: other extensions run before it, and their state of this iteration is saved.
     priority = -100

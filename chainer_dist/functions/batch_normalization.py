@@ -81,6 +81,8 @@ class MultiNodeBatchNormalization(chainer.FunctionNode):  # type: ignore[misc]  
     without samples: its ``x`` and its loss count nothing for the statistics and their gradients, and
     its own output is ``x`` normalized by the statistics of the others.
 
+    More than ten attributes: options, results, and what backward needs of forward.
+
     Args:
         comm: Communicator.
         eps: Added to the variance.

@@ -51,6 +51,8 @@ class DistributedIterator(Iterator):  # type: ignore[misc]  # Chainer has no typ
     beginning of about every epoch each rank computes the order of the whole dataset, 8 bytes a sample
     for a moment, and keeps its own indices.
 
+    More than ten attributes: options, and the position.
+
     Args:
         dataset: Dataset with ``__len__`` and ``__getitem__(int)``, which has the same samples in the same
             order on every rank. Where it has a true attribute ``reads_batches``, a SerialIterator's whole batch is

@@ -72,8 +72,7 @@ class Job:
         stdin: Standard input of rank 0.
         how: Format of the output of the ranks.
         seconds: Time limit.
-        change: Function that is called now and then in another thread. It returns why other hosts are to be
-            used, in words, or "".
+        change: Function that is called now and then in another thread. It returns why other hosts are needed, or "".
     """
 
     def __init__(

@@ -30,6 +30,9 @@ SECONDS_BETWEEN_LOOKS = 0.5  # at the file of progress
 class Monitor:
     """Watches one script.
 
+    More than fifteen methods and ten attributes: its event loop has a method for each kind of event, and what is known of the
+    script's input, output, progress and end.
+
     Args:
         launcher: Connection to the launcher.
         parent: Connection to the process that mpiexec knows.

@@ -38,6 +38,8 @@ _ALONE = (
 class Monitors:
     """Listens to the monitors of a job: which ranks run, what they print, and which has failed first.
 
+    More than ten attributes: a third is how the job was asked for, and the others how it stands.
+
     Args:
         n_ranks: Number of monitors that are expected.
         stdin: Standard input of rank 0.

@@ -118,6 +118,8 @@ def check_on_error(on_error: str) -> None:
 class Dealer:
     """Rank 0's side.
 
+    More than ten attributes: options, the chunks that are in work, and counts of all.
+
     Args:
         comm: Communicator, whose other ranks are in :func:`serve`.
         chunks: Yields sequences of items; advanced only when a rank can begin to work on them.

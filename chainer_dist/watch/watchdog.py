@@ -40,6 +40,8 @@ _ASKERS = 32  # threads that ask, while a report is made
 class Watchdog:
     """Watches the operations of this process.
 
+    More than ten attributes: limits, the threads and signals that watch, and what they have reported.
+
     Args:
         settings: Settings with at least one limit.
     """

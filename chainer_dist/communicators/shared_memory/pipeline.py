@@ -44,6 +44,9 @@ class Pipeline:
     the one before, so that ranks seldom wait. Sums between nodes are nonblocking, and several are under way
     at a time.
 
+    More than fifteen methods and ten attributes: each stage has a method that does its work and one that says whether
+    it may, and a count of its blocks; the others are parts of the description that every block reads.
+
     Args:
         comm: The communicator.
         slots: The slots of the node.

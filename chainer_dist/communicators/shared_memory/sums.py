@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 class Sums:
     """The sums of an exchange's blocks on this rank. Methods are local, except that they may message peers.
 
+    More than ten attributes: most are parts of the description of the exchange that every block reads.
+
     Args:
         slots: The slots of the node.
         data: Views of the slots in the dtype of the exchange.

@@ -26,6 +26,8 @@ class Verdict:
     blocks. At the end every rank of the node has seen the number, since it has waited for that block. Ranks of equal
     number on the nodes compare as soon as they have delivered the last block, and publish the result on their node.
 
+    More than ten attributes: half describe the exchange, and half are what was found so far.
+
     Args:
         comm: The communicator.
         slots: The slots of the node.

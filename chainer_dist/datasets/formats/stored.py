@@ -61,6 +61,8 @@ class StoredDataset(DatasetMixin):  # type: ignore[misc]  # Chainer has no types
     It holds paths. Each process opens a file when it wants a sample of it, also a process that was
     forked or spawned after that; pickling sends no open file. Several threads may read.
 
+    More than fifteen methods: those of a dataset, those that each format has in its own way, and those that open files.
+
     Args:
         paths: Path of a file, or a list of paths, in the order of their samples.
         max_open: How many files a process keeps open at most, 1 or more.
