@@ -85,6 +85,11 @@ def allreduce(comm: CommunicatorBase, x: Any, op: str = "sum") -> Any:
 def alltoall(comm: CommunicatorBase, xs: Sequence[Any]) -> tuple[Any, ...]:
     """Send the i-th variable to rank i, and receive one from each. Collective, in backward as well.
 
+    For example, to bring the i-th part of all ranks' outputs to rank i::
+
+        parts = chainer_dist.functions.alltoall(comm, F.split_axis(y, comm.size, axis=0))
+        mine = F.concat(parts, axis=0)
+
     Args:
         comm: Communicator.
         xs: ``size`` variables or arrays of any shapes, and of one dtype on all ranks.
@@ -107,6 +112,11 @@ def bcast(comm: CommunicatorBase, x: Any, root: int = 0, *, delegate_variable: A
 
     In backward the gradients of all ranks are summed on root. All ranks call that, whether
     root's ``x`` needs a gradient or not (with ChainerMN's ``bcast`` root then stays away).
+
+    For example, for an output of one rank that all ranks go on from::
+
+        h = chainer_dist.functions.bcast(comm, first(x) if comm.rank == 0 else None)
+        F.sum(second(h)).backward()
 
     Args:
         comm: Communicator.
@@ -134,6 +144,12 @@ def bcast(comm: CommunicatorBase, x: Any, root: int = 0, *, delegate_variable: A
 def gather(comm: CommunicatorBase, x: Any, root: int = 0) -> Any:
     """Gather a variable from every rank on rank ``root``. Collective, in backward as well.
 
+    For example, for a loss on rank 0 over the outputs of all ranks::
+
+        ys = chainer_dist.functions.gather(comm, y)
+        loss = F.sum(F.concat(ys, axis=0) ** 2) if comm.rank == 0 else ys
+        loss.backward()
+
     Args:
         comm: Communicator.
         x: This rank's variable or array. Shapes may differ between ranks, the dtype may not.
@@ -157,6 +173,12 @@ def scatter(
     comm: CommunicatorBase, xs: Any, root: int = 0, *, delegate_variable: Any = None
 ) -> Any:
     """Give each rank one of the variables that rank ``root`` has. Collective, in backward as well.
+
+    For example, to share out an output of rank 0::
+
+        parts = F.split_axis(first(x), comm.size, axis=0) if comm.rank == 0 else None
+        part = chainer_dist.functions.scatter(comm, parts)
+        F.sum(second(part)).backward()
 
     Args:
         comm: Communicator.

@@ -27,6 +27,13 @@ class MultiNodeBatchNormalization(L.BatchNormalization):  # type: ignore[misc]  
     mixed precision, ``F.forget``, double backward; so are the names of its parameters and of what
     it saves, and the one can load what the other saved.
 
+    For example, for vectors of 3 values::
+
+        normalize = chainer_dist.links.MultiNodeBatchNormalization(3, comm)
+        y = normalize(x)
+
+    :func:`create_mnbn_model` replaces all of those of a model.
+
     With ``chainer.config.train`` true a call is collective, and so is its backward. Every rank
     calls the links of its model in the same order, and is in training with all others: a rank that
     alone is in test mode exchanges nothing, and the others wait for it. Where ranks differ in
