@@ -30,7 +30,8 @@ class DividedIterator(Proxy, Iterator, wraps="actual_iterator"):  # type: ignore
 
     A batch is a list of samples, or has arrays whose first axis is that of the samples: one array, or a tuple or dict of
     them. What the wrapped iterator draws from ``random`` and ``numpy.random`` is the same on all ranks: the numbers
-    that rank 0 would have drawn, beginning with its state before the first batch. Each rank's own states stay apart.
+    that rank 0 would have drawn, beginning with its state before the first batch. Each rank's own states stay apart. A
+    single rank keeps its own.
 
     ``batch_size`` must be a multiple of the number of ranks. A batch that has fewer samples, as the last one of an epoch
     may, is filled up with its first ones, so that all ranks have equally many.
@@ -70,7 +71,7 @@ class DividedIterator(Proxy, Iterator, wraps="actual_iterator"):  # type: ignore
         comm = self._comm
         batch: Any = []
         error: BaseException | None = None
-        if self._random is None:
+        if self._random is None and comm.size > 1:
             self._random = comm.bcast_obj(_random_states())
         try:
             with self._drawing():
@@ -121,15 +122,18 @@ class DividedIterator(Proxy, Iterator, wraps="actual_iterator"):  # type: ignore
 
     @contextlib.contextmanager
     def _drawing(self) -> Generator[None]:
-        own = _random_states()
-        _set_random_states(self._random)
+        own = None
+        if self._comm.size > 1:
+            own = _random_states()
+            _set_random_states(self._random)
         self.is_drawing = True
         try:
             yield
         finally:
             self.is_drawing = False
-            self._random = _random_states()
-            _set_random_states(own)
+            if own is not None:
+                self._random = _random_states()
+                _set_random_states(own)
 
     def _parts(self, batch: Any) -> list[Any]:
         """Return what is to be divided: the batch, or its arrays, if these have a row for each sample. Local."""
