@@ -104,9 +104,13 @@ def test_modules_stay_small():
 
 
 def test_classes_stay_small():
-    """A class that grows beyond these limits does a second thing, or says in its docstring why not."""
+    """A class that grows beyond these limits does a second thing, or says in its docstring why not.
+
+    In ``optimizers`` and ``updates`` there is no reason for it.
+    """
     large = []
-    for path in MODULES.values():
+    for name, path in MODULES.items():
+        is_excused = name.partition(".")[0] not in {"optimizers", "updates"}
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if isinstance(node, ast.ClassDef):
                 methods = {each.name for each in node.body if isinstance(each, ast.FunctionDef)}
@@ -117,7 +121,7 @@ def test_classes_stay_small():
                     if isinstance(each.value, ast.Name) and each.value.id == "self"
                 }
                 reason = (ast.get_docstring(node) or "").partition("More than ")[2]
-                reason = reason.partition(":")[0]
+                reason = reason.partition(":")[0] if is_excused else ""
                 limits = {
                     "fifteen methods": len(methods) > 15,
                     "ten attributes": len(attributes) > 10,

@@ -10,6 +10,7 @@ from chainer.dataset import Iterator
 from chainer.iterators import MultithreadIterator
 
 from chainer_dist import _chainer
+from chainer_dist._proxy import Proxy
 from chainer_dist.collectives.agreement import agreed_rank, shared
 from chainer_dist.collectives.calls import check_call
 
@@ -32,7 +33,7 @@ _ATTRIBUTES = (
 _NOT_SENT = object()
 
 
-class MultiNodeIterator(Iterator):  # type: ignore[misc]  # Chainer has no types
+class MultiNodeIterator(Proxy, Iterator, wraps="actual_iterator"):  # type: ignore[misc]  # Chainer has no types
     """Yields on every rank what the iterator of the master rank yields.
 
     The position of the master's iterator travels with each batch. So saving and loading need no
@@ -154,7 +155,7 @@ class MultiNodeIterator(Iterator):  # type: ignore[misc]  # Chainer has no types
     def __getattr__(self, name: str) -> Any:
         own = self.__dict__
         if own.get("actual_iterator") is not None:
-            return getattr(own["actual_iterator"], name)
+            return super().__getattr__(name)
         if name in _ATTRIBUTES and name in own.get("_known", ()):
             return own["_known"][name]
         if name == "_order" and "order" in own.get("_known", ()):  # as ChainerMN calls it
@@ -166,10 +167,8 @@ class MultiNodeIterator(Iterator):  # type: ignore[misc]  # Chainer has no types
         )
 
     def __setattr__(self, name: str, value: Any) -> None:
-        if name in MultiNodeIterator.__annotations__:
+        if name in self._own or self.actual_iterator is not None:
             super().__setattr__(name, value)
-        elif self.actual_iterator is not None:
-            setattr(self.actual_iterator, name, value)
         elif name in _ATTRIBUTES:
             self._known[name] = value
 

@@ -32,11 +32,11 @@ class LSTMLayer(recurrent.Layer):
     def forward(self, inputs: tuple[Array, ...]) -> tuple[Array, ...]:
         """Compute all steps, by oneDNN's primitive where it can and is faster. Called by Chainer."""
         self._sequences = None
-        x, states, ws, bs = self._take(inputs)
-        sizes = x.shape[1], states[0].shape[1]
+        sizes = inputs[0].shape[1], inputs[1].shape[1]  # of the sequences and of h
         if not self._is_for_onednn(*sizes):
             return super().forward(inputs)
         self.retain_inputs(tuple(range(len(inputs))))
+        x, states, ws, bs = self._take(inputs)
         geometry = lstm_sequences.Geometry(len(self.times), self.rows, *sizes, self._is_reversed)
         self._sequences = lstm_sequences.Sequences(geometry, x, states, ws, bs)
         return self._sequences.outputs
