@@ -1,15 +1,19 @@
-"""Fully connected layers and ``F.matmul`` by oneDNN, where it is faster than the BLAS of NumPy."""
+"""Fully connected layers and ``F.matmul`` by oneDNN, where it is faster than the BLAS of NumPy.
+
+Their gradients are computed at once, without functions of their own, unless gradients of gradients are wanted.
+"""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+import chainer
 import numpy as np
 from chainer.functions.connection.linear import LinearFunction, LinearGradData, LinearGradWeight
 from chainer.functions.math.matmul import MatMul
 
 from chainer_dist.kernels import layouts, replacements
-from chainer_dist.kernels.matrices import are_many, multiply
+from chainer_dist.kernels.matrices import are_many, multiply, sum_of_rows
 from chainer_dist.kernels.replacements import replaces
 
 if TYPE_CHECKING:
@@ -29,6 +33,14 @@ def _is_worth_it(a: Array, b: Array, *biases: Array) -> bool:
     )
 
 
+def _product(a: Array, b: Array) -> Array:
+    """Return the product of two suitable matrices, by oneDNN or NumPy, whichever is faster. Local."""
+    if replacements.uses_onednn() and are_many(a, b):
+        return multiply(a, b)
+    product: Array = a.dot(b)
+    return product
+
+
 @replaces(LinearFunction, "forward")
 def _linear(chainers: Any, self: Any, inputs: tuple[Array, ...]) -> Any:
     x, w, *biases = inputs
@@ -38,6 +50,18 @@ def _linear(chainers: Any, self: Any, inputs: tuple[Array, ...]) -> Any:
     self._config_use_ideep = _ALLOWED
     self.retain_inputs((0, 1))
     return (multiply(x, w.T, *biases),)
+
+
+@replaces(LinearFunction, "backward", needs_onednn=False)
+def _linear_gradients(
+    chainers: Any, self: Any, indexes: tuple[int, ...], grad_outputs: tuple[Any]
+) -> Any:
+    (gy,) = (each.array for each in grad_outputs)
+    x, w = (node.data for node in self.inputs[:2])
+    if chainer.config.enable_backprop or not layouts.is_suitable(x, w, gy):
+        return chainers(self, indexes, grad_outputs)
+    compute = (lambda: _product(gy, w), lambda: _product(gy.T, x), lambda: sum_of_rows(gy))
+    return tuple(chainer.as_variable(compute[i]()) for i in indexes)
 
 
 @replaces(LinearGradData, "forward")
@@ -62,20 +86,47 @@ def _linear_gradient_of_weights(chainers: Any, self: Any, inputs: tuple[Array, A
 
 @replaces(MatMul, "forward")
 def _matmul(chainers: Any, self: Any, inputs: tuple[Array, Array]) -> Any:
-    a, b = inputs
-    if (
-        self.dtype not in (None, np.float32)
-        or not layouts.is_suitable(a, b)
-        or min(a.ndim, b.ndim) < 2  # noqa: PLR2004 - matrices
-        or a.shape[:-2] != b.shape[:-2]
-    ):
-        return chainers(self, inputs)
-    transa, transb = self.transa, self.transb
-    if self.transc:
-        a, b, transa, transb = b, a, not transb, not transa
-    a = a.swapaxes(-1, -2) if transa else a
-    b = b.swapaxes(-1, -2) if transb else b
-    if not _is_worth_it(a, b):
+    y = _multiply(*inputs, self.transa, self.transb, self.transc)
+    if y is None or self.dtype not in (None, np.float32):
         return chainers(self, inputs)
     self.retain_inputs((0, 1))
-    return (multiply(a, b),)
+    return (y,)
+
+
+@replaces(MatMul, "backward")
+def _matmul_gradients(
+    chainers: Any, self: Any, indexes: tuple[int, ...], grad_outputs: tuple[Any]
+) -> Any:
+    (gy,) = (each.array for each in grad_outputs)
+    a, b = (node.data for node in self.inputs)
+    # Gradients of what is broadcast are summed.
+    if chainer.config.enable_backprop or a.shape[:-2] != b.shape[:-2]:
+        return chainers(self, indexes, grad_outputs)
+    gradients = []
+    for i in indexes:
+        if i:
+            gradient = _multiply(a, gy, not self.transa, self.transc, self.transb)
+        else:
+            gradient = _multiply(gy, b, self.transc, not self.transb, self.transa)
+        if gradient is None:
+            return chainers(self, indexes, grad_outputs)
+        gradients.append(chainer.as_variable(gradient))
+    return tuple(gradients)
+
+
+def _multiply(a: Array, b: Array, transa: bool, transb: bool, transc: bool) -> Array | None:
+    """Return the product of two matrices or stacks of them, each transposed if asked for. Local.
+
+    Returns:
+        A new array, or None if Chainer's own code is to compute it.
+    """
+    if transc:
+        a, b, transa, transb = b, a, not transb, not transa
+    if min(a.ndim, b.ndim) < 2:  # noqa: PLR2004 - matrices
+        return None
+    a = a.swapaxes(-1, -2) if transa else a
+    b = b.swapaxes(-1, -2) if transb else b
+    if a.ndim != b.ndim:  # stacks are broadcast
+        a = a.reshape(*[1] * (b.ndim - a.ndim), *a.shape)
+        b = b.reshape(*[1] * (a.ndim - b.ndim), *b.shape)
+    return multiply(a, b) if _is_worth_it(a, b) else None

@@ -21,6 +21,9 @@ _FEW_TRANSPOSED = 1 << 18
 # The same number with several threads: after a product, those of OpenBLAS keep the cores from oneDNN's for a while.
 _FEW_FOR_THREADS = 1 << 16
 
+# Number of values below which a sum of rows as a product costs more than it saves.
+FEW_TO_SUM = 1 << 14
+
 # Number of rows up to which dnnl_sgemm is faster than the primitive matmul for any second matrix.
 _FEW_ROWS = 12
 # From so many rows and columns of the product on it is faster in one thread, too.
@@ -35,14 +38,16 @@ _LARGE, _FEW_SUMMANDS, _MANY_SUMMANDS = 512, 256, 8192
 
 @kept
 def _multiply(a: Layout, b: Layout, has_bias: bool) -> Operation:
-    y = Layout.dense((*a.shape[:-1], b.shape[-1]))
+    y = Layout.dense(_shape_of_product(a, b))
     bias = Layout.dense((*[1] * (len(b.shape) - 1), b.shape[-1])) if has_bias else None
     inputs = [(SRC, a), (WEIGHTS, b), *([(BIAS, bias)] if bias else [])]
     return Operation("matmul", [a, b, bias, y], inputs, [(DST, y)])
 
 
 def multiply(a: Array, b: Array, bias: Array | None = None) -> Array:
-    """Return the product of two matrices, or of two stacks of matrices, as a new C-contiguous array. Local.
+    """Return the product of two matrices, or of two stacks of them, as a new C-contiguous array. Local.
+
+    Stacks are broadcast against each other, as by ``numpy.matmul``, but have as many dimensions.
 
     oneDNN's primitive ``matmul`` is faster where the second matrix is transposed or a bias is added, and ``dnnl_sgemm``
     otherwise.
@@ -54,7 +59,7 @@ def multiply(a: Array, b: Array, bias: Array | None = None) -> Array:
         bias: Array of shape ``(n,)``, float32; None for zeros.
     """
     a, b = _matrices(a), _matrices(b)
-    y = np.empty((*a.shape[:-1], b.shape[-1]), np.float32)
+    y = np.empty(_shape_of_product(a, b), np.float32)
     if a.ndim == 2 and bias is None and _is_for_openblas(a, b):  # noqa: PLR2004 - matrices
         np.matmul(a, b, out=y)
     elif a.ndim == 2 and _is_for_sgemm(a, b, bias):  # noqa: PLR2004 - matrices
@@ -65,6 +70,11 @@ def multiply(a: Array, b: Array, bias: Array | None = None) -> Array:
         biases = () if bias is None else (np.ascontiguousarray(bias),)
         _multiply(Layout.of(a), Layout.of(b), bias is not None)(a, b, *biases, y)
     return y
+
+
+def _shape_of_product(a: Array | Layout, b: Array | Layout) -> tuple[int, ...]:
+    stack = np.broadcast_shapes(a.shape[:-2], b.shape[:-2])
+    return (*stack, a.shape[-2], b.shape[-1])
 
 
 def _is_for_openblas(a: Array, b: Array) -> bool:
@@ -106,6 +116,20 @@ def multiply_into(a: Array, b: Array, y: Array, *, adds: bool = False) -> None:
         np.matmul(a, b, out=y)
 
 
+def sum_of_rows(rows: Array) -> Array:
+    """Return the sums over the rows of a float32 matrix of any layout, as a new array. Local."""
+    if rows.size < FEW_TO_SUM or not rows.flags.c_contiguous:
+        few: Array = rows.sum(axis=0)
+        return few
+    ones, sums = np.ones((1, len(rows)), np.float32), np.empty(rows.shape[1], np.float32)
+    if replacements.uses_onednn():
+        # Not by BLAS: its threads would keep the cores from those of oneDNN for a while.
+        multiply_matrices(ones, rows, sums[None])
+    else:
+        np.matmul(ones, rows, out=sums[None])
+    return sums
+
+
 def _matrices(array: Array) -> Array:
     """Return the array itself if oneDNN can multiply it in its layout, or a copy. Local."""
     lies_well = matrix_order(array)[0] and min(array.strides) > 0
@@ -131,7 +155,7 @@ def are_many(a: Array, b: Array) -> bool:
         few = _FEW_FOR_THREADS
     elif 1 < a.shape[-2] <= _FEW_ROWS and b.strides[-2] < b.strides[-1]:
         few = _FEW_TRANSPOSED
-    return bool(a.size * b.shape[-1] >= few)
+    return bool(max(a.size * b.shape[-1], b.size * a.shape[-2]) >= few)
 
 
 def multiply_matrices(a: Array, b: Array, y: Array, *, adds: bool = False) -> None:

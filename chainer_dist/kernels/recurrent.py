@@ -17,7 +17,9 @@ import chainer.functions as F
 import numpy as np
 from chainer.functions.rnn import n_step_rnn
 
-from chainer_dist.kernels.matrices import multiply_into
+from chainer_dist.kernels import replacements
+from chainer_dist.kernels.matrices import multiply_into, multiply_matrices
+from chainer_dist.kernels.shared_library import n_threads
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -34,8 +36,9 @@ _NARROWEST = 32  # fewest columns of a block; narrower blocks are slower than th
 class Product:
     """Products of few rows by matrices of equal shape, to be computed many times. Local.
 
-    OpenBLAS copies both matrices before it multiplies, unless they are small. The copies take several times as long
-    as a product of few rows, so the matrices are cut into small blocks of columns.
+    With several threads oneDNN computes them: after a product, OpenBLAS's threads would keep the cores from oneDNN's for
+    a while. In one thread, and for a single row, OpenBLAS is faster in small blocks of columns. It copies larger matrices
+    before it multiplies, which takes several times as long as a product of few rows.
 
     Args:
         matrices: Matrices of shape ``(values, columns)``, float32.
@@ -45,8 +48,11 @@ class Product:
 
     def __init__(self, matrices: Sequence[Array], rows: int, halved: slice = slice(0)) -> None:
         size, columns = matrices[0].shape
-        widths = range(min(columns, _SMALL // (rows * size)), _NARROWEST - 1, -1)
-        self._width = next((width for width in widths if columns % width == 0), columns)
+        self._by_onednn = rows > 1 and replacements.uses_onednn() and n_threads() > 1
+        self._width = columns
+        if not self._by_onednn:
+            widths = range(min(columns, _SMALL // (rows * size)), _NARROWEST - 1, -1)
+            self._width = next((width for width in widths if columns % width == 0), columns)
         self._blocks = np.empty(
             (len(matrices), columns // self._width, size, self._width), np.float32
         )
@@ -61,7 +67,10 @@ class Product:
             rows: Array of shape ``(rows, values)``.
             out: Array of shape ``(matrices, rows, columns)`` that takes the products.
         """
-        np.matmul(rows, self._blocks, out=self._cut(out))
+        if self._by_onednn:
+            self.of_each(np.broadcast_to(rows, (len(out), *rows.shape)), out)
+        else:
+            np.matmul(rows, self._blocks, out=self._cut(out))
 
     def of_each(self, rows: Array, out: Array) -> None:
         """Multiply rows of its own by each matrix.
@@ -70,7 +79,11 @@ class Product:
             rows: Array of shape ``(matrices, rows, values)``.
             out: Array of shape ``(matrices, rows, columns)`` that takes the products.
         """
-        np.matmul(rows[:, None], self._blocks, out=self._cut(out))
+        if not self._by_onednn:
+            np.matmul(rows[:, None], self._blocks, out=self._cut(out))
+            return
+        for own, (matrix,), product in zip(rows, self._blocks, out):
+            multiply_matrices(own, matrix, product)
 
     def _cut(self, matrix: Array) -> Any:
         return matrix.reshape(*matrix.shape[:-1], -1, self._width).swapaxes(-2, -3)

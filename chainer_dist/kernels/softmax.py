@@ -142,13 +142,18 @@ def _softmax_forward(chainers: Any, self: Any, inputs: tuple[Array]) -> Any:
     return (y,)
 
 
-@replaces(_SoftmaxGrad, "forward")
+@replaces(_SoftmaxGrad, "forward", needs_onednn=False)
 def _softmax_backward(chainers: Any, self: Any, inputs: tuple[Array, Array]) -> Any:
     y, gy = inputs
-    if not _can_differentiate(y, gy, self.axis):
+    if replacements.uses_onednn() and _can_differentiate(y, gy, self.axis):
+        gx = _softmax_gradient(_SOFTMAX, y, gy, self.axis)
+    elif self.axis in (-1, y.ndim - 1) and y.shape == gy.shape and layouts.is_suitable(y, gy):
+        gx = gy - np.einsum("...i,...i->...", y, gy)[..., None]
+        gx *= y
+    else:
         return chainers(self, inputs)
     self.retain_inputs((0, 1))
-    return (_softmax_gradient(_SOFTMAX, y, gy, self.axis),)
+    return (gx,)
 
 
 @replaces(LogSoftmax, "forward")

@@ -163,6 +163,7 @@ def measure(work: Work, threads: int, kernels: list[str], seconds: float) -> dic
         for name, step in steps.items():
             if threads > 1:
                 time.sleep(PAUSE)
+                step()  # in training no step follows a pause, after which threads sleep and caches are cold
             started = time.perf_counter()
             step()
             taken[name].append(time.perf_counter() - started)

@@ -54,6 +54,9 @@ for x in (images, np.ascontiguousarray(images.transpose(0, 2, 3, 1)).transpose(0
     if x.ndim == 4:
         functions += [lambda v: F.convolution_2d(v, w), lambda v: F.batch_normalization(v, row, row)]
         functions += [lambda v: F.max_pooling_2d(v, 3), lambda v: F.average_pooling_2d(v, 2)]
+    else:
+        wide, tall = rng.standard_normal((3, 1, 1600, 9)).astype("f"), rng.standard_normal((1, 2, 9, 84)).astype("f")
+        functions += [lambda v: F.linear(v, v), lambda v: F.matmul(tall, F.matmul(v, wide))]
     for function in functions:
         variable = chainer.Variable(x)
         y = function(variable)
@@ -70,7 +73,7 @@ def test_no_reference_implementations():
         for line in printed.splitlines()
         if ",exec," in line
     ]
-    assert {"convolution", "softmax", "pooling", "batch_normalization"} <= {
+    assert {"convolution", "softmax", "pooling", "batch_normalization", "matmul"} <= {
         kind for kind, *_ in ran
     }
     assert [each for each in ran if each[1].startswith("ref")] == []

@@ -135,10 +135,44 @@ def linears(draw):
     return arrays
 
 
-@given(linears(), names)
-def test_linear(arrays, name):
-    """A linear layer of any size and arrangement is Chainer's to rounding."""
-    assert_like_chainer(F.linear, arrays, name=name)
+@given(linears(), names, st.booleans())
+def test_linear(arrays, name, double):
+    """A linear layer of any size and arrangement is Chainer's to rounding, differentiated once or twice."""
+    assert_like_chainer(F.linear, arrays, name=name, double=double)
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("places", [(0,), (1,), (0, 2), (1, 2)])
+def test_some_gradients_of_a_linear_layer(places, name):
+    """Inputs that are arrays need no gradient, as the data of a first layer."""
+    rng = np.random.RandomState(0)
+    arrays = [rng.standard_normal(shape).astype("f") for shape in ((300, 200), (100, 200), (100,))]
+
+    def function(*variables):
+        inputs = [each.astype(variables[0].dtype) for each in arrays]
+        for place, variable in zip(places, variables):
+            inputs[place] = variable
+        return F.linear(*inputs)
+
+    given_arrays = [arrays[place] for place in places]
+    assert_like_chainer(function, given_arrays, name=name, double=False, tolerance=1e-4)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_linear_layer_of_mixed_dtypes(name):
+    """Gradients have the dtypes of what they belong to."""
+    rng = np.random.RandomState(0)
+    x = chainer.Variable(rng.standard_normal((40, 30)).astype(np.float32))
+    w = chainer.Variable(rng.standard_normal((20, 30)).astype(np.float16))
+    gradients = []
+    for choice in ("chainer", name):
+        x.cleargrad(), w.cleargrad()
+        with kernels.use(choice):
+            F.sum(F.linear(x, w) ** 2).backward()
+        gradients.append((x.grad, w.grad))
+    for ours, chainers in zip(*gradients):
+        assert ours.dtype == chainers.dtype
+        np.testing.assert_allclose(ours, chainers, 1e-3, 1e-2)
 
 
 @given(st.sampled_from([(5000, 7), (3, 20, 30, 30), (4, 8, 600), (2, 3)]), st.data(), names)
@@ -151,14 +185,22 @@ def test_sum(shape, data, name):
     assert_like_chainer(lambda x: F.sum(x, axis), [x], name=name, tolerance=1e-4)
 
 
-@given(st.sampled_from([(), (2,), (5, 3), (*[1] * 10, 5)]), st.data(), names)
-def test_matmul(stack, data, name):
-    """Products of matrices and of stacks, transposed or not, can be differentiated twice."""
+# Stacks of the first matrices and of the second ones.
+stacks = st.sampled_from([(), (2,), (5, 3), (*[1] * 10, 5)]).map(lambda stack: (stack, stack))
+stacks |= st.sampled_from([((), (3,)), ((4, 3), (3,)), ((2, 1), (1, 3)), ((1,), (5,))])
+stacks = stacks.flatmap(st.permutations)
+
+
+@given(stacks, st.data(), names, st.booleans())
+def test_matmul(stacks, data, name, double):
+    """Products of matrices and of stacks, transposed or not, can be differentiated once or twice."""
     m, k, n = (data.draw(st.sampled_from([1, 3, 64])) for _ in range(3))
     transa, transb = data.draw(st.booleans()), data.draw(st.booleans())
     shapes = (k, m) if transa else (m, k), (n, k) if transb else (k, n)
-    arrays = [draw_array(data.draw, (*stack, *shape)) for shape in shapes]
-    assert_like_chainer(lambda a, b: F.matmul(a, b, transa, transb), arrays, name=name)
+    arrays = [draw_array(data.draw, (*stack, *shape)) for stack, shape in zip(stacks, shapes)]
+    assert_like_chainer(
+        lambda a, b: F.matmul(a, b, transa, transb), arrays, name=name, double=double
+    )
 
 
 @pytest.mark.parametrize("size", [3, 1100])

@@ -10,6 +10,7 @@ import chainer.functions as F
 import chainer.links as L
 import numpy as np
 import pytest
+import threadpoolctl
 from chainer.functions.rnn import n_step_rnn
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -524,9 +525,26 @@ def test_transpose_sequence(lengths, dtype, unit):
         assert one.dtype == other.dtype
 
 
+@pytest.mark.parametrize("threads", [1, 2])
 @pytest.mark.parametrize(("size", "columns", "rows"), [(3, 5, 2), (300, 512, 9), (256, 37, 200)])
-def test_product(size, columns, rows):
-    """The product in blocks is the product."""
+def test_product(size, columns, rows, threads):
+    """The product in blocks, or by the threads of oneDNN, is the product."""
+    with threadpoolctl.threadpool_limits(threads), kernels.use("onednn"):
+        _check_product(size, columns, rows)
+
+
+def test_products_by_several_threads_are_not_by_openblas(monkeypatch):
+    """OpenBLAS's threads would keep the cores from oneDNN's for a while, after each of many products."""
+
+    def refuse(*_, **__):
+        raise AssertionError("NumPy multiplied")
+
+    with threadpoolctl.threadpool_limits(2), kernels.use("onednn"):
+        monkeypatch.setattr(recurrent.np, "matmul", refuse)
+        _check_product(300, 512, 9)
+
+
+def _check_product(size, columns, rows):
     rng = np.random.RandomState(0)
     matrices = rng.standard_normal((3, size, columns)).astype(np.float32)
     values = rng.standard_normal((3, rows, size)).astype(np.float32)
