@@ -178,7 +178,6 @@ bench: $(MEASURING)
 	$(MPIEXEC) -n 4 $(RUN) scripts/benchmarks/bench_exchange.py --json $(MEASURED)/exchange-4.json
 	$(RUN) scripts/benchmarks/bench_step.py --json $(MEASURED)/step.json
 	$(RUN) scripts/benchmarks/bench_kernels.py --json $(MEASURED)/kernels.json
-	ONEDNN_MAX_CPU_ISA=AVX2 $(RUN) scripts/benchmarks/bench_kernels.py --threads 1 --json $(MEASURED)/kernels_avx2.json
 	$(RUN) scripts/benchmarks/bench_kernels.py --train --json $(MEASURED)/kernels_train.json
 	$(RUN) scripts/benchmarks/bench_memory.py --json $(MEASURED)/memory.json
 	$(RUN) scripts/benchmarks/bench_memory.py --ranks 4 --nodes 2 --json $(MEASURED)/memory_nodes.json

@@ -1,8 +1,8 @@
 #!/usr/bin/env python
 """Measure forward and backward by Chainer's own code, by the kernels of chainer_dist, and by torch.
 
-Run it without mpiexec. Each model has a process of its own, where the contenders take turns, step by step, from the same
-parameters; what they compute is compared first. torch is measured with images in both of its layouts, and counts as
+Run it without mpiexec. Each model has a process of its own, where the contenders take turns from the same parameters, step
+by step, or with several threads for half a second each; what they compute is compared first. torch is measured with images in both of its layouts, and counts as
 fast as the faster one. With ``--train`` it measures whole training steps with Adam on ranks of MPI instead,
 exchange and update included: chainer_dist by each choice of kernels, and torch DistributedDataParallel over gloo. With
 ``--hosts`` each rank is on a host of its own, all of which are made of this machine, see netns_cluster.py.
@@ -49,9 +49,11 @@ WORKS += ["transformer:32", "transformer_large:8"]
 # Its columns, and whether images are channels last.
 TORCH = {"torch": False, "channels last": True}
 WARM_UP = 1
-LEAST_ROUNDS = 3
+LEAST_TURNS = 1 + 3
 # Idle threads of a library keep their core for a while, OpenBLAS's for a tenth of a second, and would disturb the next.
 PAUSE = 0.3
+# After a pause a contender computes for so long, since a single step of several threads varies by a third.
+TURN = 0.5
 LOSS_TOLERANCE = 1e-4
 # Where rounding lets another value of a window be the largest, or a value pass 0 in a ReLU, a gradient goes elsewhere;
 # with batch normalization that comes to percents, for Chainer's own code as for the kernels.
@@ -156,20 +158,23 @@ def measure(work: Work, threads: int, kernels: list[str], seconds: float) -> dic
     error = compare(work, losses, gradients)
 
     taken: dict[str, list[float]] = {name: [] for name in steps}
-    ended = None
-    while (
-        ended is None or len(taken["chainer"]) < WARM_UP + LEAST_ROUNDS or time.monotonic() < ended
-    ):
+    turns, ended = 0, time.monotonic() + seconds
+    while turns < LEAST_TURNS or time.monotonic() < ended:
         for name, step in steps.items():
             if threads > 1:
                 time.sleep(PAUSE)
                 step()  # in training no step follows a pause, after which threads sleep and caches are cold
             started = time.perf_counter()
-            step()
-            taken[name].append(time.perf_counter() - started)
-        if len(taken["chainer"]) == WARM_UP:
+            turn_ends = started + (TURN if threads > 1 else 0)
+            while started <= turn_ends:
+                step()
+                before, started = started, time.perf_counter()
+                taken[name].append(started - before)
+        turns += 1
+        if turns == WARM_UP:
+            taken = {name: [] for name in steps}
             ended = time.monotonic() + seconds
-    ms = {name: statistics.median(each[WARM_UP:]) * 1e3 for name, each in taken.items()}
+    ms = {name: statistics.median(each) * 1e3 for name, each in taken.items()}
     return {"ms": ms, "loss": losses["chainer"], "error": error, "parameters": parameters}
 
 
