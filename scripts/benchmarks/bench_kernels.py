@@ -2,10 +2,11 @@
 """Measure forward and backward by Chainer's own code, by the kernels of chainer_dist, and by torch.
 
 Run it without mpiexec. Each model has a process of its own, where the contenders take turns from the same parameters, step
-by step, or with several threads for half a second each; what they compute is compared first. torch is measured with images in both of its layouts, and counts as
-fast as the faster one. With ``--train`` it measures whole training steps with Adam on ranks of MPI instead,
-exchange and update included: chainer_dist by each choice of kernels, and torch DistributedDataParallel over gloo. With
-``--hosts`` each rank is on a host of its own, all of which are made of this machine, see netns_cluster.py.
+by step, or with several threads for half a second each; what they compute is compared first. torch is measured with images
+in both of its layouts, and counts as fast as the faster one. With ``--train`` it measures whole training steps with Adam on
+ranks of MPI instead, exchange and update included: chainer_dist by each choice of kernels, and torch
+DistributedDataParallel over gloo. With ``--hosts`` each rank is on a host of its own, all of which are made of this
+machine, see netns_cluster.py.
 
 Nothing else may run meanwhile: a thread whose core is taken keeps the others of its team waiting.
 """
