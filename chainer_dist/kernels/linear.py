@@ -86,8 +86,10 @@ def _linear_gradient_of_weights(chainers: Any, self: Any, inputs: tuple[Array, A
 
 @replaces(MatMul, "forward")
 def _matmul(chainers: Any, self: Any, inputs: tuple[Array, Array]) -> Any:
-    y = _multiply(*inputs, self.transa, self.transb, self.transc)
-    if y is None or self.dtype not in (None, np.float32):
+    y = None
+    if self.dtype in (None, np.float32):
+        y = _multiply(*inputs, self.transa, self.transb, self.transc)
+    if y is None:
         return chainers(self, inputs)
     self.retain_inputs((0, 1))
     return (y,)

@@ -50,7 +50,7 @@ WORKS += ["transformer:32", "transformer_large:8"]
 # Its columns, and whether images are channels last.
 TORCH = {"torch": False, "channels last": True}
 WARM_UP = 1
-LEAST_TURNS = 1 + 3
+LEAST_TURNS = 3
 # Idle threads of a library keep their core for a while, OpenBLAS's for a tenth of a second, and would disturb the next.
 PAUSE = 0.3
 # After a pause a contender computes for so long, since a single step of several threads varies by a third.
@@ -160,7 +160,7 @@ def measure(work: Work, threads: int, kernels: list[str], seconds: float) -> dic
 
     taken: dict[str, list[float]] = {name: [] for name in steps}
     turns, ended = 0, time.monotonic() + seconds
-    while turns < LEAST_TURNS or time.monotonic() < ended:
+    while turns < WARM_UP + LEAST_TURNS or time.monotonic() < ended:
         for name, step in steps.items():
             if threads > 1:
                 time.sleep(PAUSE)
