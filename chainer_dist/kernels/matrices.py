@@ -122,8 +122,8 @@ def sum_of_rows(rows: Array) -> Array:
         few: Array = rows.sum(axis=0)
         return few
     ones, sums = np.ones((1, len(rows)), np.float32), np.empty(rows.shape[1], np.float32)
-    if replacements.uses_onednn():
-        # Not by BLAS: its threads would keep the cores from those of oneDNN for a while.
+    if replacements.uses_onednn() and n_threads() > 1:
+        # Not by BLAS, which is faster in one thread: its threads would keep the cores from oneDNN's for a while.
         multiply_matrices(ones, rows, sums[None])
     else:
         np.matmul(ones, rows, out=sums[None])

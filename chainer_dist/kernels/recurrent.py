@@ -18,7 +18,7 @@ import numpy as np
 from chainer.functions.rnn import n_step_rnn
 
 from chainer_dist.kernels import replacements
-from chainer_dist.kernels.matrices import multiply_into, multiply_matrices
+from chainer_dist.kernels.matrices import multiply_into, multiply_matrices, sum_of_rows
 from chainer_dist.kernels.shared_library import n_threads
 
 if TYPE_CHECKING:
@@ -216,10 +216,7 @@ class Layer(chainer.FunctionNode):  # type: ignore[misc]  # Chainer has no types
         made: dict[int, Any] = {1 + i: grad for i, grad in enumerate(grads)}
         if 0 in indexes:
             made[0] = _sum_of_products(products[self.of_x.places], self.of_x.take(ws))
-        ones = np.ones((1, len(x)), np.float32)
-        of_biases = np.empty((len(products), 1, products.shape[2]), np.float32)
-        for product, bias in zip(products, of_biases):
-            multiply_into(ones, product, bias)
+        of_biases = [sum_of_rows(product) for product in products]
         for factors, values in ((self.of_x, x), (self.of_h, hs)):
             for i, product, bias in zip(
                 factors.weights, products[factors.places], of_biases[factors.places]
@@ -228,7 +225,7 @@ class Layer(chainer.FunctionNode):  # type: ignore[misc]  # Chainer has no types
                 if of_w in indexes:
                     made[of_w] = np.empty((product.shape[1], values.shape[1]), np.float32)
                     multiply_into(product.T, values, made[of_w])
-                made[of_b] = bias[0].copy()  # two biases may have the same gradient
+                made[of_b] = bias.copy()  # two biases may have the same gradient
         return tuple(chainer.as_variable(made[i]) for i in indexes)
 
     def _backward_of_chainer(
