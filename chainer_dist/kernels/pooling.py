@@ -13,7 +13,7 @@ from chainer.utils.conv import get_conv_outsize
 from chainer_dist.kernels import layouts
 from chainer_dist.kernels.cache import kept
 from chainer_dist.kernels.geometry import MOST_DIMENSIONS, padding_at_end
-from chainer_dist.kernels.matrices import sum_of_rows
+from chainer_dist.kernels.matrices import multiply_matrices
 from chainer_dist.kernels.onednn import (
     DIFF_DST,
     DIFF_SRC,
@@ -118,7 +118,10 @@ def _backward(pooling: _Pooling) -> Operation:
 
 def _is_finite(x: Array) -> bool:
     """Return whether no value of an array with channels last in memory is NaN or infinite. Local."""
-    sums = sum_of_rows(layouts.rows(x))  # by all threads
+    rows = layouts.rows(x)
+    sums = np.empty((1, rows.shape[1]), np.float32)
+    # By all threads, and without NumPy's warnings of overflow.
+    multiply_matrices(np.ones((1, len(rows)), np.float32), rows, sums)
     return bool(np.isfinite(sums).all()) or layouts.is_finite(x)  # sums may overflow
 
 
