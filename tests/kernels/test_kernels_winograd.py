@@ -182,4 +182,5 @@ def test_blocks_and_threads():
                 patch.setattr(winograd, "_BLOCK", block)
                 for found, again, expected in zip(compute(), compute(), exact):
                     np.testing.assert_array_equal(found, again)
-                    np.testing.assert_allclose(found, expected, 1e-4, 1e-4)
+                    # Of a sum of many products, some that cancel out may be left.
+                    np.testing.assert_allclose(found, expected, 1e-4, 1e-5 * abs(expected).max())
