@@ -13,7 +13,7 @@ from chainer.functions.connection.linear import LinearFunction, LinearGradData, 
 from chainer.functions.math.matmul import MatMul
 
 from chainer_dist.kernels import layouts, replacements
-from chainer_dist.kernels.matrices import are_many, multiply, sum_of_rows
+from chainer_dist.kernels.matrices import multiply_many, sum_of_rows
 from chainer_dist.kernels.replacements import replaces
 
 if TYPE_CHECKING:
@@ -23,33 +23,24 @@ if TYPE_CHECKING:
 _ALLOWED = "auto"
 
 
-def _is_worth_it(a: Array, b: Array, *biases: Array) -> bool:
-    return (
-        a.ndim == b.ndim > 1
-        and a.shape[-1] == b.shape[-2]
-        and all(each.shape == b.shape[-1:] for each in biases)
-        and are_many(a, b)
-        and layouts.is_suitable(a, b, *biases)
-    )
-
-
 def _product(a: Array, b: Array) -> Array:
     """Return the product of two suitable matrices, by oneDNN or NumPy, whichever is faster. Local."""
-    if replacements.uses_onednn() and are_many(a, b):
-        return multiply(a, b)
-    product: Array = a.dot(b)
-    return product
+    y = multiply_many(a, b) if replacements.uses_onednn() else None
+    if y is None:
+        y = a.dot(b)
+    return y
 
 
 @replaces(LinearFunction, "forward")
 def _linear(chainers: Any, self: Any, inputs: tuple[Array, ...]) -> Any:
     x, w, *biases = inputs
     # A static graph records Chainer's own calls.
-    if not _is_worth_it(x, w.T, *biases) or replacements.is_recorded():
+    y = None if replacements.is_recorded() else multiply_many(x, w.T, *biases)
+    if y is None:
         return chainers(self, inputs)
     self._config_use_ideep = _ALLOWED
     self.retain_inputs((0, 1))
-    return (multiply(x, w.T, *biases),)
+    return (y,)
 
 
 @replaces(LinearFunction, "backward", needs_onednn=False)
@@ -67,21 +58,23 @@ def _linear_gradients(
 @replaces(LinearGradData, "forward")
 def _linear_gradient_of_input(chainers: Any, self: Any, inputs: tuple[Array, Array]) -> Any:
     w, gy = inputs
-    if not _is_worth_it(gy, w):
+    gx = multiply_many(gy, w)
+    if gx is None:
         return chainers(self, inputs)
     self._config_use_ideep = _ALLOWED
     self.retain_inputs((0, 1))
-    return (multiply(gy, w),)
+    return (gx,)
 
 
 @replaces(LinearGradWeight, "forward")
 def _linear_gradient_of_weights(chainers: Any, self: Any, inputs: tuple[Array, Array]) -> Any:
     x, gy = inputs
-    if self._w_dtype != np.float32 or not _is_worth_it(gy.T, x):
+    gw = multiply_many(gy.T, x) if self._w_dtype == np.float32 else None
+    if gw is None:
         return chainers(self, inputs)
     self._config_use_ideep = _ALLOWED
     self.retain_inputs((0, 1))
-    return (multiply(gy.T, x),)
+    return (gw,)
 
 
 @replaces(MatMul, "forward")
@@ -131,4 +124,4 @@ def _multiply(a: Array, b: Array, transa: bool, transb: bool, transc: bool) -> A
     if a.ndim != b.ndim:  # stacks are broadcast
         a = a.reshape(*[1] * (b.ndim - a.ndim), *a.shape)
         b = b.reshape(*[1] * (a.ndim - b.ndim), *b.shape)
-    return multiply(a, b) if _is_worth_it(a, b) else None
+    return multiply_many(a, b)

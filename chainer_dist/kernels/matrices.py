@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import functools
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
 from chainer_dist.kernels import replacements
 from chainer_dist.kernels.cache import kept
-from chainer_dist.kernels.onednn import BIAS, DST, SRC, WEIGHTS, Layout, Operation, address
+from chainer_dist.kernels.layouts import is_suitable
+from chainer_dist.kernels.onednn import BIAS, DST, ITEM, SRC, WEIGHTS, Layout, Operation, address
 from chainer_dist.kernels.shared_library import check, library, n_threads
 
 if TYPE_CHECKING:
@@ -28,6 +30,11 @@ FEW_TO_SUM = 1 << 14
 _FEW_ROWS = 12
 # From so many rows and columns of the product on it is faster in one thread, too.
 _MANY_ROWS, _MANY_COLUMNS = 128, 2048
+# With AVX-512 dnnl_sgemm takes up to one and a half times as long as the primitive in two cases. The rows of a large second
+# matrix are a power of two apart, and conflict in the cache, which many rows of the first matrix outweigh. Or the first
+# matrix is transposed, the product has no fewer rows than columns, and both it and the summands are many.
+_ROWS_IN_CONFLICT, _LEAST_CONFLICT = range(32, 65), 1024
+_LEAST_SIZE_TRANSPOSED = 256
 # Without AVX-512, oneDNN takes up to two and a half times as long as OpenBLAS where it multiplies up to so many rows by
 # matrices whose rows are a multiple of so many values apart, and so conflict in the cache; it does not copy them first.
 _NOT_COPIED, _CONFLICT = 512, 256
@@ -36,12 +43,112 @@ _NOT_COPIED, _CONFLICT = 512, 256
 _LARGE, _FEW_SUMMANDS, _MANY_SUMMANDS = 512, 256, 8192
 
 
+class _Form(NamedTuple):
+    """Shape of a float32 matrix, or of a stack of matrices, and its strides in bytes."""
+
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+
+    def order(self) -> tuple[bytes, int]:
+        """Return the memory order of the last two dimensions, and the step between rows or columns, in values.
+
+        The order is ``b"N"`` if each row is contiguous, and ``b"T"`` if each column is. It is empty, with a step of 0,
+        if neither is, or if they overlap.
+        """
+        rows, columns = self.shape[-2:]
+        by_row, by_column = (stride // ITEM for stride in self.strides[-2:])
+        if (by_column == 1 or columns == 1) and (by_row >= columns or rows == 1):
+            return b"N", max(columns, by_row if rows > 1 else 1)
+        if (by_row == 1 or rows == 1) and (by_column >= rows or columns == 1):
+            return b"T", max(rows, by_column if columns > 1 else 1)
+        return b"", 0
+
+    def lies_well(self) -> bool:
+        """Return whether oneDNN can multiply it in its layout."""
+        if not self.order()[0] or min(self.strides) <= 0:
+            return False
+        return len(self.shape) == 2 or not self._overlaps()  # noqa: PLR2004 - a matrix
+
+    def _overlaps(self) -> bool:
+        """Return whether matrices of a stack may share memory, which oneDNN refuses."""
+        least = 0
+        for stride, n in sorted(zip(self.strides, self.shape)):
+            if n > 1 and stride < least:
+                return True
+            least = max(least, stride * n)
+        return False
+
+    def dense(self) -> _Form:
+        """Return the form of a C-contiguous copy."""
+        steps = Layout.dense(self.shape).strides or ()
+        return _Form(self.shape, tuple(ITEM * step for step in steps))
+
+    def layout(self) -> Layout:
+        """Return it as oneDNN's primitives take it."""
+        return Layout.strided(self.shape, self.strides)
+
+
+class _Way:
+    """How two matrices of given forms are multiplied. Local.
+
+    Attributes:
+        is_for_openblas: Whether NumPy's BLAS multiplies them faster than oneDNN, if there is no bias.
+    """
+
+    def __init__(self, a: _Form, b: _Form, has_bias: bool) -> None:
+        self._copies = not a.lies_well(), not b.lies_well()
+        a, b = (each.dense() if copy else each for each, copy in zip((a, b), self._copies))
+        stack = np.broadcast_shapes(a.shape[:-2], b.shape[:-2])
+        self._shape = (*stack, a.shape[-2], b.shape[-1])
+        are_matrices = len(self._shape) == 2  # noqa: PLR2004
+        self.is_for_openblas = are_matrices and _is_for_openblas(a, b)
+        self._by_openblas = self.is_for_openblas and not has_bias
+        self._by_sgemm = are_matrices and _is_for_sgemm(a, b, has_bias)
+        self._forms, self._has_bias = (a, b), has_bias
+
+    @functools.cached_property
+    def _operation(self) -> Operation:
+        a, b = (form.layout() for form in self._forms)
+        y = Layout.dense(self._shape)
+        bias = None
+        if self._has_bias:
+            bias = Layout.dense((*[1] * (len(y.shape) - 1), y.shape[-1]))
+        inputs = [(SRC, a), (WEIGHTS, b), *([(BIAS, bias)] if bias else [])]
+        return Operation("matmul", [a, b, bias, y], inputs, [(DST, y)])
+
+    def matrices(self, a: Array, b: Array) -> tuple[Array, Array]:
+        """Return the matrices as oneDNN can multiply them: themselves, or copies."""
+        if self._copies[0]:
+            a = np.ascontiguousarray(a)
+        if self._copies[1]:
+            b = np.ascontiguousarray(b)
+        return a, b
+
+    def multiply(self, a: Array, b: Array, bias: Array | None = None) -> Array:
+        """Return the product as a new array."""
+        a, b = self.matrices(a, b)
+        y = np.empty(self._shape, np.float32)
+        if self._by_openblas:
+            np.matmul(a, b, out=y)
+        elif self._by_sgemm:
+            if bias is not None:
+                y[...] = bias
+            multiply_matrices(a, b, y, adds=bias is not None)
+        else:
+            biases = () if bias is None else (np.ascontiguousarray(bias),)
+            self._operation(a, b, *biases, y)
+        return y
+
+
 @kept
-def _multiply(a: Layout, b: Layout, has_bias: bool) -> Operation:
-    y = Layout.dense(_shape_of_product(a, b))
-    bias = Layout.dense((*[1] * (len(b.shape) - 1), b.shape[-1])) if has_bias else None
-    inputs = [(SRC, a), (WEIGHTS, b), *([(BIAS, bias)] if bias else [])]
-    return Operation("matmul", [a, b, bias, y], inputs, [(DST, y)])
+def _find(a: tuple[Any, Any], b: tuple[Any, Any], has_bias: bool) -> _Way:
+    return _Way(_Form(*a), _Form(*b), has_bias)
+
+
+def _way(a: Array, b: Array, bias: Array | None = None) -> _Way:
+    """Return how two matrices or stacks are multiplied, which is decided once for each pair of forms. Local."""
+    found: _Way = _find((a.shape, a.strides), (b.shape, b.strides), bias is not None)
+    return found
 
 
 def multiply(a: Array, b: Array, bias: Array | None = None) -> Array:
@@ -58,42 +165,63 @@ def multiply(a: Array, b: Array, bias: Array | None = None) -> Array:
         b: Matrices of shape ``(..., k, n)``, float32, likewise.
         bias: Array of shape ``(n,)``, float32; None for zeros.
     """
-    a, b = _matrices(a), _matrices(b)
-    y = np.empty(_shape_of_product(a, b), np.float32)
-    if a.ndim == 2 and bias is None and _is_for_openblas(a, b):  # noqa: PLR2004 - matrices
-        np.matmul(a, b, out=y)
-    elif a.ndim == 2 and _is_for_sgemm(a, b, bias):  # noqa: PLR2004 - matrices
-        if bias is not None:
-            y[...] = bias
-        multiply_matrices(a, b, y, adds=bias is not None)
-    else:
-        biases = () if bias is None else (np.ascontiguousarray(bias),)
-        _multiply(Layout.of(a), Layout.of(b), bias is not None)(a, b, *biases, y)
-    return y
+    return _way(a, b, bias).multiply(a, b, bias)
 
 
-def _shape_of_product(a: Array | Layout, b: Array | Layout) -> tuple[int, ...]:
-    stack = np.broadcast_shapes(a.shape[:-2], b.shape[:-2])
-    return (*stack, a.shape[-2], b.shape[-1])
+def multiply_many(a: Array, b: Array, bias: Array | None = None) -> Array | None:
+    """Return the same product, or None if it is not for oneDNN. Local.
+
+    It is not where the multiplications are so few that the BLAS of NumPy is faster, or where arrays are not float32 or
+    do not fit together.
+    """
+    arrays = (a, b) if bias is None else (a, b, bias)
+    if a.ndim != b.ndim or a.ndim < 2 or a.shape[-1] != b.shape[-2]:  # noqa: PLR2004 - matrices
+        return None
+    if not is_suitable(*arrays) or (bias is not None and bias.shape != b.shape[-1:]):
+        return None
+    return multiply(*arrays) if _are_many(a, b) else None
 
 
-def _is_for_openblas(a: Array, b: Array) -> bool:
+def _is_for_openblas(a: _Form, b: _Form) -> bool:
     """Return whether NumPy's BLAS multiplies two matrices faster than oneDNN. Local."""
     if n_threads() > 1 or library().has_avx512():
         return False
     m, k = a.shape
-    if matrix_order(a)[0] == b"T":
+    if a.order()[0] == b"T":
         is_large = min(m, b.shape[1]) >= _LARGE
-        return bool((_FEW_SUMMANDS if is_large else 0) <= k < _MANY_SUMMANDS)
-    kind, step = matrix_order(b)
+        return (_FEW_SUMMANDS if is_large else 0) <= k < _MANY_SUMMANDS
+    kind, step = b.order()
     return kind == b"N" and step % _CONFLICT == 0 and m <= _NOT_COPIED
 
 
-def _is_for_sgemm(a: Array, b: Array, bias: Array | None) -> bool:
+def _is_for_sgemm(a: _Form, b: _Form, has_bias: bool) -> bool:
     """Return whether oneDNN's older way multiplies two matrices faster than its newer one. Local."""
-    if len(a) <= _FEW_ROWS or (bias is None and matrix_order(b)[0] == b"N"):
+    m = a.shape[0]
+    if m <= _FEW_ROWS:
         return True
-    return len(a) >= _MANY_ROWS and b.shape[1] >= _MANY_COLUMNS and n_threads() == 1
+    if not has_bias and b.order()[0] == b"N":
+        return not (library().has_avx512() and _is_slow_for_sgemm(a, b))
+    return m >= _MANY_ROWS and b.shape[1] >= _MANY_COLUMNS and n_threads() == 1
+
+
+def _is_slow_for_sgemm(a: _Form, b: _Form) -> bool:
+    """Return whether dnnl_sgemm has a hard time with two matrices by AVX-512, the second of which has its rows. Local."""
+    (m, k), n = a.shape, b.shape[1]
+    if a.order()[0] == b"T":
+        return m >= n >= _LEAST_SIZE_TRANSPOSED <= k
+    step = b.order()[1]
+    is_power_of_two = step & (step - 1) == 0
+    return m in _ROWS_IN_CONFLICT and is_power_of_two and min(step, k) >= _LEAST_CONFLICT
+
+
+def _are_many(a: Array, b: Array) -> bool:
+    """Return whether a product has so many multiplications that oneDNN is faster than OpenBLAS. Local."""
+    few = _FEW
+    if n_threads() > 1:
+        few = _FEW_FOR_THREADS
+    elif 1 < a.shape[-2] <= _FEW_ROWS and b.strides[-2] < b.strides[-1]:
+        few = _FEW_TRANSPOSED
+    return bool(max(a.size * b.shape[-1], b.size * a.shape[-2]) >= few)
 
 
 def multiply_into(a: Array, b: Array, y: Array, *, adds: bool = False) -> None:
@@ -105,10 +233,10 @@ def multiply_into(a: Array, b: Array, y: Array, *, adds: bool = False) -> None:
         y: C-contiguous matrix of shape ``(m, n)``.
         adds: Whether the product is added to the values of ``y``.
     """
-    if replacements.uses_onednn() and are_many(a, b):
-        a, b = _matrices(a), _matrices(b)
-        if not _is_for_openblas(a, b):
-            multiply_matrices(a, b, y, adds=adds)
+    if replacements.uses_onednn() and _are_many(a, b):
+        way = _way(a, b)
+        if not way.is_for_openblas:
+            multiply_matrices(*way.matrices(a, b), y, adds=adds)
             return
     if adds:
         y += a @ b
@@ -130,39 +258,11 @@ def sum_of_rows(rows: Array) -> Array:
     return sums
 
 
-def _matrices(array: Array) -> Array:
-    """Return the array itself if oneDNN can multiply it in its layout, or a copy. Local."""
-    lies_well = matrix_order(array)[0] and min(array.strides) > 0
-    if not lies_well or (array.ndim > 2 and _overlap(array)):  # noqa: PLR2004 - a stack
-        return np.ascontiguousarray(array)
-    return array
-
-
-def _overlap(matrices: Array) -> bool:
-    """Return whether matrices of a stack may share memory, which oneDNN refuses. Local."""
-    least = 0
-    for stride, n in sorted(zip(matrices.strides, matrices.shape)):
-        if n > 1 and stride < least:
-            return True
-        least = max(least, stride * n)
-    return False
-
-
-def are_many(a: Array, b: Array) -> bool:
-    """Return whether a product has so many multiplications that oneDNN is faster than OpenBLAS. Local."""
-    few = _FEW
-    if n_threads() > 1:
-        few = _FEW_FOR_THREADS
-    elif 1 < a.shape[-2] <= _FEW_ROWS and b.strides[-2] < b.strides[-1]:
-        few = _FEW_TRANSPOSED
-    return bool(max(a.size * b.shape[-1], b.size * a.shape[-2]) >= few)
-
-
 def multiply_matrices(a: Array, b: Array, y: Array, *, adds: bool = False) -> None:
     """Write the product of two float32 matrices into a third, C-contiguous one. Local.
 
     Args:
-        a: Matrix of shape ``(m, k)``, of which rows or columns are contiguous, see :func:`matrix_order`.
+        a: Matrix of shape ``(m, k)``, of which rows or columns are contiguous.
         b: Matrix of shape ``(k, n)``, likewise.
         y: Matrix of shape ``(m, n)``.
         adds: Whether the product is added to the values of ``y``.
@@ -170,23 +270,9 @@ def multiply_matrices(a: Array, b: Array, y: Array, *, adds: bool = False) -> No
     Raises:
         OneDNNError: If oneDNN refuses.
     """
-    (kind_a, step_a), (kind_b, step_b) = matrix_order(a), matrix_order(b)
+    kind_a, step_a = _Form(a.shape, a.strides).order()
+    kind_b, step_b = _Form(b.shape, b.strides).order()
     (m, k), n = a.shape, b.shape[1]
     places = address(a), step_a, address(b), step_b, float(adds), address(y), n
     status = library().functions.dnnl_sgemm(kind_a, kind_b, m, n, k, 1.0, *places)
     check(status, "a product of matrices")
-
-
-def matrix_order(array: Array) -> tuple[bytes, int]:
-    """Return the memory order of the last two dimensions, and the step between rows or columns, in values. Local.
-
-    The order is ``b"N"`` if each row is contiguous, and ``b"T"`` if each column is. It is empty, with a step of 0, if
-    neither is, or if they overlap.
-    """
-    rows, columns = array.shape[-2:]
-    by_row, by_column = (stride // array.itemsize for stride in array.strides[-2:])
-    if (by_column == 1 or columns == 1) and (by_row >= columns or rows == 1):
-        return b"N", max(columns, by_row if rows > 1 else 1)
-    if (by_row == 1 or rows == 1) and (by_column >= rows or columns == 1):
-        return b"T", max(rows, by_column if columns > 1 else 1)
-    return b"", 0

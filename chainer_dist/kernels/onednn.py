@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 MOST_DIMENSIONS = 12  # of an array
 _FLOAT32 = 3
+ITEM = 4  # bytes of a value
 _ANY_LAYOUT = 1
 _EXECUTION_ARGUMENT = 255  # a query: the memory of an argument
 
@@ -68,9 +69,13 @@ class Layout(NamedTuple):
     @classmethod
     def of(cls, array: np.ndarray[Any, Any]) -> Layout:
         """Return the layout of an array. Strides of dimensions of size 1 are ignored. Local."""
-        own = zip(array.shape, array.strides, _strides(array.shape))
-        steps = (dense if n == 1 else step // array.itemsize for n, step, dense in own)
-        return cls(array.shape, tuple(steps))
+        return cls.strided(array.shape, array.strides)
+
+    @classmethod
+    def strided(cls, shape: tuple[int, ...], strides: tuple[int, ...]) -> Layout:
+        """Return the same of the shape of an array and its strides in bytes. Local."""
+        own = zip(shape, strides, _strides(shape))
+        return cls(shape, tuple(dense if n == 1 else step // ITEM for n, step, dense in own))
 
     @classmethod
     def flat(cls, size: int) -> Layout:
@@ -143,7 +148,7 @@ class _Primitive:
     def run(self, arrays: Iterable[np.ndarray[Any, Any]]) -> None:
         place = self._functions.dnnl_memory_set_data_handle
         for memory, array in zip(self._memories, arrays):
-            place(memory.handle, _first_value(id(array) + _ADDRESS))
+            place(memory.handle, address(array))
         check(
             self._functions.dnnl_primitive_execute(
                 self._primitive.handle, self._stream, len(self._arguments), self._arguments
@@ -296,9 +301,9 @@ class Operation:
             reorder.run((placed[position], given[position]))
 
 
-def address(array: np.ndarray[Any, Any]) -> int:
-    """Return the address of an array's first value. Local."""
-    return int(array.__array_interface__["data"][0])
+def address(array: np.ndarray[Any, Any]) -> Handle:
+    """Return the address of an array's first value, as long as the array lives. Local."""
+    return _first_value(id(array) + _ADDRESS)
 
 
 def scratch(size: int) -> np.ndarray[Any, Any]:
