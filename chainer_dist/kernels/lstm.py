@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 # Most sequences, and most units, for which oneDNN's primitive is faster than NumPy in one thread without AVX-512. It is
 # not for a single sequence, whose products are no slower in NumPy.
 _MOST_ROWS, _MOST_UNITS = 32, 512
+# With AVX-512 it is for up to so many units, or from so many sequences on.
+_FEW_UNITS, _MANY_ROWS = 256, 32
 
 
 class LSTMLayer(recurrent.Layer):
@@ -47,8 +49,10 @@ class LSTMLayer(recurrent.Layer):
             return False
         if n_threads() > 1:
             return True
-        is_small = 1 < self.rows <= _MOST_ROWS and max(sizes) <= _MOST_UNITS
-        return is_small and not library().has_avx512()
+        units = max(sizes)
+        if library().has_avx512():
+            return units <= _FEW_UNITS or self.rows >= _MANY_ROWS
+        return 1 < self.rows <= _MOST_ROWS and units <= _MOST_UNITS
 
     def backward(self, indexes: tuple[int, ...], grad_outputs: tuple[Any, ...]) -> tuple[Any, ...]:
         """Compute the gradients, by what computed the outputs. Called by Chainer."""

@@ -104,24 +104,29 @@ def test_otherwise_numpy(which, lengths, used):
     assert not used
 
 
-@pytest.mark.parametrize("avx512", [False, True])
-@pytest.mark.parametrize("threads", [1, 2])
-@pytest.mark.parametrize(("batch", "is_small"), [(1, False), (2, True), (32, True), (33, False)])
-def test_one_thread(threads, avx512, batch, is_small, used, monkeypatch):
-    """In one thread NumPy computes, but for several sequences, and not many, without AVX-512."""
+@pytest.mark.parametrize(
+    ("threads", "avx512", "batch", "units", "expected"),
+    [
+        (2, False, 1, 4, True),
+        (2, True, 1, 600, True),
+        (1, False, 1, 4, False),
+        (1, False, 2, 4, True),
+        (1, False, 32, 512, True),
+        (1, False, 33, 4, False),
+        (1, False, 2, 513, False),
+        (1, True, 1, 256, True),
+        (1, True, 31, 257, False),
+        (1, True, 32, 257, True),
+    ],
+)
+@pytest.mark.parametrize("is_input", [False, True])
+def test_sizes_for_onednn(threads, avx512, batch, units, expected, is_input, used, monkeypatch):
+    """In one thread it depends on the instructions and the sizes whether oneDNN or NumPy computes."""
     monkeypatch.setattr(lstm, "n_threads", lambda: threads)
-    has_avx512 = SimpleNamespace(has_avx512=lambda: avx512)
-    monkeypatch.setattr(lstm, "library", lambda: has_avx512)
-    Network(L.NStepLSTM, batch=batch).outcome("onednn")
-    assert len(used) == (LAYERS if threads > 1 or (is_small and not avx512) else 0)
-
-
-@pytest.mark.parametrize(("size", "units", "expected"), [(3, 512, 1), (3, 513, 0), (513, 3, 0)])
-def test_large_weights(size, units, expected, used, monkeypatch):
-    """In one thread they are left to NumPy."""
-    monkeypatch.setattr(lstm, "n_threads", lambda: 1)
-    monkeypatch.setattr(lstm, "library", lambda: SimpleNamespace(has_avx512=lambda: False))
-    L.NStepLSTM(1, size, units, 0.0)(None, None, [np.ones((1, size), np.float32)] * 2)
+    monkeypatch.setattr(lstm, "library", lambda: SimpleNamespace(has_avx512=lambda: avx512))
+    sizes = (units, 3) if is_input else (3, units)
+    xs = [np.ones((1, sizes[0]), np.float32)] * batch
+    L.NStepLSTM(1, *sizes, 0.0)(None, None, xs)
     assert len(used) == expected
 
 
