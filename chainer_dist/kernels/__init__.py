@@ -34,6 +34,7 @@ _FAMILIES = (
     "activation",
     "add",
     "apply",
+    "backward",
     "batch_normalization",
     "checks",
     "concat",
@@ -53,6 +54,7 @@ _FAMILIES = (
     "stateful_lstm",
     "sum",
     "unpooling",
+    "views",
 )
 
 
