@@ -21,6 +21,9 @@ from chainer_dist.kernels.onednn import (
     DIFF_DST,
     DIFF_SRC,
     DST,
+    IS_GREATER,
+    MAXIMUM,
+    PRODUCT,
     SECOND_SRC,
     SRC,
     SRC_AFTERWARDS,
@@ -37,9 +40,6 @@ if TYPE_CHECKING:
 _RELU, _LOGISTIC = 0x20, 0x29
 # Algorithms that compute the gradient from the output instead of the input.
 _TANH_BY_OUTPUT, _LOGISTIC_BY_OUTPUT = 0x101, 0x104
-
-# Binary algorithms. The last gives 1 or 0, and 1 for NaN.
-_PRODUCT, _MAXIMUM, _IS_GREATER = 0x1FFF1, 0x1FFF2, 0x1FFF7
 
 _ZERO = np.zeros((1, 1), np.float32)
 
@@ -99,7 +99,7 @@ def _relu(chainers: Any, self: Any, inputs: tuple[Array]) -> Any:
         return chainers(self, inputs)
     self.retain_outputs((0,))
     y = np.empty_like(x)
-    _compare_with_zero(_MAXIMUM, x.size, _MAXIMUM)(x, _ZERO, x, y)
+    _compare_with_zero(MAXIMUM, x.size, MAXIMUM)(x, _ZERO, x, y)
     return (y,)
 
 
@@ -110,7 +110,7 @@ def _relu_gradient(chainers: Any, self: Any, inputs: tuple[Array]) -> Any:
     if y.size < _FEW_FOR_RELU or not _is_worth_it(y, gy) or y.shape != gy.shape:
         return chainers(self, inputs)
     gy, gx = layouts.gradients_like(y, gy)
-    _compare_with_zero(_IS_GREATER, y.size, _PRODUCT)(y, _ZERO, gy, gx)
+    _compare_with_zero(IS_GREATER, y.size, PRODUCT)(y, _ZERO, gy, gx)
     return (gx,)
 
 

@@ -9,14 +9,12 @@ from chainer.functions.math.basic_math import Add
 
 from chainer_dist.kernels import layouts
 from chainer_dist.kernels.cache import kept
-from chainer_dist.kernels.onednn import DST, SECOND_SRC, SRC, Layout, Operation
+from chainer_dist.kernels.onednn import DST, SECOND_SRC, SRC, SUM, Layout, Operation
 from chainer_dist.kernels.replacements import replaces
 from chainer_dist.kernels.shared_library import n_threads
 
 if TYPE_CHECKING:
     from chainer_dist.kernels.layouts import Array
-
-_SUM = 0x1FFF0  # an algorithm of oneDNN
 
 # Below so many values the call costs more than a second thread saves.
 _FEW = 1 << 16
@@ -25,7 +23,7 @@ _FEW = 1 << 16
 @kept
 def _add(size: int) -> Operation:
     row = Layout.flat(size)
-    return Operation("binary", [_SUM, row, row, row], [(SRC, row), (SECOND_SRC, row)], [(DST, row)])
+    return Operation("binary", [SUM, row, row, row], [(SRC, row), (SECOND_SRC, row)], [(DST, row)])
 
 
 @replaces(Add, "forward")

@@ -38,6 +38,9 @@ DIFF_SRC, DIFF_DST, DIFF_WEIGHTS = 129, 145, 161
 DIFF_SCALE, DIFF_SHIFT = 255, 256
 SRC_AFTERWARDS = 32768 | SECOND_SRC  # of the operation that comes after
 
+# Algorithms of binary operations. The last gives 1 or 0, and 1 for NaN.
+SUM, PRODUCT, MAXIMUM, IS_GREATER = 0x1FFF0, 0x1FFF1, 0x1FFF2, 0x1FFF7
+
 # Flags of normalizations.
 USE_GIVEN_STATISTICS = 1
 SCALE_AND_SHIFT = 2 | 4

@@ -21,6 +21,8 @@ from chainer_dist.kernels.onednn import (
     DIFF_DST,
     DIFF_SRC,
     DST,
+    PRODUCT,
+    SECOND_SRC,
     SRC,
     TRAINING,
     Description,
@@ -88,6 +90,23 @@ def _backward(algorithm: int, y: Layout, axis: int) -> Operation:
     inputs = [(DST, y), (DIFF_DST, y)]
     parameters = [algorithm, y, y, y, axis, hint]
     return Operation("softmax_backward", parameters, inputs, [(DIFF_SRC, y)])
+
+
+@kept
+def _scale(rows: int, columns: int) -> Operation:
+    matrix, factors = Layout.dense((rows, columns)), Layout.dense((rows, 1))
+    inputs = [(SRC, matrix), (SECOND_SRC, factors)]
+    return Operation("binary", [PRODUCT, matrix, factors, matrix], inputs, [(DST, matrix)])
+
+
+def _scale_rows(matrix: Array, factors: Array, out: Array) -> None:
+    """Write the rows of a C-contiguous matrix times a factor for each row into another one. Local."""
+    factors = np.ascontiguousarray(factors)[:, None]
+    if replacements.uses_onednn():
+        _scale(*matrix.shape)(matrix, factors, out)
+        return
+    for block in _blocks(*matrix.shape):
+        np.multiply(matrix[block], factors[block], out=out[block])
 
 
 def _is_worth_it(array: Array, axis: int) -> bool:
@@ -262,8 +281,7 @@ def _cross_entropy_gradient(chainers: Any, self: Any, inputs: tuple[Array, Array
     labels = t * counts
     gx = np.empty(self.y.shape, np.float32)
     if x.ndim == 2:  # noqa: PLR2004 - a matrix
-        for block in _blocks(*x.shape):
-            np.multiply(self.y[block], factors[block, None], out=gx[block])
+        _scale_rows(self.y, factors, gx)
         gx[np.arange(len(t)), labels] -= factors
         return (gx,)
     images = gx.reshape(*x.shape[:2], -1)
