@@ -47,7 +47,7 @@ def _apply(chainers: Any, self: Any, inputs: Any) -> Any:
     self._input_layouts = (None,) * len(inputs)
     if local.get("type_check", config.type_check):
         self._check_data_type_forward(in_data)
-    if type(self).check_layout_forward is not _Node.check_layout_forward:
+    if getattr(self.check_layout_forward, "__func__", None) is not _Node.check_layout_forward:
         self.check_layout_forward(variables)
     self._input_indexes_to_retain = self._output_indexes_to_retain = None
     outputs = self.forward(in_data)

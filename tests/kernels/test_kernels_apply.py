@@ -64,6 +64,17 @@ class Typed(Returns):
         chainer.utils.type_check.expect(in_types[0].ndim == 1)
 
 
+def checking(name):
+    """Return a function that has got a check of its own, which refuses everything."""
+    function = Returns((X,))
+
+    def refuse(given):
+        raise ValueError(f"{name} got {len(given)}")
+
+    setattr(function, name, refuse)
+    return function
+
+
 class Hook(chainer.FunctionHook):
     """Writes down what it was called for."""
 
@@ -134,6 +145,8 @@ CASES = {
     ),
     "old style": OldStyle,
     "typed": lambda: Typed((X,)),
+    "check of its own": lambda: checking("check_type_forward"),
+    "check of layouts of its own": lambda: checking("check_layout_forward"),
     "retained what is not there": lambda: Returns((X,), (7,), (7,)),
 }
 INPUTS = {
