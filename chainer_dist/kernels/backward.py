@@ -68,16 +68,11 @@ def _step(function: Any, table: Any, retain_grad: bool) -> list[Any]:
     hooks = chainer.get_function_hooks()
     if function._n_local_function_hooks:
         hooks = {**hooks, **function.local_function_hooks}
-    if hooks:
-        arrays = (
-            tuple([node.data for node in inputs]),
-            tuple([None if gy is None else gy.raw_array for gy in gys]),
-        )
     for hook in hooks.values():
-        hook.backward_preprocess(function, *arrays)
+        hook.backward_preprocess(function, *_arrays(inputs, gys))
     _backprop_utils.backprop_step(function, targets, gys, gxs, is_debug=False)
     for hook in hooks.values():
-        hook.backward_postprocess(function, *arrays)
+        hook.backward_postprocess(function, *_arrays(inputs, gys))
     if retain_grad:
         for node, gy in zip(nodes, gys):
             if node is not None:
@@ -85,6 +80,14 @@ def _step(function: Any, table: Any, retain_grad: bool) -> list[Any]:
     for node, gradients in gxs.items():
         _check(function, node, gradients)
     return [node for node, gradients in gxs.items() if gradients]
+
+
+def _arrays(inputs: Any, gys: Any) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
+    """Return the data of inputs and the gradients of outputs as hooks get them. Local."""
+    return (
+        tuple([node.data for node in inputs]),
+        tuple([None if gy is None else gy.raw_array for gy in gys]),
+    )
 
 
 def _check(function: Any, node: Any, gradients: Any) -> None:

@@ -149,6 +149,12 @@ def fails(indexes, grad_outputs):
     raise RuntimeError(f"no gradient, {indexes}, {len(grad_outputs)}")
 
 
+def adds_hook(_, grad_outputs):
+    """Leave a hook behind, which is called after this function at the latest."""
+    chainer.get_function_hooks()["left behind"] = Hook()
+    return grad_outputs
+
+
 def gradient(value):
     """Return a variable."""
     return chainer.Variable(value)
@@ -170,6 +176,7 @@ GRAPHS = {
     "no variable": with_gradients(lambda *_: (np.ones(3, "f"),) * 2),
     "empty variable": with_gradients(lambda *_: (chainer.Variable(),) * 2),
     "fails": with_gradients(fails),
+    "adds a hook": with_gradients(adds_hook),
 }
 
 
@@ -252,6 +259,7 @@ def outcome(which, make, run, config):
             run(make(*leaves))
         except Exception as failure:  # noqa: BLE001 - whichever it is
             error = type(failure), str(failure).partition("Stacktrace")[0]
+    chainer.get_function_hooks().pop("left behind", None)
     left = [
         (None if v.grad is None else (v.grad.dtype, v.grad.tolist()), v._loss_scale) for v in leaves
     ]
@@ -316,7 +324,7 @@ def test_views(shape, axes, are_negative, is_flat):
         rng = np.random.RandomState(0)
         x = chainer.Variable(rng.standard_normal(shape).astype("f"))
         with kernels.use(which):
-            y = F.transpose(F.transpose(x, axes)) if axes else F.transpose(x)
+            y = F.transpose(F.transpose(x, axes))
             y = F.reshape(y, (-1,) if is_flat and x.size else (x.size, 1))
             y = y * y * rng.standard_normal(y.shape).astype("f")
             (gx,) = chainer.grad([F.sum(y)], [x], enable_double_backprop=True)
