@@ -92,7 +92,8 @@ class _Way:
     """How two matrices of given forms are multiplied. Local.
 
     Attributes:
-        is_for_openblas: Whether NumPy's BLAS multiplies them faster than oneDNN, if there is no bias.
+        by_openblas: Whether NumPy's BLAS multiplies them, which is faster than oneDNN.
+        orders: Memory order of each, see :meth:`_Form.order`.
     """
 
     def __init__(self, a: _Form, b: _Form, has_bias: bool) -> None:
@@ -101,8 +102,8 @@ class _Way:
         stack = np.broadcast_shapes(a.shape[:-2], b.shape[:-2])
         self._shape = (*stack, a.shape[-2], b.shape[-1])
         are_matrices = len(self._shape) == 2  # noqa: PLR2004
-        self.is_for_openblas = are_matrices and _is_for_openblas(a, b)
-        self._by_openblas = self.is_for_openblas and not has_bias
+        self.by_openblas = are_matrices and not has_bias and _is_for_openblas(a, b)
+        self.orders = a.order(), b.order()
         self._by_sgemm = are_matrices and _is_for_sgemm(a, b, has_bias)
         self._forms, self._has_bias = (a, b), has_bias
 
@@ -128,12 +129,12 @@ class _Way:
         """Return the product as a new array."""
         a, b = self.matrices(a, b)
         y = np.empty(self._shape, np.float32)
-        if self._by_openblas:
+        if self.by_openblas:
             np.matmul(a, b, out=y)
         elif self._by_sgemm:
             if bias is not None:
                 y[...] = bias
-            multiply_matrices(a, b, y, adds=bias is not None)
+            _sgemm(a, b, y, self.orders, adds=bias is not None)
         else:
             biases = () if bias is None else (np.ascontiguousarray(bias),)
             self._operation(a, b, *biases, y)
@@ -235,8 +236,8 @@ def multiply_into(a: Array, b: Array, y: Array, *, adds: bool = False) -> None:
     """
     if replacements.uses_onednn() and _are_many(a, b):
         way = _way(a, b)
-        if not way.is_for_openblas:
-            multiply_matrices(*way.matrices(a, b), y, adds=adds)
+        if not way.by_openblas:
+            _sgemm(*way.matrices(a, b), y, way.orders, adds=adds)
             return
     if adds:
         y += a @ b
@@ -270,8 +271,15 @@ def multiply_matrices(a: Array, b: Array, y: Array, *, adds: bool = False) -> No
     Raises:
         OneDNNError: If oneDNN refuses.
     """
-    kind_a, step_a = _Form(a.shape, a.strides).order()
-    kind_b, step_b = _Form(b.shape, b.strides).order()
+    orders = _Form(a.shape, a.strides).order(), _Form(b.shape, b.strides).order()
+    _sgemm(a, b, y, orders, adds=adds)
+
+
+def _sgemm(
+    a: Array, b: Array, y: Array, orders: tuple[tuple[bytes, int], tuple[bytes, int]], *, adds: bool
+) -> None:
+    """Do so where the memory orders of both factors are known. Local."""
+    (kind_a, step_a), (kind_b, step_b) = orders
     (m, k), n = a.shape, b.shape[1]
     places = address(a), step_a, address(b), step_b, float(adds), address(y), n
     status = library().functions.dnnl_sgemm(kind_a, kind_b, m, n, k, 1.0, *places)

@@ -38,10 +38,7 @@ def _transpose_gradient(
     (gy,) = grad_outputs
     if not _is_plain(gy):
         return chainers(self, indexes, grad_outputs)
-    axes, n = self.axes, len(self.inputs[0].shape)
-    inverse = None
+    axes, inverse = self.axes, None
     if axes:
-        inverse = [0] * n
-        for position, axis in enumerate(axes):
-            inverse[axis % n] = position
+        inverse = sorted(range(len(axes)), key=lambda position: axes[position] % len(axes))
     return (chainer.Variable(gy.raw_array.transpose(inverse)),)
