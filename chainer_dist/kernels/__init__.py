@@ -32,6 +32,7 @@ CHOICES = ("auto", *_NAMES)
 
 _FAMILIES = (
     "activation",
+    "adam",
     "add",
     "apply",
     "backward",

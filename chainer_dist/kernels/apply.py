@@ -1,7 +1,7 @@
 """Applying a function to variables that hold NumPy's arrays: what Chainer's method does for these, and no more.
 
-A step of a deep network applies hundreds of functions. Chainer's method also looks for other arrays, devices, layouts,
-hooks and the debug mode, several times each; where there are any of these, Chainer's method is called.
+A step of a deep network applies hundreds of functions. Chainer's method also looks for other arrays, devices, layouts and
+the debug mode, several times each; where there are any of these, or hooks that it calls before forward, it is called.
 """
 
 from __future__ import annotations
@@ -13,37 +13,30 @@ import chainer
 import numpy as np
 
 from chainer_dist.kernels.replacements import replaces
+from chainer_dist.kernels.variables import variable
 
 _Node = chainer.FunctionNode
+_Hook = chainer.FunctionHook
 _Variable = chainer.Variable
-_create = _Variable._init_unchecked
 
 
 @replaces(_Node, "apply", needs_onednn=False, is_computation=False)
 def _apply(chainers: Any, self: Any, inputs: Any) -> Any:
     config, local = chainer.config._global, vars(chainer.config._local)
+    hooks = chainer.get_function_hooks()
     if (
         not inputs
         or local.get("debug", config.debug)
         or local.get("schedule_func", config.schedule_func) is not None
         or self._n_local_function_hooks
         or self._is_chainerx_fallback_mode
-        or chainer.get_function_hooks()
+        or not all(map(_is_called_afterwards, hooks.values()))
     ):
         return chainers(self, inputs)
-    variables, arrays = [], []
-    for given in inputs:
-        x = given
-        if type(given) is np.ndarray:
-            x = _create(given, requires_grad=False, is_chainerx_array=False)
-        elif not isinstance(given, _Variable) or given._has_chainerx_array:
-            return chainers(self, inputs)
-        array = x._data[0]
-        if type(array) is not np.ndarray or x._layout is not None:
-            return chainers(self, inputs)
-        variables.append(x)
-        arrays.append(array)
-    in_data = tuple(arrays)
+    variables = _variables(inputs)
+    if variables is None:
+        return chainers(self, inputs)
+    in_data = tuple([x._data[0] for x in variables])
     self._input_layouts = (None,) * len(inputs)
     if local.get("type_check", config.type_check):
         self._check_data_type_forward(in_data)
@@ -54,15 +47,35 @@ def _apply(chainers: Any, self: Any, inputs: Any) -> Any:
     if self._output_layouts is not None or not _are_plain(outputs, self.is_elementwise):
         return _apply_to_outputs(chainers, self, inputs, outputs)
     self._output_layouts = (None,) * len(outputs)
+    for hook in hooks.values():
+        hook.forward_postprocess(self, in_data)
     self._output_count = len(outputs)
     requires_grad = any(each._requires_grad for each in variables)
-    made = tuple(
-        [_create(y, requires_grad=requires_grad, is_chainerx_array=False) for y in outputs]
-    )
+    made = tuple([variable(y, requires_grad=requires_grad) for y in outputs])
     if local.get("enable_backprop", config.enable_backprop):
         _grow_graph(self, variables, made, outputs)
         self.lazy_grad_sum = local.get("lazy_grad_sum", config.lazy_grad_sum)
     return made
+
+
+def _variables(inputs: Any) -> list[Any] | None:
+    """Return the inputs of a function as variables, or None if any has no array of NumPy, or a layout. Local."""
+    variables = []
+    for given in inputs:
+        x = given
+        if type(given) is np.ndarray:
+            x = variable(given)
+        elif not isinstance(given, _Variable) or given._has_chainerx_array:
+            return None
+        if type(x._data[0]) is not np.ndarray or x._layout is not None:
+            return None
+        variables.append(x)
+    return variables
+
+
+def _is_called_afterwards(hook: Any) -> bool:
+    """Return whether a hook of functions has nothing to do before forward. Local."""
+    return getattr(hook.forward_preprocess, "__func__", None) is _Hook.forward_preprocess
 
 
 def _are_plain(outputs: Any, is_elementwise: bool) -> bool:

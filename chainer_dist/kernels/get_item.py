@@ -15,6 +15,7 @@ from chainer._backprop_utils import GradTable
 from chainer.functions.array.get_item import GetItem
 
 from chainer_dist.kernels.replacements import replaces
+from chainer_dist.kernels.variables import variable
 
 # A replacement needs an attribute of the class itself. It has to be this very function, since Chainer takes any other
 # one for an implementation of accumulation, also after kernels are taken out.
@@ -61,11 +62,11 @@ def _accumulate(
         return chainers(self, indexes, gys, gxs)
     (node,) = self.inputs
     if gx is None:
-        gx = chainer.Variable(np.zeros(node.shape, gy.dtype))
+        gx = variable(np.zeros(node.shape, gy.dtype), requires_grad=True)
         gx.array[self.slices] = gy.array
     else:
         if getattr(gx, _MARK, None) != (weakref.ref(node), _current):
-            gx = chainer.Variable(gx.array.copy())
+            gx = variable(gx.array.copy(), requires_grad=True)
         gx.array[self.slices] += gy.array
     setattr(gx, _MARK, (weakref.ref(node), _current))
     return (gx,)

@@ -14,6 +14,7 @@ from chainer.functions.normalization.group_normalization import GroupNormalizati
 
 from chainer_dist.kernels import channels, layouts
 from chainer_dist.kernels.replacements import replaces
+from chainer_dist.kernels.variables import variable
 
 if TYPE_CHECKING:
     from chainer_dist.kernels.layouts import Array
@@ -107,4 +108,4 @@ def _normalize_gradient(
     for row, out, mean, *numbers in zip(given, made, center, factor, shift):
         channels.normalize(*size)(row, mean, ones, *numbers, added)
         np.add(out, added, out=out)
-    return tuple(map(chainer.as_variable, (gx, products.sum(axis=0), sums.sum(axis=0))))
+    return tuple(map(variable, (gx, products.sum(axis=0), sums.sum(axis=0))))

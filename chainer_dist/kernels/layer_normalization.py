@@ -29,6 +29,7 @@ from chainer_dist.kernels.onednn import (
     Operation,
 )
 from chainer_dist.kernels.replacements import replaces
+from chainer_dist.kernels.variables import variable
 
 if TYPE_CHECKING:
     from chainer_dist.kernels.layouts import Array
@@ -103,7 +104,7 @@ def _normalize_gradient(
         x, gamma, gy = map(np.ascontiguousarray, (x, gamma, gy))
         gradients = np.empty_like(x), np.empty_like(gamma), np.empty_like(gamma)
         _backward(*x.shape, float(self.eps))(x, *statistics, gy, gamma, gamma, *gradients)
-    return tuple(map(chainer.as_variable, gradients))
+    return tuple(map(variable, gradients))
 
 
 def _gradients(x: Array, gamma: Array, gy: Array, eps: float) -> tuple[Array, Array, Array]:

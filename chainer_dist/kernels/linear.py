@@ -15,6 +15,7 @@ from chainer.functions.math.matmul import MatMul
 from chainer_dist.kernels import layouts, replacements
 from chainer_dist.kernels.matrices import multiply_many, sum_of_rows
 from chainer_dist.kernels.replacements import replaces
+from chainer_dist.kernels.variables import variable
 
 if TYPE_CHECKING:
     from chainer_dist.kernels.layouts import Array
@@ -52,7 +53,7 @@ def _linear_gradients(
     if chainer.config.enable_backprop or not layouts.is_suitable(x, w, gy):
         return chainers(self, indexes, grad_outputs)
     compute = (lambda: _product(gy, w), lambda: _product(gy.T, x), lambda: sum_of_rows(gy))
-    return tuple(chainer.as_variable(compute[i]()) for i in indexes)
+    return tuple(variable(compute[i]()) for i in indexes)
 
 
 @replaces(LinearGradData, "forward")
@@ -105,7 +106,7 @@ def _matmul_gradients(
             gradient = _multiply(gy, b, self.transc, not self.transb, self.transa)
         if gradient is None:
             return chainers(self, indexes, grad_outputs)
-        gradients.append(chainer.as_variable(gradient))
+        gradients.append(variable(gradient))
     return tuple(gradients)
 
 

@@ -11,6 +11,7 @@ from chainer.functions.rnn import n_step_lstm
 from chainer_dist.kernels import lstm_sequences, recurrent, replacements
 from chainer_dist.kernels.recurrent import ONE, Factors
 from chainer_dist.kernels.shared_library import library, n_threads
+from chainer_dist.kernels.variables import variable
 
 if TYPE_CHECKING:
     from chainer_dist.kernels.layouts import Array
@@ -60,7 +61,7 @@ class LSTMLayer(recurrent.Layer):
             return super().backward(indexes, grad_outputs)
         given = (None if each is None else each.array for each in grad_outputs)
         gradients = self._sequences.differentiate(*given)
-        return tuple(chainer.as_variable(gradients[i]) for i in indexes)
+        return tuple(variable(gradients[i]) for i in indexes)
 
     def run(
         self, gates: Array, states: list[Array], by_h: recurrent.Product, h_biases: Array

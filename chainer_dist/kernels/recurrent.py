@@ -20,6 +20,7 @@ from chainer.functions.rnn import n_step_rnn
 from chainer_dist.kernels import replacements
 from chainer_dist.kernels.matrices import multiply_into, multiply_matrices, sum_of_rows
 from chainer_dist.kernels.shared_library import n_threads
+from chainer_dist.kernels.variables import variable
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -226,7 +227,7 @@ class Layer(chainer.FunctionNode):  # type: ignore[misc]  # Chainer has no types
                     made[of_w] = np.empty((product.shape[1], values.shape[1]), np.float32)
                     multiply_into(product.T, values, made[of_w])
                 made[of_b] = bias.copy()  # two biases may have the same gradient
-        return tuple(chainer.as_variable(made[i]) for i in indexes)
+        return tuple(variable(made[i]) for i in indexes)
 
     def _backward_of_chainer(
         self, indexes: tuple[int, ...], grad_outputs: tuple[Any, ...]

@@ -17,6 +17,7 @@ from chainer.functions.loss.softmax_cross_entropy import (
 
 from chainer_dist.kernels import layouts, onednn, replacements
 from chainer_dist.kernels.cache import kept
+from chainer_dist.kernels.matrices import multiply_into
 from chainer_dist.kernels.onednn import (
     DIFF_DST,
     DIFF_SRC,
@@ -42,31 +43,52 @@ _SOFTMAX, _LOG_SOFTMAX = 0x30000, 0x30001
 # Number of values of a block, which take 256 kB.
 _BLOCK = 1 << 16
 
+# A smaller softmax has lost too many bits for its logarithm.
+_TINY = np.float32(1e-30)
+
 
 def _blocks(rows: int, columns: int) -> Iterator[slice]:
     step = max(1, _BLOCK // columns)
     return (slice(low, min(rows, low + step)) for low in range(0, rows, step))
 
 
-def softmax_rows(x: Array) -> tuple[Array, Array]:
-    """Return the softmax of each row of a matrix, and the logarithm of each row's sum of exponentials. Local.
+def softmax_rows(x: Array, labels: Array) -> tuple[Array, Array]:
+    """Return the softmax of each row of a matrix, and its logarithm at one column of each row. Local.
 
     Args:
         x: Matrix of shape ``(rows, columns)``, float32.
+        labels: Columns, of shape ``(rows,)``, integers.
 
     Returns:
-        New arrays of shape ``(rows, columns)`` and ``(rows, 1)``, float32.
+        New arrays of shape ``(rows, columns)`` and ``(rows,)``, float32.
     """
+    places = np.arange(len(x)), labels
+    if not replacements.uses_onednn() or not _have_largest(x):
+        y, log_sums = _softmax_rows_by_numpy(x)
+        return y, x[places] - log_sums
+    x = np.ascontiguousarray(x)
     y = np.empty(x.shape, np.float32)
-    if replacements.uses_onednn():
-        places = np.arange(len(x)), x.argmax(axis=1)  # that of NaN, if there is one
-        largest = x[places]
-        if np.isfinite(largest).all():
-            x = np.ascontiguousarray(x)
-            _forward(_SOFTMAX, Layout.of(x), 1)(x, y)
-            # The largest of a row is one divided by the sum.
-            return y, (largest - np.log(y[places]))[:, None]
-    log_sums = np.empty((len(x), 1), np.float32)
+    _forward(_SOFTMAX, Layout.of(x), 1)(x, y)
+    chosen = y[places]
+    tiny = np.flatnonzero(chosen < _TINY)
+    log_chosen = np.log(np.maximum(chosen, _TINY))
+    if tiny.size:
+        _, log_sums = _softmax_rows_by_numpy(x[tiny])
+        log_chosen[tiny] = x[tiny, labels[tiny]] - log_sums
+    return y, log_chosen
+
+
+def _have_largest(x: Array) -> bool:
+    """Return whether each row has a largest number, so that oneDNN computes its softmax. Local."""
+    sums = np.empty((len(x), 1), np.float32)
+    multiply_into(x, np.ones((x.shape[1], 1), np.float32), sums)
+    # The product takes less time, but what it finds may be minus infinity, or finite numbers whose sum is not.
+    return bool(np.isfinite(sums).all() or np.isfinite(x.max(axis=1)).all())
+
+
+def _softmax_rows_by_numpy(x: Array) -> tuple[Array, Array]:
+    """Return the softmax of each row, and the logarithm of each row's sum of exponentials, ``(rows,)``. Local."""
+    y, log_sums = np.empty(x.shape, np.float32), np.empty((len(x), 1), np.float32)
     for block in _blocks(*x.shape):
         given, out = x[block], y[block]
         largest = given.max(axis=1, keepdims=True)
@@ -76,7 +98,7 @@ def softmax_rows(x: Array) -> tuple[Array, Array]:
         np.divide(out, sums, out=out)
         np.log(sums, out=sums)
         np.add(largest, sums, out=log_sums[block])
-    return y, log_sums
+    return y, log_sums[:, 0]
 
 
 @kept
@@ -245,14 +267,14 @@ def _cross_entropy(chainers: Any, self: Any, inputs: tuple[Array, Array]) -> Any
     counts = t != self.ignore_label
     labels = t * counts
     if x.ndim == 2:  # noqa: PLR2004 - a matrix
-        self.y, log_sums = softmax_rows(x)
-        chosen = x[np.arange(len(t)), labels]
+        self.y, log_p = softmax_rows(x, labels)
     else:
         images = _images(x)
         y, log_sums = _softmax_of_images(images)
         self.y = y.reshape(x.shape)
         chosen = np.take_along_axis(images, labels.reshape(log_sums.shape), axis=1)
-    log_p = (chosen.reshape(t.shape) - log_sums.reshape(t.shape)) * counts
+        log_p = (chosen - log_sums).reshape(t.shape)
+    log_p = log_p * counts
     if self.reduce != "mean":
         return (-log_p,)
     count = counts.sum() if self.normalize else len(x)

@@ -15,6 +15,7 @@ import numpy as np
 
 from chainer_dist.kernels import replacements
 from chainer_dist.kernels.matrices import multiply_into
+from chainer_dist.kernels.variables import variable
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -106,7 +107,7 @@ class Parameters(chainer.FunctionNode):  # type: ignore[misc]
             return tuple(grad_outputs[i] for i in indexes)
         gradients = kept.sums.gradients()
         shapes = [node.shape for node in self.inputs]
-        return tuple(chainer.as_variable(gradients[i].reshape(shapes[i])) for i in indexes)
+        return tuple(variable(gradients[i].reshape(shapes[i])) for i in indexes)
 
     def unchain(self) -> None:
         """Stay connected to the parameters for later steps, where a script cuts the graph. Called by Chainer."""
@@ -189,7 +190,7 @@ class Step(chainer.FunctionNode):  # type: ignore[misc]
             gradient = gradients[i]
             if before is not None:
                 gradient += before.array
-            return chainer.as_variable(gradient)
+            return variable(gradient)
 
         return tuple(map(add, indexes, grad_inputs))
 

@@ -10,6 +10,7 @@ from chainer.functions.array.reshape import Reshape
 from chainer.functions.array.transpose import Transpose
 
 from chainer_dist.kernels.replacements import replaces
+from chainer_dist.kernels.variables import variable
 
 
 def _is_plain(gradient: Any) -> bool:
@@ -28,7 +29,7 @@ def _reshape_gradient(
     (gy,) = grad_outputs
     if not _is_plain(gy):
         return chainers(self, indexes, grad_outputs)
-    return (chainer.Variable(gy.raw_array.reshape(self.inputs[0].shape)),)
+    return (variable(gy.raw_array.reshape(self.inputs[0].shape), requires_grad=True),)
 
 
 @replaces(Transpose, "backward", needs_onednn=False)
@@ -41,4 +42,4 @@ def _transpose_gradient(
     axes, inverse = self.axes, None
     if axes:
         inverse = sorted(range(len(axes)), key=lambda position: axes[position] % len(axes))
-    return (chainer.Variable(gy.raw_array.transpose(inverse)),)
+    return (variable(gy.raw_array.transpose(inverse), requires_grad=True),)

@@ -12,6 +12,7 @@ from chainer import memory_layouts
 
 from chainer_dist import kernels
 from chainer_dist.kernels.replacements import _replacements
+from chainer_dist.kernels.variables import variable
 
 # Nothing of it is collective.
 pytestmark = pytest.mark.mpi_skip
@@ -90,6 +91,49 @@ class Hook(chainer.FunctionHook):
     def forward_postprocess(self, function, in_data):
         """Write down a call after forward."""
         self.seen.append(("after", function.label, len(in_data)))
+
+
+class Late(chainer.FunctionHook):
+    """Has nothing to do before forward, and sees what there is after it."""
+
+    name = "late"
+
+    def __init__(self):
+        self.seen = []
+
+    def forward_postprocess(self, function, in_data):
+        """Write down a call, and what is known of the outputs."""
+        known = function.output_layouts, function.inputs, getattr(function, "_output_count", None)
+        self.seen.append((function.label, len(in_data), known))
+
+
+class Failing(chainer.FunctionHook):
+    """Raises an error after forward."""
+
+    name = "failing"
+
+    def __init__(self):
+        self.seen = []
+
+    def forward_postprocess(self, function, in_data):
+        """Fail."""
+        self.seen.append(len(in_data))
+        raise ValueError(function.label)
+
+
+HOOKS = {
+    "early": [Hook],
+    "late": [Late],
+    "both": [Late, Hook, Late],
+    "failing": [Late, Failing, Late],
+    "replaced": [lambda: replaced(Late(), "forward_preprocess")],
+}
+
+
+def replaced(hook, name):
+    """Return a hook one of whose methods is its own."""
+    setattr(hook, name, lambda *given: hook.seen.append((name, len(given))))
+    return hook
 
 
 def described(array):
@@ -188,19 +232,40 @@ def test_graph(case, inputs, config):
     assert repr(left[0]) == repr(left[1])
 
 
+@pytest.mark.parametrize("kinds", HOOKS)
 @pytest.mark.parametrize("is_local", [False, True])
-def test_hooks(is_local):
-    """Hooks of functions are called, whether of one function or of all."""
-    hook = Hook()
-    function = Returns((X,))
-    with kernels.use("numpy"):
-        if is_local:
-            function.add_hook(hook)
-            function.apply((X,))
-        else:
-            with hook:
-                function.apply((X,))
-    assert hook.seen == [("before", "Returns", 1), ("after", "Returns", 1)]
+@pytest.mark.parametrize("case", CASES)
+def test_hooks(case, is_local, kinds):
+    """Hooks are called as Chainer calls them, of one function or of all, whatever that returns."""
+    left = []
+    for which in ("chainer", "numpy"):
+        function, hooks = CASES[case](), [kind() for kind in HOOKS[kinds]]
+        node = function if isinstance(function, chainer.FunctionNode) else function.node
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(kernels.use(which))
+            for number, hook in enumerate(hooks):
+                if is_local:
+                    node.add_hook(hook, str(number))
+                else:
+                    hook.name = str(number)
+                    stack.enter_context(hook)
+            left.append((graph(function, (X, chainer.Variable(X))), [hook.seen for hook in hooks]))
+    assert repr(left[0]) == repr(left[1])
+
+
+@pytest.mark.parametrize("requires_grad", [False, True])
+def test_variable(requires_grad):
+    """A variable that is made in the short way has all that Chainer's has, in it and in its node."""
+    made, chainers = variable(Y, requires_grad=requires_grad), chainer.Variable(Y)
+    for mine, own in ((made, chainers), (made.node, chainers.node)):
+        assert type(mine) is type(own)
+        assert vars(mine).keys() == vars(own).keys()
+    assert made.array is Y
+    assert made.node.get_variable() is made
+    assert (made.requires_grad, made.node.requires_grad) == (requires_grad, requires_grad)
+    for name in ("shape", "dtype", "name", "layout", "grad_var", "device", "rank", "creator"):
+        assert getattr(made, name) == getattr(chainers, name)
+    assert (made.node.shape, made.node.dtype) == (Y.shape, Y.dtype)
 
 
 def test_is_called_once():

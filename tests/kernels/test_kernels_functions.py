@@ -291,6 +291,22 @@ def test_what_is_not_finite_stays_in_softmax_cross_entropy(name, value, places, 
 
 
 @pytest.mark.parametrize("name", NAMES)
+def test_softmax_cross_entropy_of_large_scores(name):
+    """Labels of no measurable probability have a finite loss, and sums of scores may overflow."""
+    rng = np.random.RandomState(0)
+    x = 300 * rng.standard_normal((20, 400)).astype(np.float32)
+    t = rng.randint(0, 400, 20).astype(np.int32)
+    t[:3] = -1, 5, x[2].argmax()
+    x[1, 5] = -1e9
+    huge = x.copy()
+    huge[4] = 2e38 + 1e38 * np.abs(x[4]) / np.abs(x[4]).max()
+    for each in (x, huge):
+        assert_like_chainer(
+            lambda x: F.softmax_cross_entropy(x, t, reduce="no"), [each], name=name, double=False
+        )
+
+
+@pytest.mark.parametrize("name", NAMES)
 def test_softmax_cross_entropy_in_other_ways(name):
     """Its other options are right too, and a wrong label is refused in debug mode."""
     rng = np.random.RandomState(0)
