@@ -1,4 +1,4 @@
-"""Gradients of functions that return a view: a view of the gradient, without a function of its own."""
+"""Gradients of functions that return views, without functions of their own: views where they can be."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from typing import Any
 import chainer
 import numpy as np
 from chainer.functions.array.reshape import Reshape
+from chainer.functions.array.separate import Separate
 from chainer.functions.array.transpose import Transpose
 
 from chainer_dist.kernels.replacements import replaces
@@ -43,3 +44,33 @@ def _transpose_gradient(
     if axes:
         inverse = sorted(range(len(axes)), key=lambda position: axes[position] % len(axes))
     return (variable(gy.raw_array.transpose(inverse), requires_grad=True),)
+
+
+@replaces(Separate, "forward", needs_onednn=False)
+def _separate(chainers: Any, self: Any, inputs: tuple[Any]) -> Any:
+    self._strides = getattr(inputs[0], "strides", None)
+    return chainers(self, inputs)
+
+
+@replaces(Separate, "backward", needs_onednn=False)
+def _separate_gradient(
+    chainers: Any, self: Any, indexes: tuple[int], grad_outputs: tuple[Any, ...]
+) -> Any:
+    strides = getattr(self, "_strides", None)  # None if Chainer's own code separated the array
+    given = [gy for gy in grad_outputs if gy is not None]
+    if strides is None or not all(map(_is_plain, given)) or not _fit(given, self):
+        return chainers(self, indexes, grad_outputs)
+    # In the order of the array in memory, so that gradients of a transposition before it need no copy.
+    shape = self.inputs[0].shape
+    order = sorted(range(len(shape)), key=lambda axis: -abs(strides[axis]))
+    gx = np.empty([shape[axis] for axis in order], self._dtype).transpose(np.argsort(order))
+    by_part = np.moveaxis(gx, self.axis, 0)
+    for i, gy in enumerate(grad_outputs):
+        by_part[i] = 0 if gy is None else gy.raw_array
+    return (variable(gx),)
+
+
+def _fit(gradients: list[Any], function: Any) -> bool:
+    """Return whether gradients are those of the outputs of ``F.separate``. Local."""
+    wanted = function._shape, function._dtype
+    return all((gy.shape, gy.dtype) == wanted for gy in gradients)
