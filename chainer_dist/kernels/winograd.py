@@ -21,6 +21,7 @@ from chainer_dist.kernels.cache import kept
 from chainer_dist.kernels.geometry import Geometry, Window
 from chainer_dist.kernels.matrices import multiply, multiply_matrices
 from chainer_dist.kernels.onednn import DST, SRC, WEIGHTS, Layout, Operation
+from chainer_dist.kernels.shared_library import library
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -77,7 +78,7 @@ _BLOCK = 1 << 19
 # The fewest channels for which the multiplications that are saved outweigh the transformations, as C K / (C + K) of the
 # channels C of the input and K of the output, where tiles cover no more than the output.
 _FEWEST_CHANNELS = 56
-_FEWEST_CHANNELS_OF_GRADIENT = 32
+_FEWEST_CHANNELS_OF_GRADIENT, _FEWEST_WITH_AVX512 = 32, 40
 # The fewest positions of the output for which the same is true of the transformation of the weights.
 _FEWEST_POSITIONS = 512
 # Most pairs of channels, whose transformed weights take 150 MB.
@@ -277,7 +278,9 @@ def gradient_of_weights(x: Array, y: Array, w_sizes: Sequence[int], window: Wind
         window: Stride, padding, dilation and groups.
     """
     shape = (y.shape[1], x.shape[1] // window.groups, *w_sizes)
-    if not _suits(x.shape, shape, y.shape, window, fewest=_FEWEST_CHANNELS_OF_GRADIENT):
+    is_wide = library().has_avx512()
+    fewest = _FEWEST_WITH_AVX512 if is_wide else _FEWEST_CHANNELS_OF_GRADIENT
+    if not _suits(x.shape, shape, y.shape, window, fewest=fewest):
         return None
     tiles = _tiles(y.shape[2:])
     images, gradients = layouts.to_last(x), layouts.to_last(y)

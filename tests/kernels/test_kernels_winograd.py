@@ -27,7 +27,8 @@ PADDED = Window(stride=(1, 1), pad=(1, 1), dilate=(1, 1), groups=1)
 def any_size(monkeypatch):
     """Have even the smallest convolutions computed in this way, in blocks of few tiles."""
     monkeypatch.setattr(winograd, "_FEWEST_CHANNELS", 0)
-    monkeypatch.setattr(winograd, "_FEWEST_CHANNELS_OF_GRADIENT", 0)
+    for name in ("_FEWEST_CHANNELS_OF_GRADIENT", "_FEWEST_WITH_AVX512"):
+        monkeypatch.setattr(winograd, name, 0)
     monkeypatch.setattr(winograd, "_FEWEST_POSITIONS", 0)
     monkeypatch.setattr(winograd, "_BLOCK", 400)
 
