@@ -28,6 +28,52 @@ def test_answers(arrays, kind):
     assert answers[0] == answers[1]
 
 
+class Checked(chainer.FunctionNode):
+    """Counts its checks, and refuses what is not as long as its inputs' first one."""
+
+    def __init__(self):
+        self.checks = []
+
+    def check_type_forward(self, in_types):
+        """Look at the shapes, as sums of arrays do."""
+        self.checks.append(type(in_types))
+        chainer.utils.type_check.expect(in_types[0].dtype.kind == "f")
+        chainer.utils.type_check.expect_broadcast_shapes(*[each.shape for each in in_types])
+
+    def forward(self, inputs):
+        """Return the first input."""
+        return inputs[:1]
+
+
+@pytest.mark.parametrize(
+    "shapes",
+    [
+        [()],
+        [(3,)],
+        [(3,), (3,)],
+        [(2, 3), (3,)],
+        [(3,), (4,)],
+        [(0,), (0,), (1,)],
+        [(3,), (3,), (4,)],
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("dtype", [np.float32, np.int32])
+def test_checks_of_types(shapes, dtype):
+    """A check is made as often as by Chainer, and what it refuses is named in the same words."""
+    outcomes = []
+    for name in ("chainer", "numpy"):
+        function, message = Checked(), None
+        with kernels.use(name):
+            try:
+                function.apply([np.ones(shape, dtype) for shape in shapes])
+            except chainer.utils.type_check.InvalidType as error:
+                message = str(error)
+        assert not chainer.utils.type_check.in_light_mode()
+        outcomes.append((function.checks, message))
+    assert outcomes[0] == outcomes[1]
+
+
 def test_wrong_types_are_refused():
     """The message is Chainer's."""
     messages = []
