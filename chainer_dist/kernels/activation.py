@@ -15,7 +15,7 @@ from chainer.functions.activation.relu import ReLU, ReLUGrad2
 from chainer.functions.activation.sigmoid import Sigmoid, SigmoidGrad
 from chainer.functions.activation.tanh import TanhGrad
 
-from chainer_dist.kernels import layouts
+from chainer_dist.kernels import layouts, memory
 from chainer_dist.kernels.cache import kept
 from chainer_dist.kernels.onednn import (
     DIFF_DST,
@@ -81,7 +81,7 @@ def _is_worth_it(*arrays: Array) -> bool:
 
 
 def _apply(algorithm: int, x: Array, alpha: float = 0.0) -> Array:
-    y = np.empty_like(x)  # it has the memory order of x
+    y = memory.empty_like(x)
     _forward(algorithm, x.size, alpha)(x, y)
     return y
 
@@ -98,7 +98,7 @@ def _relu(chainers: Any, self: Any, inputs: tuple[Array]) -> Any:
     if x.size < _FEW_FOR_RELU or not _is_worth_it(x):
         return chainers(self, inputs)
     self.retain_outputs((0,))
-    y = np.empty_like(x)
+    y = memory.empty_like(x)
     _compare_with_zero(MAXIMUM, x.size, MAXIMUM)(x, _ZERO, x, y)
     return (y,)
 

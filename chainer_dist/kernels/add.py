@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 from chainer.functions.math.basic_math import Add
 
-from chainer_dist.kernels import layouts
+from chainer_dist.kernels import layouts, memory
 from chainer_dist.kernels.cache import kept
 from chainer_dist.kernels.onednn import DST, SECOND_SRC, SRC, SUM, Layout, Operation
 from chainer_dist.kernels.replacements import replaces
@@ -38,6 +37,6 @@ def _sum_of_two(chainers: Any, self: Any, inputs: tuple[Array, Array]) -> Any:
         or layouts.in_memory_order(a) is None
     ):
         return chainers(self, inputs)
-    y = np.empty_like(a)
+    y = memory.empty_like(a)
     _add(a.size)(a, b, y)
     return (y,)

@@ -15,7 +15,7 @@ from chainer.functions.connection.deconvolution_2d import Deconvolution2DFunctio
 from chainer.functions.connection.deconvolution_nd import DeconvolutionND
 from chainer.utils.conv import get_conv_outsize
 
-from chainer_dist.kernels import layouts, winograd
+from chainer_dist.kernels import layouts, memory, winograd
 from chainer_dist.kernels.cache import kept
 from chainer_dist.kernels.geometry import DIRECT, MOST_DIMENSIONS, Geometry, Window
 from chainer_dist.kernels.matrices import multiply
@@ -193,7 +193,7 @@ def gradient_of_weights(
     w = None if is_dense else winograd.gradient_of_weights(x, y, w_sizes, window)
     if w is not None:
         return w
-    w = np.empty((y.shape[1], x.shape[1] // window.groups, *w_sizes), np.float32)
+    w = memory.empty((y.shape[1], x.shape[1] // window.groups, *w_sizes))
     geometry = Geometry(x.shape, w.shape, y.shape, window, is_dense)
     _backward_weights(geometry)(x, y, w)
     return w

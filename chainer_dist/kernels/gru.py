@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from chainer.functions.rnn import n_step_gru
 
-from chainer_dist.kernels import recurrent
+from chainer_dist.kernels import memory, recurrent
 from chainer_dist.kernels.recurrent import ONE, Factors
 
 if TYPE_CHECKING:
@@ -31,7 +31,7 @@ class GRULayer(recurrent.Layer):
         """Compute all steps, and return the packed states."""
         (last,) = states
         self._gates = gates
-        outputs: Array = np.empty_like(gates[0])
+        outputs = memory.empty_like(gates[0])
         self._us = np.empty_like(outputs)
         products = np.empty((3, self.rows, last.shape[1]), np.float32)
         for start, end, batch in self.times:
@@ -59,7 +59,7 @@ class GRULayer(recurrent.Layer):
         """Return the gradients with respect to the products."""
         r, z, a = self._gates
         # Before the loop these are the derivatives of h. The loop multiplies them by the gradient of h.
-        made = np.empty((4, *hs.shape), np.float32)
+        made = memory.empty((4, *hs.shape))
         of_u, of_r, of_z, of_a = made
         np.multiply(a, a, out=of_a)
         np.subtract(ONE, of_a, out=of_a)

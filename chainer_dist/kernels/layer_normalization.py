@@ -8,7 +8,7 @@ import chainer
 import numpy as np
 from chainer.functions.normalization.layer_normalization import LayerNormalization
 
-from chainer_dist.kernels import layouts, replacements
+from chainer_dist.kernels import layouts, memory, replacements
 from chainer_dist.kernels.cache import kept
 from chainer_dist.kernels.onednn import (
     BACKWARD,
@@ -76,7 +76,7 @@ def _normalize(chainers: Any, self: Any, inputs: tuple[Array, Array, Array]) -> 
         return chainers(self, inputs)
     self.retain_inputs((0, 1))
     x, gamma, beta = map(np.ascontiguousarray, inputs)
-    y = np.empty_like(x)
+    y = memory.empty_like(x)
     mean, variance = np.empty(len(x), np.float32), np.empty(len(x), np.float32)
     _forward(*x.shape, float(self.eps))(x, gamma, beta, y, mean, variance)
     self._statistics = mean, variance
@@ -102,7 +102,7 @@ def _normalize_gradient(
         gradients = _gradients(x, gamma, gy, self.eps)
     else:
         x, gamma, gy = map(np.ascontiguousarray, (x, gamma, gy))
-        gradients = np.empty_like(x), np.empty_like(gamma), np.empty_like(gamma)
+        gradients = memory.empty_like(x), np.empty_like(gamma), np.empty_like(gamma)
         _backward(*x.shape, float(self.eps))(x, *statistics, gy, gamma, gamma, *gradients)
     return tuple(map(variable, gradients))
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from chainer_dist.kernels import onednn
+from chainer_dist.kernels import memory, onednn
 from chainer_dist.kernels.shared_library import n_threads
 
 if TYPE_CHECKING:
@@ -60,7 +60,7 @@ def rows(array: Array) -> Any:
 
 def gradients_like(known: Array, gy: Array) -> tuple[Array, Array]:
     """Return ``gy`` in the memory order of ``known``, and an array for the result, which may be the same. Local."""
-    gx = np.empty_like(known)
+    gx = memory.empty_like(known)
     if gy.strides == known.strides:
         return gy, gx
     gx[...] = gy
@@ -70,7 +70,7 @@ def gradients_like(known: Array, gy: Array) -> tuple[Array, Array]:
 def empty(shape: Sequence[int], dtype: Any = np.float32) -> Array:
     """Return a new array of shape ``(batch, channels, sizes...)`` with channels last in memory. Local."""
     n, c, *sizes = shape
-    array: Array = to_second(np.empty((n, *sizes, c), dtype))
+    array: Array = to_second(memory.empty((n, *sizes, c), dtype))
     return array
 
 

@@ -8,7 +8,7 @@ import chainer
 import numpy as np
 from chainer.functions.rnn import n_step_lstm
 
-from chainer_dist.kernels import lstm_sequences, recurrent, replacements
+from chainer_dist.kernels import lstm_sequences, memory, recurrent, replacements
 from chainer_dist.kernels.recurrent import ONE, Factors
 from chainer_dist.kernels.shared_library import library, n_threads
 from chainer_dist.kernels.variables import variable
@@ -70,9 +70,9 @@ class LSTMLayer(recurrent.Layer):
         del h_biases  # the gates include them
         last_h, last_c = states
         self._gates = gates
-        outputs: Array = np.empty_like(gates[0])
-        self._cs = np.empty_like(outputs)  # c before each step
-        self._tanhs = np.empty_like(outputs)  # tanh of c after each step
+        outputs = memory.empty_like(gates[0])
+        self._cs = memory.empty_like(outputs)  # c before each step
+        self._tanhs = memory.empty_like(outputs)  # tanh of c after each step
         products = np.empty((4, self.rows, len(last_h[0])), np.float32)
         for start, end, batch in self.times:
             h, c = last_h[:batch], last_c[:batch]
@@ -98,7 +98,7 @@ class LSTMLayer(recurrent.Layer):
         a, i, f, o = self._gates
         # Before the loop these are the derivatives of c, and for o the one of h. The loop multiplies them by the
         # gradients of c and h.
-        made = np.empty_like(self._gates)
+        made = memory.empty_like(self._gates)
         np.multiply(a, a, out=made[0])
         np.subtract(ONE, made[0], out=made[0])
         made[0] *= i

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from chainer_dist.kernels import onednn
+from chainer_dist.kernels import memory, onednn
 from chainer_dist.kernels.cache import kept
 from chainer_dist.kernels.onednn import (
     BACKWARD,
@@ -147,7 +147,7 @@ class Sequences:
         geometry = self._geometry
         operation = _forward(geometry)
         rows = geometry.times * geometry.batch
-        y, h, c = (np.empty((n, geometry.units), np.float32) for n in (rows, *[geometry.batch] * 2))
+        y, h, c = (memory.empty((n, geometry.units)) for n in (rows, *[geometry.batch] * 2))
         self._workspace = onednn.scratch(operation.size(WORKSPACE))
         operation(*self._inputs, y, h, c, self._workspace)
         self.outputs = h, c, y
@@ -168,14 +168,14 @@ class Sequences:
             np.zeros_like(value) if g is None else np.ascontiguousarray(g)
             for value, g in ((y, gy), (h, gh), (c, gc))
         ]
-        of_data = [np.empty_like(value) for value in self._inputs[:3]]
+        of_data = [memory.empty_like(value) for value in self._inputs[:3]]
         sums = [np.zeros(each.shape[2:], np.float32) for each in geometry.gradients_of_weights()]
         of_biases = np.zeros_like(self._inputs[-1])
         inputs = (*self._inputs, y, h, c, self._workspace, *given)
         _backward(geometry)(*inputs, *of_data, *sums, of_biases)
         of_weights = []
         for each in sums:
-            gradients = np.empty((*each.shape[1:], len(each)), np.float32)
+            gradients = memory.empty((*each.shape[1:], len(each)))
             onednn.reorder(each, gradients.transpose(2, 0, 1))
             of_weights += list(gradients)
         # Two biases have the same gradient.

@@ -17,7 +17,7 @@ import chainer.functions as F
 import numpy as np
 from chainer.functions.rnn import n_step_rnn
 
-from chainer_dist.kernels import replacements
+from chainer_dist.kernels import memory, replacements
 from chainer_dist.kernels.matrices import multiply_into, multiply_matrices, sum_of_rows
 from chainer_dist.kernels.shared_library import n_threads
 from chainer_dist.kernels.variables import variable
@@ -185,7 +185,7 @@ class Layer(chainer.FunctionNode):  # type: ignore[misc]  # Chainer has no types
         x, states, ws, bs = self._take(inputs)
         states = [state.copy() for state in states]
         units = states[0].shape[1]
-        gates = np.empty((len(self.of_x.weights), len(x), units), np.float32)
+        gates = memory.empty((len(self.of_x.weights), len(x), units))
         for gate, w in zip(gates, self.of_x.take(ws)):
             multiply_into(x, w.T, gate)
         # One array has the biases at the indexes of the gradients of their products.
@@ -224,7 +224,7 @@ class Layer(chainer.FunctionNode):  # type: ignore[misc]  # Chainer has no types
             ):
                 of_w, of_b = 1 + self.states + i, 1 + self.states + len(ws) + i
                 if of_w in indexes:
-                    made[of_w] = np.empty((product.shape[1], values.shape[1]), np.float32)
+                    made[of_w] = memory.empty((product.shape[1], values.shape[1]))
                     multiply_into(product.T, values, made[of_w])
                 made[of_b] = bias.copy()  # two biases may have the same gradient
         return tuple(variable(made[i]) for i in indexes)
@@ -250,7 +250,7 @@ class Layer(chainer.FunctionNode):  # type: ignore[misc]  # Chainer has no types
 
     def _previous(self, initial: Array, values: Array) -> Array:
         """Return the packed states before each step, from the packed states after each step."""
-        previous = np.empty_like(values)
+        previous = memory.empty_like(values)
         before = initial
         for start, end, batch in self.times:
             shared = min(batch, len(before))
@@ -273,7 +273,7 @@ def finish_sigmoid(values: Array) -> None:
 
 
 def _sum_of_products(products: Array, matrices: Sequence[Array]) -> Array:
-    total = np.empty((products.shape[1], matrices[0].shape[1]), np.float32)
+    total = memory.empty((products.shape[1], matrices[0].shape[1]))
     for i, matrix in enumerate(matrices):
         multiply_into(products[i], matrix, total, adds=i > 0)
     return total

@@ -15,7 +15,7 @@ from chainer.functions.loss.softmax_cross_entropy import (
     _SoftmaxCrossEntropyGrad_NoDoubleBackprop,
 )
 
-from chainer_dist.kernels import layouts, onednn, replacements
+from chainer_dist.kernels import layouts, memory, onednn, replacements
 from chainer_dist.kernels.cache import kept
 from chainer_dist.kernels.matrices import multiply_into
 from chainer_dist.kernels.onednn import (
@@ -67,7 +67,7 @@ def softmax_rows(x: Array, labels: Array) -> tuple[Array, Array]:
         y, log_sums = _softmax_rows_by_numpy(x)
         return y, x[places] - log_sums
     x = np.ascontiguousarray(x)
-    y = np.empty(x.shape, np.float32)
+    y = memory.empty(x.shape)
     _forward(_SOFTMAX, Layout.of(x), 1)(x, y)
     chosen = y[places]
     tiny = np.flatnonzero(chosen < _TINY)
@@ -88,7 +88,7 @@ def _have_largest(x: Array) -> bool:
 
 def _softmax_rows_by_numpy(x: Array) -> tuple[Array, Array]:
     """Return the softmax of each row, and the logarithm of each row's sum of exponentials, ``(rows,)``. Local."""
-    y, log_sums = np.empty(x.shape, np.float32), np.empty((len(x), 1), np.float32)
+    y, log_sums = memory.empty(x.shape), np.empty((len(x), 1), np.float32)
     for block in _blocks(*x.shape):
         given, out = x[block], y[block]
         largest = given.max(axis=1, keepdims=True)
@@ -162,7 +162,7 @@ def _softmax(algorithm: int, x: Array, axis: int) -> Array | None:
     x = _in_order(x)
     if not layouts.is_finite(x):  # oneDNN computes wrong results from NaN and infinity
         return None
-    y = np.empty_like(x)
+    y = memory.empty_like(x)
     _forward(algorithm, Layout.of(x), int(axis) % x.ndim)(x, y)
     return y
 
@@ -226,7 +226,7 @@ def _softmax_of_images(x: Array) -> tuple[Array, Array]:
     Returns:
         New C-contiguous arrays of shape ``(n, channels, positions)`` and ``(n, 1, positions)``, float32.
     """
-    y = np.empty_like(x)
+    y = memory.empty_like(x)
     log_sums = np.empty((len(x), 1, x.shape[2]), np.float32)
     for image, block in itertools.product(range(len(x)), _blocks(x.shape[2], x.shape[1])):
         given, out = x[image, :, block], y[image, :, block]
@@ -243,7 +243,7 @@ def _softmax_of_images(x: Array) -> tuple[Array, Array]:
 def _images(x: Array) -> Array:
     """Return an array as ``(n, channels, positions)``, C-contiguous: a view or a copy. Local."""
     if replacements.uses_onednn() and layouts.is_channels_last(x):
-        x, last = np.empty(x.shape, np.float32), x
+        x, last = memory.empty(x.shape), x
         onednn.reorder(last, x)
     return np.ascontiguousarray(x).reshape(*x.shape[:2], -1)
 
@@ -301,7 +301,7 @@ def _cross_entropy_gradient(chainers: Any, self: Any, inputs: tuple[Array, Array
     scale = gloss if self.coeff is None else gloss * np.float32(self.coeff)
     factors = np.broadcast_to(scale * counts.astype(np.float32), t.shape)
     labels = t * counts
-    gx = np.empty(self.y.shape, np.float32)
+    gx = memory.empty(self.y.shape)
     if x.ndim == 2:  # noqa: PLR2004 - a matrix
         _scale_rows(self.y, factors, gx)
         gx[np.arange(len(t)), labels] -= factors

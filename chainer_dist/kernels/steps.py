@@ -13,7 +13,7 @@ import chainer.functions as F
 import chainer.links as L
 import numpy as np
 
-from chainer_dist.kernels import replacements
+from chainer_dist.kernels import memory, replacements
 from chainer_dist.kernels.matrices import multiply_into
 from chainer_dist.kernels.variables import variable
 
@@ -75,7 +75,7 @@ class _Sums:
             if factors.value is not None:
                 value = values[factors.value]
             known = self._gradients.get(i)
-            gradient = np.empty((len(of_y), value.shape[1]), np.float32) if known is None else known
+            gradient = memory.empty((len(of_y), value.shape[1])) if known is None else known
             multiply_into(of_y, value, gradient, adds=known is not None)
             self._gradients[i] = gradient
 

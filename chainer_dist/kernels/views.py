@@ -10,6 +10,7 @@ from chainer.functions.array.reshape import Reshape
 from chainer.functions.array.separate import Separate
 from chainer.functions.array.transpose import Transpose
 
+from chainer_dist.kernels import memory
 from chainer_dist.kernels.replacements import replaces
 from chainer_dist.kernels.variables import variable
 
@@ -63,7 +64,7 @@ def _separate_gradient(
     # In the order of the array in memory, so that gradients of a transposition before it need no copy.
     shape = self.inputs[0].shape
     order = sorted(range(len(shape)), key=lambda axis: -abs(strides[axis]))
-    gx = np.empty([shape[axis] for axis in order], self._dtype).transpose(np.argsort(order))
+    gx = memory.empty([shape[axis] for axis in order], self._dtype).transpose(np.argsort(order))
     by_part = np.moveaxis(gx, self.axis, 0)
     for i, gy in enumerate(grad_outputs):
         by_part[i] = 0 if gy is None else gy.raw_array

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from chainer_dist.kernels import layouts
+from chainer_dist.kernels import layouts, memory
 from chainer_dist.kernels.cache import kept
 from chainer_dist.kernels.geometry import Geometry, Window
 from chainer_dist.kernels.matrices import multiply, multiply_matrices
@@ -158,11 +158,11 @@ def _transform(
     seen = x[block.images, max(0, start) : stop + beyond]
     n, height, width, channels = seen.shape
     tiles = block.last - block.first
-    rows = np.empty((len(matrix), n, tiles, width, channels), np.float32)
+    rows = memory.empty((len(matrix), n, tiles, width, channels))
     shape = (n, channels, height, width)
     for row, result in zip(matrix, rows):
         _combine(shape, tiles, 0, max(0, -start), row)(seen, result)
-    values = np.empty((len(matrix), len(matrix), n, tiles, columns, channels), np.float32)
+    values = memory.empty((len(matrix), len(matrix), n, tiles, columns, channels))
     shape = (len(matrix) * n, channels, tiles, width)
     for row, result in zip(matrix, values):
         _combine(shape, columns, 1, pad[1], row)(rows, result)
@@ -238,7 +238,7 @@ def transposed(
 
 def _transformed_weights(w: Array, matrix: Array) -> Array:
     """Return weights of shape ``(36, w.shape[0], w.shape[1])``. Local."""
-    weights = np.empty((_N_PRODUCTS, *w.shape[:2]), np.float32)
+    weights = memory.empty((_N_PRODUCTS, *w.shape[:2]))
     values = np.ascontiguousarray(w).reshape(-1, _WINDOW**2)
     multiply_matrices(matrix, values.T, weights.reshape(_N_PRODUCTS, -1))
     return weights
@@ -250,7 +250,7 @@ def _convolve(
     """Return a convolution by transformed weights of shape ``(36, c, out_c)``, or None if it is not finite. Local."""
     n, (_, c, out_c) = len(x), weights.shape
     tiles = _tiles(y_sizes)
-    images, y = layouts.to_last(x), np.empty((n, *y_sizes, out_c), np.float32)
+    images, y = layouts.to_last(x), memory.empty((n, *y_sizes, out_c))
     with np.errstate(over="ignore", invalid="ignore"):
         for block in _blocks(n, tiles, max(c, out_c)):
             values = multiply(_transform(images, _OF_INPUT, block, tiles[1], pad), weights)
