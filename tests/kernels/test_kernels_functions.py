@@ -115,11 +115,12 @@ def test_relu_keeps_nan_of_either_sign(name, value, size):
         assert np.isnan(y[place])
 
 
-@given(st.sampled_from([(3,), (40, 50), (3, 20, 30, 30)]), st.data())
-def test_sum_of_two(shape, data):
-    """Branches that meet, by several threads, are added as by NumPy, bit for bit."""
+@given(st.sampled_from([(3,), (40, 50), (3, 20, 30, 30)]), st.integers(1, 2), st.data())
+def test_sum_of_two(shape, threads, data):
+    """Branches that meet, by one thread and by several, are added as by NumPy, bit for bit."""
     a, b = (draw_array(data.draw, shape) for _ in range(2))
-    with mock.patch.object(add, "n_threads", return_value=2), mock.patch.object(add, "_FEW", 1000):
+    counted = mock.patch.object(add, "n_threads", return_value=threads)
+    with counted, mock.patch.object(add, "_FEW", 1000):
         assert_like_chainer(lambda a, b: a + b, [a, b])
         with kernels.use("onednn"):
             np.testing.assert_array_equal((chainer.Variable(a) + b).array, a + b)
