@@ -312,6 +312,29 @@ def test_is_in_place():
         assert _backprop._backprop_to_all is replaced.kernel
 
 
+def assert_gradients_like_chainer(array, function):
+    """Compare the gradients of a function of an array, and those of their squares, with Chainer's, bit by bit.
+
+    Args:
+        array: The array.
+        function: Called with a variable of it; returns a number as a variable.
+    """
+    results = []
+    for which in ("chainer", "numpy"):
+        x = chainer.Variable(array)
+        with kernels.use(which):
+            y = function(x)
+            (gx,) = chainer.grad([y], [x], enable_double_backprop=True)
+            y.backward()
+            first = x.grad
+            x.cleargrad()
+            F.sum(gx * gx).backward()
+        results.append((first, gx.array, x.grad))
+    for want, got in zip(*results):
+        assert got.dtype == want.dtype
+        np.testing.assert_array_equal(got, want)
+
+
 @given(
     st.sampled_from([(2, 3, 4), (4, 1, 6), (24, 1, 1), (0, 3, 2)]),
     st.permutations(range(3)),
@@ -321,23 +344,14 @@ def test_is_in_place():
 def test_views(shape, axes, are_negative, is_flat):
     """Gradients of transposed and reshaped arrays, and gradients of those, are Chainer's."""
     axes = [axis - 3 if is_negative else axis for axis, is_negative in zip(axes, are_negative)]
-    results = []
-    for which in ("chainer", "numpy"):
-        rng = np.random.RandomState(0)
-        x = chainer.Variable(rng.standard_normal(shape).astype("f"))
-        with kernels.use(which):
-            y = F.transpose(F.transpose(x, axes))
-            y = F.reshape(y, (-1,) if is_flat and x.size else (x.size, 1))
-            y = y * y * rng.standard_normal(y.shape).astype("f")
-            (gx,) = chainer.grad([F.sum(y)], [x], enable_double_backprop=True)
-            F.sum(y).backward()
-            first = x.grad
-            x.cleargrad()
-            F.sum(gx * gx).backward()
-        results.append((first, gx.array, x.grad))
-    for want, got in zip(*results):
-        assert got.dtype == want.dtype
-        np.testing.assert_array_equal(got, want)
+    array, factors = np.random.RandomState(0).standard_normal((2, *shape)).astype("f")
+
+    def function(x):
+        y = F.transpose(F.transpose(x, axes))
+        y = F.reshape(y, (-1,) if is_flat and x.size else (x.size, 1))
+        return F.sum(y * y * factors.reshape(y.shape))
+
+    assert_gradients_like_chainer(array, function)
 
 
 @given(
@@ -353,24 +367,14 @@ def test_separate(shape, axis, order, dtype, use):
     if not shape[axis]:
         return
     axes = list(itertools.permutations(range(len(shape))))[order % math.factorial(len(shape))]
-    results = []
-    for which in ("chainer", "numpy"):
-        rng = np.random.RandomState(0)
-        base = rng.standard_normal([shape[i] for i in axes]).astype(dtype)[..., ::-1]
-        x = chainer.Variable(base.transpose(np.argsort(axes)))
-        with kernels.use(which):
-            parts = F.separate(x, axis - len(shape) * (order % 2))
-            used = {"some": parts[1:], "twice": parts * 2, "none": ()}.get(use, parts)
-            y = sum((F.sum(part * part * part) * i for i, part in enumerate(used)), F.sum(x * x))
-            (gx,) = chainer.grad([y], [x], enable_double_backprop=True)
-            y.backward()
-            first = x.grad
-            x.cleargrad()
-            F.sum(gx * gx).backward()
-        results.append((first, gx.array, x.grad))
-    for want, got in zip(*results):
-        assert got.dtype == want.dtype
-        np.testing.assert_array_equal(got, want)
+    base = np.random.RandomState(0).standard_normal([shape[i] for i in axes]).astype(dtype)
+
+    def function(x):
+        parts = F.separate(x, axis - len(shape) * (order % 2))
+        used = {"some": parts[1:], "twice": parts * 2, "none": ()}.get(use, parts)
+        return sum((F.sum(part * part * part) * i for i, part in enumerate(used)), F.sum(x * x))
+
+    assert_gradients_like_chainer(base[..., ::-1].transpose(np.argsort(axes)), function)
 
 
 def test_gradients_of_separated_arrays_need_no_copies():
