@@ -35,9 +35,9 @@ _MANY_ROWS, _MANY_COLUMNS = 128, 2048
 # matrix is transposed, the product has no fewer rows than columns, and both it and the summands are many.
 _ROWS_IN_CONFLICT, _LEAST_CONFLICT = range(32, 65), 1024
 _LEAST_SIZE_TRANSPOSED = 256
-# dnnl_sgemm reads the rows of the second matrix where they are. From so many rows of the first matrix on, a copy that begins
-# at a cache line takes less time than it saves.
-_ROWS_FOR_COPY = 512
+# dnnl_sgemm reads the rows of the second matrix where they are. With AVX-512 and so many rows of the first matrix, a copy
+# that begins at a cache line takes less time than it saves, if it has no more bytes than the cache holds.
+_ROWS_FOR_COPY, _LARGE_COPY = 512, 1 << 20
 # Without AVX-512, oneDNN takes up to two and a half times as long as OpenBLAS where it multiplies up to so many rows by
 # matrices whose rows are a multiple of so many values apart, and so conflict in the cache; it does not copy them first.
 _NOT_COPIED, _CONFLICT = 512, 256
@@ -278,10 +278,10 @@ def multiply_matrices(a: Array, b: Array, y: Array, *, adds: bool = False) -> No
     _sgemm(a, b, y, orders, adds=adds)
 
 
-def _is_across_lines(b: Array) -> bool:
-    """Return whether each load of the widest registers from rows of a matrix touches two cache lines. Local."""
-    is_wide = b.shape[1] * ITEM % memory.LINE == 0 and library().has_avx512()
-    return is_wide and not memory.begins_line(b)
+def _is_worth_copying(b: Array, m: int) -> bool:
+    """Return whether a C-contiguous second matrix is to begin at a cache line, even if it is copied for that. Local."""
+    fills_lines = b.shape[1] * ITEM % memory.LINE == 0
+    return m >= _ROWS_FOR_COPY and b.nbytes < _LARGE_COPY and fills_lines and library().has_avx512()
 
 
 def _sgemm(
@@ -290,9 +290,8 @@ def _sgemm(
     """Do so where the memory orders of both factors are known. Local."""
     (kind_a, step_a), (kind_b, step_b) = orders
     (m, k), n = a.shape, b.shape[1]
-    if m >= _ROWS_FOR_COPY and kind_b == b"N" and step_b == n and _is_across_lines(b):
-        b, crossing = memory.empty(b.shape), b
-        b[...] = crossing
+    if kind_b == b"N" and step_b == n and _is_worth_copying(b, m):
+        b = memory.at_line(b)
     places = address(a), step_a, address(b), step_b, float(adds), address(y), n
     status = library().functions.dnnl_sgemm(kind_a, kind_b, m, n, k, 1.0, *places)
     check(status, "a product of matrices")

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
     Array = np.ndarray[Any, Any]
 
-__all__ = ["LINE", "begins_line", "empty", "empty_like"]
+__all__ = ["LINE", "at_line", "begins_line", "empty", "empty_like"]
 
 LINE = 64  # bytes of a cache line, and of the widest registers
 
@@ -50,3 +50,12 @@ def empty_like(array: Array) -> Array:
     made = empty([array.shape[axis] for axis in order], array.dtype)
     in_order: Array = made.transpose([order.index(axis) for axis in axes])
     return in_order
+
+
+def at_line(array: Array) -> Array:
+    """Return an array itself if it begins at a cache line or is small, or else a C-contiguous copy that does. Local."""
+    if array.nbytes < _FEW or begins_line(array):
+        return array
+    copy = empty(array.shape, array.dtype)
+    copy[...] = array
+    return copy

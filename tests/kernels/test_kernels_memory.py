@@ -77,9 +77,20 @@ def test_empty_like(shape, order, is_cut, dtype):
     assert memory.begins_line(made) or made.nbytes < memory._FEW
 
 
+@pytest.mark.parametrize("n_bytes", [0, 4, 48])
+@pytest.mark.parametrize("size", [10, 100_000])
+def test_at_line(n_bytes, size):
+    """An array is copied if it is large and begins elsewhere, and else returned as it is."""
+    array = shifted(np.arange(size, dtype="f"), n_bytes)
+    found = memory.at_line(array)
+    assert (found is array) == (not n_bytes or array.nbytes < memory._FEW)
+    assert memory.begins_line(found) or found is array
+    np.testing.assert_array_equal(found, array)
+
+
 @pytest.mark.parametrize("n_bytes", [4, 16, 32, 60])
 @pytest.mark.parametrize("rows", [3, 600])
-@pytest.mark.parametrize("columns", [16, 48, 50])
+@pytest.mark.parametrize("columns", [16, 112, 114])
 def test_products(n_bytes, rows, columns):
     """Where a factor begins changes no bit of a product, and not the factor."""
     rng = np.random.RandomState(0)
