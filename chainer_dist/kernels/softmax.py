@@ -81,7 +81,8 @@ def softmax_rows(x: Array, labels: Array) -> tuple[Array, Array]:
 def _have_largest(x: Array) -> bool:
     """Return whether each row has a largest number, so that oneDNN computes its softmax. Local."""
     sums = np.empty((len(x), 1), np.float32)
-    multiply_into(x, np.ones((x.shape[1], 1), np.float32), sums)
+    with np.errstate(over="ignore", invalid="ignore"):
+        multiply_into(x, np.ones((x.shape[1], 1), np.float32), sums)
     # The product takes less time, but what it finds may be minus infinity, or finite numbers whose sum is not.
     return bool(np.isfinite(sums).all() or np.isfinite(x.max(axis=1)).all())
 

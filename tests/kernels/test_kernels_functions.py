@@ -308,6 +308,16 @@ def test_softmax_cross_entropy_of_large_scores(name):
 
 
 @pytest.mark.parametrize("name", NAMES)
+def test_sums_that_overflow_are_no_error(name):
+    """Scores have a loss though their sum overflows, where NumPy raises errors for what overflows."""
+    x = np.full((20, 400), 2e38, np.float32)
+    x[:, 3] = 3e38
+    with kernels.use(name), np.errstate(over="raise", invalid="raise"):
+        loss = F.softmax_cross_entropy(x, np.full(20, 3, np.int32))
+    assert loss.array == 0
+
+
+@pytest.mark.parametrize("name", NAMES)
 def test_softmax_cross_entropy_in_other_ways(name):
     """Its other options are right too, and a wrong label is refused in debug mode."""
     rng = np.random.RandomState(0)
