@@ -12,7 +12,7 @@ from typing import Any
 import chainer
 import numpy as np
 
-from chainer_dist.kernels.replacements import replaces
+from chainer_dist.kernels.replacements import is_unchanged, replaces
 from chainer_dist.kernels.variables import variable
 
 _Node = chainer.FunctionNode
@@ -40,7 +40,7 @@ def _apply(chainers: Any, self: Any, inputs: Any) -> Any:
     self._input_layouts = (None,) * len(inputs)
     if local.get("type_check", config.type_check):
         self._check_data_type_forward(in_data)
-    if getattr(self.check_layout_forward, "__func__", None) is not _Node.check_layout_forward:
+    if not is_unchanged(self.check_layout_forward, _Node.check_layout_forward):
         self.check_layout_forward(variables)
     self._input_indexes_to_retain = self._output_indexes_to_retain = None
     outputs = self.forward(in_data)
@@ -75,7 +75,7 @@ def _variables(inputs: Any) -> list[Any] | None:
 
 def _is_called_afterwards(hook: Any) -> bool:
     """Return whether a hook of functions has nothing to do before forward. Local."""
-    return getattr(hook.forward_preprocess, "__func__", None) is _Hook.forward_preprocess
+    return is_unchanged(hook.forward_preprocess, _Hook.forward_preprocess)
 
 
 def _are_plain(outputs: Any, is_elementwise: bool) -> bool:

@@ -60,6 +60,14 @@ def replaces(
     return register
 
 
+def is_unchanged(method: Any, original: Any) -> bool:
+    """Return whether a method of an object is this function of a class, in the place of which nothing was put. Local.
+
+    A subclass may have a function of its own in its place, and so may the object itself.
+    """
+    return getattr(method, "__func__", None) is original
+
+
 def is_recorded() -> bool:
     """Return whether a static graph is recorded, which repeats the forward methods that are called meanwhile. Local.
 
