@@ -108,6 +108,7 @@ class _Way:
         self.by_openblas = are_matrices and not has_bias and _is_for_openblas(a, b)
         self.orders = a.order(), b.order()
         self._by_sgemm = are_matrices and _is_for_sgemm(a, b, has_bias)
+        self._begins_line = self._by_sgemm and _is_worth_copying(a, b)
         self._forms, self._has_bias = (a, b), has_bias
 
     @functools.cached_property
@@ -123,9 +124,11 @@ class _Way:
     def matrices(self, a: Array, b: Array) -> tuple[Array, Array]:
         """Return the matrices as oneDNN can multiply them: themselves, or copies."""
         if self._copies[0]:
-            a = np.ascontiguousarray(a)
+            a = memory.dense(a)
         if self._copies[1]:
-            b = np.ascontiguousarray(b)
+            b = memory.dense(b)
+        elif self._begins_line:
+            b = memory.at_line(b)
         return a, b
 
     def multiply(self, a: Array, b: Array, bias: Array | None = None) -> Array:
@@ -218,6 +221,14 @@ def _is_slow_for_sgemm(a: _Form, b: _Form) -> bool:
     return m in _ROWS_IN_CONFLICT and is_power_of_two and min(step, k) >= _LEAST_CONFLICT
 
 
+def _is_worth_copying(a: _Form, b: _Form) -> bool:
+    """Return whether dnnl_sgemm is to get a second matrix that begins at a cache line, even as a copy. Local."""
+    (k, n), m = b.shape, a.shape[0]
+    fills_lines = b.order() == (b"N", n) and n * ITEM % memory.LINE == 0
+    is_small = k * n * ITEM < _LARGE_COPY
+    return m >= _ROWS_FOR_COPY and fills_lines and is_small and library().has_avx512()
+
+
 def _are_many(a: Array, b: Array) -> bool:
     """Return whether a product has so many multiplications that oneDNN is faster than OpenBLAS. Local."""
     few = _FEW
@@ -278,20 +289,12 @@ def multiply_matrices(a: Array, b: Array, y: Array, *, adds: bool = False) -> No
     _sgemm(a, b, y, orders, adds=adds)
 
 
-def _is_worth_copying(b: Array, m: int) -> bool:
-    """Return whether a C-contiguous second matrix is to begin at a cache line, even if it is copied for that. Local."""
-    fills_lines = b.shape[1] * ITEM % memory.LINE == 0
-    return m >= _ROWS_FOR_COPY and b.nbytes < _LARGE_COPY and fills_lines and library().has_avx512()
-
-
 def _sgemm(
     a: Array, b: Array, y: Array, orders: tuple[tuple[bytes, int], tuple[bytes, int]], *, adds: bool
 ) -> None:
     """Do so where the memory orders of both factors are known. Local."""
     (kind_a, step_a), (kind_b, step_b) = orders
     (m, k), n = a.shape, b.shape[1]
-    if kind_b == b"N" and step_b == n and _is_worth_copying(b, m):
-        b = memory.at_line(b)
     places = address(a), step_a, address(b), step_b, float(adds), address(y), n
     status = library().functions.dnnl_sgemm(kind_a, kind_b, m, n, k, 1.0, *places)
     check(status, "a product of matrices")

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
     Array = np.ndarray[Any, Any]
 
-__all__ = ["LINE", "at_line", "begins_line", "empty", "empty_like"]
+__all__ = ["LINE", "at_line", "begins_line", "dense", "empty", "empty_in_order", "empty_like"]
 
 LINE = 64  # bytes of a cache line, and of the widest registers
 
@@ -28,7 +28,12 @@ _FEW = 1 << 14
 
 def begins_line(array: Array) -> bool:
     """Return whether an array begins at the beginning of a cache line. Local."""
-    return not (address(array).value or 0) % LINE
+    return _offset(array) == 0
+
+
+def _offset(array: Array) -> int:
+    """Return how many bytes of its first cache line are before an array. Local."""
+    return (address(array).value or 0) % LINE
 
 
 def empty(shape: Sequence[int], dtype: Any = np.float32) -> Array:
@@ -37,7 +42,7 @@ def empty(shape: Sequence[int], dtype: Any = np.float32) -> Array:
     if n_bytes < _FEW:
         return np.empty(shape, dtype)
     memory = np.empty(n_bytes + LINE, np.uint8)
-    array: Array = np.ndarray(shape, dtype, memory, -(address(memory).value or 0) % LINE)
+    array: Array = np.ndarray(shape, dtype, memory, -_offset(memory) % LINE)
     return array
 
 
@@ -45,17 +50,27 @@ def empty_like(array: Array) -> Array:
     """Return the same with the shape, dtype and memory order of another array, without gaps. Local."""
     if array.flags.c_contiguous:
         return empty(array.shape, array.dtype)
-    axes = range(array.ndim)
-    order = sorted(axes, key=lambda axis: -abs(array.strides[axis]))
-    made = empty([array.shape[axis] for axis in order], array.dtype)
+    return empty_in_order(array.shape, array.strides, array.dtype)
+
+
+def empty_in_order(shape: Sequence[int], strides: Sequence[int], dtype: Any) -> Array:
+    """Return the same with the memory order of an array of these strides. Local."""
+    axes = range(len(shape))
+    order = sorted(axes, key=lambda axis: -abs(strides[axis]))
+    made = empty([shape[axis] for axis in order], dtype)
     in_order: Array = made.transpose([order.index(axis) for axis in axes])
     return in_order
+
+
+def dense(array: Array) -> Array:
+    """Return a C-contiguous copy of an array, likewise. Local."""
+    copy = empty(array.shape, array.dtype)
+    copy[...] = array
+    return copy
 
 
 def at_line(array: Array) -> Array:
     """Return an array itself if it begins at a cache line or is small, or else a C-contiguous copy that does. Local."""
     if array.nbytes < _FEW or begins_line(array):
         return array
-    copy = empty(array.shape, array.dtype)
-    copy[...] = array
-    return copy
+    return dense(array)

@@ -62,9 +62,7 @@ def _separate_gradient(
     if strides is None or not all(map(_is_plain, given)) or not _fit(given, self):
         return chainers(self, indexes, grad_outputs)
     # In the order of the array in memory, so that gradients of a transposition before it need no copy.
-    shape = self.inputs[0].shape
-    order = sorted(range(len(shape)), key=lambda axis: -abs(strides[axis]))
-    gx = memory.empty([shape[axis] for axis in order], self._dtype).transpose(np.argsort(order))
+    gx = memory.empty_in_order(self.inputs[0].shape, strides, self._dtype)
     by_part = np.moveaxis(gx, self.axis, 0)
     for i, gy in enumerate(grad_outputs):
         by_part[i] = 0 if gy is None else gy.raw_array
